@@ -1,0 +1,61 @@
+# `make` lists the commands. Each sets up .venv first where that is needed.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data repro medium test test-slow check ui clean
+
+help:
+	@echo 'make repro      run the whole pipeline: data to registered model'
+	@echo 'make test       run the tests'
+	@echo 'make test-slow  run the rehearsals on the true shape of GPT-2 Medium too'
+	@echo 'make check      lint, formatting and types'
+	@echo 'make ui         browse the runs in MLflow'
+	@echo 'make medium     the pipeline on GPT-2 Medium, as a DVC experiment (fetches 1.5 GB)'
+	@echo 'make clean      remove stage outputs; data, runs and .venv stay'
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'error: $(PYTHON) is older than Python 3.11; give another with make PYTHON=...' >&2; exit 2; }
+	@echo 'installing into $(VENV); this takes a few minutes'
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+data: setup
+	@dvc pull --quiet data.dvc
+
+repro: data
+	@dvc repro
+	@python -m pipeline restore
+
+# The whole model fits one optimizer step of a row in memory; on a GPU raise batch_rows.
+medium: data
+	@dvc exp run --name medium \
+		-S base.source=openai-community/gpt2-medium \
+		-S base.revision=6dcaa7a952f72f9298047fd5137cd6e4f05f41da \
+		-S finetune.learning_rate=0.00003 \
+		-S finetune.epochs=3 \
+		-S finetune.batch_rows=1 \
+		-S finetune.gradient_accumulation_steps=8 \
+		-S register.name=harbour-tales-medium
+
+test: data
+	@python -m pytest -m 'not slow'
+
+test-slow: data
+	@python -m pytest
+
+check: setup
+	@ruff check .
+	@ruff format --check .
+	@mypy
+
+ui: setup
+	@mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+clean:
+	@rm -rf out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,145 @@
+"""`SamplingParams`: how a continuation is decoded. Names, neutral values and ranges stand here and nowhere else."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Decoding parameters of one request; every default is neutral (the filter is off).
+
+    The order in which they act is stated in `pipeline.engine.sampling`. Raises `UserError` naming field, value and
+    range when a value has the wrong type or lies out of range.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the argmax. At least 0."""
+    top_k: int = 0
+    """Keep the k most likely tokens, ties with the last kept. At least 0; 0 is off."""
+    top_p: float = 1.0
+    """Keep the smallest most-likely set holding this probability, ties with the last kept. In (0, 1]; 1 is off."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the likeliest. In [0, 1]; 0 is off."""
+    typical_p: float = 1.0
+    """Keep the tokens whose surprise is nearest the entropy, up to this probability. In (0, 1]; 1 is off."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt and output. Above 0; 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token in the output. In [-2, 2]; 0 is off."""
+    frequency_penalty: float = 0.0
+    """Subtracted once an occurrence from the logit of each token in the output. In [-2, 2]; 0 is off."""
+    no_repeat_ngram_size: int = 0
+    """Never complete an n-gram of this many tokens that prompt and output already hold. At least 0; 0 is off."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids. In [-100, 100]."""
+    banned_token_ids: tuple[int, ...] = ()
+    """Tokens never drawn."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """If any are given, no other token is drawn but end-of-text and the stop ids."""
+    min_new_tokens: int = 0
+    """End-of-text and stop ids are not drawn before this many tokens. At least 0."""
+    max_new_tokens: int | None = None
+    """Tokens generated at most. At least 1; null goes on to the end of the context."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the continuation and are cut from it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the continuation as end-of-text does."""
+    ignore_eos: bool = False
+    """Go on past end-of-text."""
+    seed: int | None = None
+    """Key of the random numbers, in [0, 2**63); null takes a fresh one."""
+    n: int = 1
+    """Independent continuations a prompt. At least 1."""
+    logprobs: int | None = None
+    """Report the log-probability of the chosen token and of this many likeliest ones. At least 0; null is off."""
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"):
+            _check_number(name, getattr(self, name))
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name))
+            _check_range(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "in [-2, 2]")
+        _check_range("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        for name in ("top_p", "typical_p"):
+            _check_range(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
+        _check_range("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        _check_range("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
+            _check_integer(name, getattr(self, name), minimum=0)
+        _check_integer("n", self.n, minimum=1)
+        for name, minimum in (("max_new_tokens", 1), ("seed", 0), ("logprobs", 0)):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), minimum=minimum)
+        if self.seed is not None:
+            _check_range("seed", self.seed, self.seed < 2**63, "below 2**63")
+        if self.max_new_tokens is not None:
+            _check_range("min_new_tokens", self.min_new_tokens, self.min_new_tokens <= self.max_new_tokens,
+                         f"at most max_new_tokens ({self.max_new_tokens})")  # fmt: skip
+        if not isinstance(self.ignore_eos, bool):
+            raise UserError(f"ignore_eos: expected true or false, got {self.ignore_eos!r}")
+        for name in ("banned_token_ids", "allowed_token_ids", "stop_token_ids"):
+            for token_id in _tuple_of(self, name):
+                _check_integer(name, token_id, minimum=0)
+        for text in _tuple_of(self, "stop"):
+            if not isinstance(text, str) or not text:
+                raise UserError(f"stop: expected texts that are not empty, got {text!r}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise UserError(f"logit_bias: expected token ids and their biases, got {self.logit_bias!r}")
+        for token_id, bias in self.logit_bias.items():
+            _check_integer("logit_bias", token_id, minimum=0)
+            _check_number("logit_bias", bias)
+            _check_range("logit_bias", bias, -100 <= bias <= 100, "in [-100, 100]")
+
+    @classmethod
+    def from_mapping(cls, values: Any, *, section: str = "") -> "SamplingParams":
+        """Build from parsed YAML or JSON. Raises `UserError`, each name led by `section`, on unknown names too."""
+        prefix = f"{section}." if section else ""
+        if not isinstance(values, Mapping):
+            raise UserError(f"{section or 'decoding parameters'}: expected names and values, got {values!r}")
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise UserError(f"{prefix}{name}: no such decoding parameter; known are {', '.join(sorted(known))}")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{prefix}{error}") from None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The parameters that are not neutral, as JSON can hold them; `from_mapping` reads them back."""
+        neutral = SamplingParams()
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+            for name, value in values.items()
+            if value != getattr(neutral, name)
+        }
+
+
+def _tuple_of(params: SamplingParams, name: str) -> tuple[Any, ...]:
+    """The field as a tuple, which it becomes: YAML and JSON give lists."""
+    value = getattr(params, name)
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{name}: expected a list, got {value!r}")
+    object.__setattr__(params, name, tuple(value))
+    return tuple(value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name}: expected a finite number, got {value!r}")
+
+
+def _check_integer(name: str, value: Any, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{name}: expected a whole number, got {value!r}")
+    _check_range(name, value, value >= minimum, f"at least {minimum}")
+
+
+def _check_range(name: str, value: Any, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"{name}: {value!r} is out of range, must be {allowed}")

@@ -1,0 +1,251 @@
+"""A typed, strict view of `params.yaml`: unknown keys, wrong types and values out of range are errors.
+
+The file holds the defaults; the classes here hold names, types, ranges and meaning.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from pipeline.decoding import SamplingParams
+from pipeline.errors import UserError
+
+PARAMS_FILE = Path("params.yaml")
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return pattern
+
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Pattern = Annotated[str, AfterValidator(_regular_expression)]
+Decoding = Annotated[SamplingParams, BeforeValidator(SamplingParams.from_mapping)]
+
+
+class Section(BaseModel):
+    """A section of the file: fixed once read, nothing unknown, no type coerced but a whole number to a float."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True
+    )
+
+
+class ScratchParams(Section):
+    """The small GPT-2 that `base.source: scratch` makes."""
+
+    vocabulary_size: Annotated[int, Field(ge=257)]
+    """Tokens of the byte-level BPE: 256 bytes, end-of-text, and merges learned from the training split."""
+    context_length: Count
+    """Positions."""
+    layers: Count
+    heads: Count
+    width: Count
+    """Size of the residual stream; a multiple of `heads`."""
+    seed: Seed
+    """Of the random weights."""
+
+    @model_validator(mode="after")
+    def _width_divides(self) -> "ScratchParams":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class BaseParams(Section):
+    """Where the model to be fine-tuned comes from."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """A folder, the id of a model on the hub, or `scratch`."""
+    revision: str | None
+    """For a hub id: the commit hash to fetch, 40 hexadecimal digits."""
+    scratch: ScratchParams
+
+
+class NearDuplicateParams(Section):
+    """Documents as alike as this are one: the first in file order stays."""
+
+    ngram_words: Count
+    """Words of a shingle."""
+    jaccard: Share
+    """Similarity of the two sets of shingles from which on documents count as the same."""
+    permutations: Annotated[int, Field(ge=16)]
+    """Hash functions of the MinHash that finds the candidates."""
+
+
+class PrepareParams(Section):
+    """How files become documents."""
+
+    separator: Pattern
+    """A line that matches this whole parts two documents of a text file."""
+    piece_words: Count
+    """A text without separators is cut at blank lines into pieces of about this many words."""
+    minimum_words: Annotated[int, Field(ge=0)]
+    """A separated document of fewer words is a fragment and dropped."""
+    text_column: Annotated[str, Field(min_length=1)]
+    """Column (CSV, Parquet) or key (JSON lines) that holds the text."""
+    title_column: Annotated[str, Field(min_length=1)]
+    """Column or key that holds the title, where there is one."""
+    straighten_quotes: bool
+    """Make curly quotes plain."""
+    near_duplicate: NearDuplicateParams
+    validation_share: Share
+    """Of the documents, by hash of their content."""
+    test_share: Share
+    """Of the documents, by hash of their content."""
+
+    @model_validator(mode="after")
+    def _training_share_remains(self) -> "PrepareParams":
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError("validation_share and test_share leave nothing to train on")
+        return self
+
+
+class SamplesParams(Section):
+    """The table of samples written at each evaluation while training."""
+
+    prompts: list[str]
+    """An empty one starts from end-of-text."""
+    temperature: Annotated[float, Field(gt=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    max_new_tokens: Count
+    seed: Seed
+
+
+class FinetuneParams(Section):
+    """How the base learns the training split."""
+
+    seed: Seed
+    context_length: Count | None
+    """Tokens of a window; null takes the base's whole context."""
+    row_tokens: Count
+    """Windows are packed into rows of this many tokens, or of the context length where that is more."""
+    batch_rows: Count
+    """Rows of a batch on one device."""
+    gradient_accumulation_steps: Count
+    """Batches of one optimizer step."""
+    epochs: Annotated[float, Field(gt=0)]
+    """Passes over the training split at most."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """At its peak, after warm-up; a cosine takes it to zero."""
+    warmup_share: Annotated[float, Field(ge=0, lt=1)]
+    """Of all steps."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None
+    """In embeddings, attention and residuals; null keeps the base's own."""
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    """Gradients are scaled down to this L2 norm."""
+    evaluations: Count
+    """Times that the validation split is scored, evenly spread over training."""
+    early_stopping_patience: Count
+    """Evaluations without a better validation loss after which training ends."""
+    samples: SamplesParams
+
+
+class ParityParams(Section):
+    """What the exported graph has to keep of the PyTorch model; the stage fails where it does not."""
+
+    positions: Annotated[int, Field(ge=1000)]
+    """Positions of real text at which the two models' next tokens are compared."""
+    max_logit_difference: Annotated[float, Field(gt=0)]
+    """Largest absolute difference of any logit, with empty and with real past."""
+    min_next_token_agreement: Annotated[float, Field(gt=0, le=1)]
+    """Share of positions at which the likeliest next token is the same."""
+    max_perplexity_rise: Annotated[float, Field(gt=0)]
+    """Of the validation split's perplexity, relative; up or down."""
+
+
+class ExportParams(Section):
+    """How the checkpoint becomes an engine."""
+
+    parity: ParityParams
+
+
+class EvaluateParams(Section):
+    """What is measured on the test split."""
+
+    stride_tokens: Count
+    """A document longer than the context is scored in windows that move on by this many tokens."""
+    samples: Count
+    """Continuations generated, one a prompt, by base and fine-tuned model each."""
+    prompt_words: Annotated[int, Field(ge=0)]
+    """A prompt is this many words from the beginning of a test document; 0 starts from end-of-text."""
+    form_pattern: Pattern
+    """A sample, its prompt included, keeps the form of the data where this is found in it."""
+    loop_ngram_tokens: Count
+    """A sample loops where its end repeats a run of at most this many tokens …"""
+    loop_repeats: Annotated[int, Field(ge=2)]
+    """… this many times in a row."""
+    seed: Seed
+    """The random numbers of sample i are keyed by this seed plus i."""
+    decoding: Decoding
+    """The hand-set decoding parameters; what a registered model uses where its caller sets nothing."""
+
+    @model_validator(mode="after")
+    def _seed_stands_once(self) -> "EvaluateParams":
+        if self.decoding.seed is not None:
+            raise ValueError("decoding.seed: set evaluate.seed; a registered model draws a fresh seed for each call")
+        return self
+
+
+class RegisterParams(Section):
+    """Under what name the model is registered."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")]
+
+
+class Params(Section):
+    """The whole file: one section a stage."""
+
+    base: BaseParams
+    prepare: PrepareParams
+    finetune: FinetuneParams
+    export: ExportParams
+    evaluate: EvaluateParams
+    register_: Annotated[RegisterParams, Field(alias="register")]
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and check the file. Raises `UserError` naming each wrong key."""
+    return parse_params(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML 1.2 file holds, as DVC writes it: `3e-05` is a number. Raises `UserError` where it is not YAML."""
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not YAML: {error.problem}") from error
+
+
+def parse_params(values: Any, name: str) -> Params:
+    """Check parsed YAML. Raises `UserError` that begins with `name` and tells every wrong key in one line."""
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_problem(detail) for detail in error.errors(include_url=False))
+        raise UserError(f"{name}: {problems}") from None
+
+
+def _problem(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"]) or "the file"
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{key}: no such parameter"
+        case "missing":
+            return f"{key}: is missing"
+        case "value_error":
+            return f"{key}: {detail['ctx']['error']}"
+        case _:
+            message = detail["msg"].removeprefix("Input ").replace("should be", "must be")
+            return f"{key}: {message}, got {detail['input']!r}"
