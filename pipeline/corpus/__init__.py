@@ -1,0 +1,1 @@
+"""Text in, documents out: readers, cleaning, deduplication, splits. Needs neither torch nor mlflow."""

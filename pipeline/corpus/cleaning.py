@@ -1,0 +1,125 @@
+"""Rules that repair text: characters, markup, page marks, notices, wrapped lines, blank lines."""
+
+import re
+from dataclasses import dataclass
+
+import ftfy
+from ftfy.fixes import unescape_html
+
+from pipeline.corpus.markup import strip_markup
+from pipeline.corpus.pieces import ends_sentence
+from pipeline.corpus.wrapping import join_wrapped, joint
+
+# Joiners between letters of scripts beyond Latin, and inside emoji, make the word; elsewhere they are leftovers.
+_INVISIBLE = re.compile(
+    "[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
+    "|(?<![^\\0-\u024f])[\u200c\u200d]|[\u200c\u200d](?![^\\0-\u024f])"
+)
+_PLAIN = re.compile(r"[ -~\t]*")
+_ODD_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+_PAGE = r"(?:(?:p|pp|pg|page)\.?\s*\d{1,4}|(?:pp?\.|pg\.?|page)\s+[ivxlc]{1,8})"
+_PAGE_MARK = rf"\[\s*{_PAGE}\s*\]|\(\s*{_PAGE}\s*\)|\{{\s*(?:{_PAGE}|\d{{1,4}})\s*\}}|[-–—]\s*\d{{1,4}}\s*[-–—]"
+_PAGE_MARK += r"|page\s+\d{1,4}(?:\s+of\s+\d{1,4})?"
+_PAGE_MARK_LINE = re.compile(rf"^[ \t]*(?:{_PAGE_MARK})$", re.IGNORECASE | re.MULTILINE)
+_PAGE_BREAK = re.compile(rf"\n*(?:{_PAGE_MARK_LINE.pattern}\n*)+", re.IGNORECASE | re.MULTILINE)
+_NOTICE_HINT = re.compile(r"transcriber|\b(?:produced|prepared|transcribed|scanned)\b.{0,40}\bby\b", re.IGNORECASE)
+_TRANSCRIBER = r"Transcriber['’]?s?['’]?\s+Notes?\b"
+_BRACKETED_NOTE = re.compile(
+    rf"^[ \t]*\[\s*{_TRANSCRIBER}(?:[^\[\]]++|\[[^\[\]]*+\])*+\]", re.IGNORECASE | re.MULTILINE
+)
+_PLAIN_NOTE = re.compile(rf"\s*{_TRANSCRIBER}\s*:\s*\S", re.IGNORECASE)
+_CREDIT = re.compile(
+    r"\s*(?:Credits: )?(?:(?:This )?(?:[Ee]-?[Tt]ext|[Ee]-?[Bb]ook|[Tt]ext|[Ff]ile)(?: was)? )?"
+    r"(?:[Pp]roduced|[Pp]repared|[Tt]ranscribed|[Ss]canned)(?: and proofread)? by "
+)
+_CREDITED = re.compile(r"proofread|gutenberg|pgdp|https?://|www\.|\be-?text\b|\be-?book\b", re.IGNORECASE)
+_NAMES = re.compile(r"(?:\s*(?:[A-Z][\w.'’-]*+|and|the|of|from|for|with|de|van|von)[,;]?)+\.?\s*")
+_MAX_CREDIT_LINES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """A text and what was repaired in it."""
+
+    text: str
+    page_marks: int
+    notices: int
+    joined_breaks: int
+
+
+def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool) -> Cleaned:
+    """Repair a section's text. `wrap_columns` is where its file wraps lines, if it does."""
+    text = repair_characters(unescape_html(strip_markup(text)), straighten_quotes=straighten_quotes)
+    text = tidy_space(text)
+    text, notices = remove_notices(text)
+    text, page_marks = remove_page_marks(text, wrapped=wrap_columns is not None)
+    joined_breaks = 0
+    if wrap_columns is not None:
+        text, joined_breaks = join_wrapped(tidy_space(text), wrap_columns)
+    return Cleaned(tidy_space(text), page_marks, notices, joined_breaks)
+
+
+def repair_characters(text: str, *, straighten_quotes: bool) -> str:
+    """Mojibake (ftfy), line ends, control and invisible characters, odd spaces; curly quotes if asked; NFC."""
+    config = ftfy.TextFixerConfig(
+        unescape_html=False,
+        uncurl_quotes=straighten_quotes,
+        fix_character_width=False,
+        normalization="NFC",
+        explain=False,
+    )
+    # ftfy works line by line and leaves plain ASCII as it is, so such lines need not go through its many checks.
+    lines = text.replace("\r\n", "\n").replace("\f", "\n").split("\n")
+    text = "\n".join(line if _PLAIN.fullmatch(line) else ftfy.fix_text(line, config) for line in lines)
+    return _ODD_SPACE.sub(" ", _INVISIBLE.sub("", text))
+
+
+def tidy_space(text: str) -> str:
+    """No space at line ends, at most one blank line in a row, none at either end."""
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+
+
+def remove_page_marks(text: str, *, wrapped: bool) -> tuple[str, int]:
+    """Remove page numbers on lines of their own, such as `[page 11]`, `{12}` and `- 13 -`, and say how many.
+
+    Where one had torn a paragraph in two (no sentence ends before it, and lower case comes after) the halves are
+    joined: by a line break where lines are wrapped or a half has several, else as one line. Expects tidy space.
+    """
+
+    def mend(mark: re.Match[str]) -> str:
+        start, end = mark.span()
+        if start == 0 or end == len(text):
+            return ""
+        line_start = text.rfind("\n", 0, start) + 1
+        before = text[line_start:start]
+        if not text[end].islower() or ends_sentence(before) or before.startswith("#"):
+            return "\n\n" if mark[0].startswith("\n\n") or mark[0].endswith("\n\n") else "\n"
+        line_end = text.find("\n", end)
+        after_line = text[line_end : line_end + 2] if line_end >= 0 else ""
+        before_line = text[max(0, line_start - 2) : line_start]
+        has_neighbour = before_line.strip("\n") or after_line.strip("\n")
+        return "\n" if wrapped or has_neighbour else joint(before)
+
+    return _PAGE_BREAK.sub(mend, text), len(_PAGE_MARK_LINE.findall(text))
+
+
+def remove_notices(text: str) -> tuple[str, int]:
+    """Remove what transcribers say about their work, and how many such notices there were.
+
+    That is `[Transcriber's Note: …]`, a paragraph `Transcriber's Note: …`, and a short paragraph `Produced by …` that
+    names nothing but people, or their project. Expects tidy space.
+    """
+    if not _NOTICE_HINT.search(text):
+        return text, 0
+    text, notices = _BRACKETED_NOTE.subn("", text)
+    paragraphs = text.split("\n\n")
+    kept = [paragraph for paragraph in paragraphs if not (_PLAIN_NOTE.match(paragraph) or _is_credit(paragraph))]
+    return "\n\n".join(kept), notices + len(paragraphs) - len(kept)
+
+
+def _is_credit(paragraph: str) -> bool:
+    credit = _CREDIT.match(paragraph)
+    if credit is None or paragraph.count("\n") >= _MAX_CREDIT_LINES:
+        return False
+    return bool(_CREDITED.search(paragraph) or _NAMES.fullmatch(paragraph, credit.end()))

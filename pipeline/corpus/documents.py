@@ -1,0 +1,74 @@
+"""Sections to candidates: cleaned, cut, measured. A pure function, so that sections can be worked on in parallel."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pipeline.corpus.cleaning import clean
+from pipeline.corpus.deduplication import Hashes, minhash, shingle
+from pipeline.corpus.pieces import cut_pieces
+from pipeline.corpus.readers import Section
+from pipeline.corpus.words import digest, normalized_words
+from pipeline.params import PrepareParams
+
+_TITLE = re.compile(r"# +(.+)")
+_HEADING_LINE = re.compile(r"^#{1,6} .*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A row that becomes a document unless it has a fault or repeats one."""
+
+    fault: Literal["empty", "fragment"] | None
+    title: str
+    text: str
+    digest: bytes
+    """SHA-256 of the normalized words."""
+    shingles: Hashes
+    signature: Hashes
+    """MinHash of the shingles."""
+
+
+@dataclass(frozen=True, slots=True)
+class CleanedSection:
+    """The candidates of one section, and what cleaning repaired in it."""
+
+    candidates: list[Candidate]
+    page_marks: int
+    notices: int
+    joined_breaks: int
+
+
+def clean_section(section: Section, wrap_columns: int | None, params: PrepareParams) -> CleanedSection:
+    """Clean a section of a file that wraps lines at `wrap_columns`, and cut it if it is running text."""
+    cleaned = clean(section.text, wrap_columns=wrap_columns, straighten_quotes=params.straighten_quotes)
+    title = clean(section.title, wrap_columns=None, straighten_quotes=params.straighten_quotes).text
+    texts = cut_pieces(cleaned.text, params.piece_words) if section.running else [cleaned.text]
+    min_words = 0 if section.running else params.minimum_words
+    candidates = [_candidate(text, title, min_words, params) for text in texts]
+    return CleanedSection(candidates, cleaned.page_marks, cleaned.notices, cleaned.joined_breaks)
+
+
+def _candidate(text: str, title: str, min_words: int, params: PrepareParams) -> Candidate:
+    words = normalized_words(text)
+    if not words:
+        return _faulty("empty")
+    if len(_HEADING_LINE.sub("", text).split()) < min_words:
+        return _faulty("fragment")
+    heading = _TITLE.match(text)
+    shingles = shingle(words, params.near_duplicate.ngram_words)
+    return Candidate(
+        fault=None,
+        title=" ".join(title.split()) or (heading[1] if heading else ""),
+        text=text,
+        digest=digest(words),
+        shingles=shingles,
+        signature=minhash(shingles, params.near_duplicate.permutations),
+    )
+
+
+def _faulty(fault: Literal["empty", "fragment"]) -> Candidate:
+    nothing = np.empty(0, dtype=np.uint64)
+    return Candidate(fault, "", "", b"", nothing, nothing)

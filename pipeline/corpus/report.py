@@ -1,0 +1,91 @@
+"""What `prepare` counts: every row that came in has exactly one outcome."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from pipeline.corpus.deduplication import Repeat
+from pipeline.corpus.readers import Source
+from pipeline.corpus.splits import SPLITS, Split
+
+Outcome = Literal["kept", "empty", "fragment", "exact_duplicate", "near_duplicate"]
+DROPPED = tuple(outcome for outcome in get_args(Outcome) if outcome != "kept")
+
+
+@dataclass(slots=True)
+class FileReport:
+    """One file's counts. Its rows are the sum of their outcomes, so none is lost on the way."""
+
+    source: Source
+    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    page_marks: int = 0
+    notices: int = 0
+    joined_breaks: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in report.json."""
+        return {
+            "encoding": self.source.encoding,
+            "form": self.source.form,
+            **_counts(self.outcomes),
+            "notices": self.source.notices + self.notices,
+            "notice_lines": self.source.notice_lines,
+            "page_marks": self.page_marks,
+            "wrap_columns": self.source.wrap_columns,
+            "joined_line_breaks": self.joined_breaks,
+        }
+
+
+@dataclass(slots=True)
+class SplitReport:
+    """Size of a split."""
+
+    documents: int = 0
+    words: int = 0
+    bytes: int = 0
+    """Of the texts, in UTF-8."""
+
+    def add(self, text: str) -> None:
+        """Count a document."""
+        self.documents += 1
+        self.words += len(text.split())
+        self.bytes += len(text.encode())
+
+    def to_json(self) -> dict[str, int]:
+        """As it stands in report.json."""
+        return {"documents": self.documents, "words": self.words, "bytes": self.bytes}
+
+
+@dataclass(slots=True)
+class Report:
+    """The whole of report.json; sums over files are made from the files' counts."""
+
+    files: list[FileReport]
+    splits: dict[Split, SplitReport] = field(default_factory=lambda: {split: SplitReport() for split in SPLITS})
+    duplicates: list[dict[str, Any]] = field(default_factory=list)
+
+    def drop_duplicate(self, source: str, repeat: Repeat) -> None:
+        """Name a dropped document and the one that it repeats."""
+        entry = {"source": source, "repeats": repeat.source, "reason": repeat.reason}
+        self.duplicates.append({**entry, "jaccard": round(repeat.jaccard, 4)})
+
+    @property
+    def outcomes(self) -> Counter[Outcome]:
+        """Of all rows of all files."""
+        return sum((file.outcomes for file in self.files), Counter[Outcome]())
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in report.json."""
+        files = {file.source.name: file.to_json() for file in self.files}
+        return {
+            **_counts(self.outcomes),
+            **{name: sum(file[name] for file in files.values()) for name in ("notices", "page_marks")},
+            "splits": {split: size.to_json() for split, size in self.splits.items()},
+            "files": files,
+            "duplicates": self.duplicates,
+        }
+
+
+def _counts(outcomes: Counter[Outcome]) -> dict[str, Any]:
+    dropped = {outcome: outcomes[outcome] for outcome in DROPPED}
+    return {"rows": outcomes.total(), "kept": outcomes["kept"], "dropped": dropped}

@@ -1,0 +1,75 @@
+"""Lines wrapped at a fixed column are joined; verse, lists and headings keep theirs."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+WRAP_COLUMNS = range(50, 121)
+"""Where lines of prose are wrapped. Below are verse (a pentameter has about 42 columns) and tables."""
+MIN_BREAKS = 10
+"""Fewer line breaks are no evidence of a wrap."""
+MIN_FILE_SHARE = 0.6
+"""Share of a file's line breaks that the wrap has to explain: under 0.55 in verse and plays, over 0.65 in prose."""
+MIN_PARAGRAPH_SHARE = 0.5
+"""Share of a paragraph's line breaks that the wrap has to explain, exclusive."""
+
+_OWN_LINE = re.compile(r"\s*(?:#{1,6}\s|[-*+•]\s|\d{1,3}[.)]\s|>|\|)")  # heading, list item, quotation, table row
+_HEADING = re.compile(r"#{1,6}\s")
+_PARAGRAPH_BREAK = re.compile(r"(\n{2,})")
+_OPEN_END = re.compile(r"[^\s\-–—][\-–—]+$")
+
+
+def line_breaks(text: str) -> Iterator[tuple[int, int]]:
+    """For each line break inside a paragraph: characters of the line, and of the next line's first word."""
+    before = ""
+    for line in text.split("\n"):
+        line = line.rstrip()
+        if before and line and not _HEADING.match(before) and not _OWN_LINE.match(line):
+            yield len(before), len(line.split(maxsplit=1)[0])
+        before = line
+
+
+def find_wrap(breaks: Counter[tuple[int, int]]) -> int | None:
+    """The column at which a file's lines are wrapped, or None.
+
+    A wrap at W explains the break after a line of L columns when L <= W and the next word, of w columns, would not have
+    fit: L + 1 + w > W. The W that explains most breaks is the file's, if it explains `MIN_FILE_SHARE` of them.
+    """
+    total = breaks.total()
+    explained: Counter[int] = Counter()
+    for (columns, word_columns), count in breaks.items():
+        for wrap in range(max(columns, WRAP_COLUMNS.start), min(columns + word_columns + 1, WRAP_COLUMNS.stop)):
+            explained[wrap] += count
+    if total < MIN_BREAKS or not explained:
+        return None
+    wrap = max(WRAP_COLUMNS, key=lambda column: explained[column])
+    return wrap if explained[wrap] >= MIN_FILE_SHARE * total else None
+
+
+def join_wrapped(text: str, wrap_columns: int) -> tuple[str, int]:
+    """Join the lines of each paragraph most of whose breaks the wrap explains; also says how many breaks it undid."""
+    parts = _PARAGRAPH_BREAK.split(text)
+    joined = [part if part.startswith("\n") else _join_paragraph(part, wrap_columns) for part in parts]
+    result = "".join(joined)
+    return result, text.count("\n") - result.count("\n")
+
+
+def joint(line: str) -> str:
+    """What stands between a line and its continuation: a space, but nothing after a hyphen that touches its word."""
+    return "" if _OPEN_END.search(line[-4:]) else " "
+
+
+def _join_paragraph(paragraph: str, wrap_columns: int) -> str:
+    breaks = list(line_breaks(paragraph))
+    explained = sum(columns <= wrap_columns < columns + 1 + word_columns for columns, word_columns in breaks)
+    if explained <= MIN_PARAGRAPH_SHARE * len(breaks):
+        return paragraph
+    lines = paragraph.split("\n")
+    joined = lines[0]
+    for before, line in pairwise(lines):
+        if _OWN_LINE.match(line) or _HEADING.match(before):
+            joined += "\n" + line
+        else:
+            joined += joint(before) + line.lstrip()
+    return joined

@@ -1,0 +1,126 @@
+import ftfy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.corpus.cleaning import Cleaned, clean, remove_notices, remove_page_marks, repair_characters, tidy_space
+
+
+def cleaned(text: str, *, straighten_quotes: bool = True) -> str:
+    return clean(text, wrap_columns=None, straighten_quotes=straighten_quotes).text
+
+
+@pytest.mark.parametrize(
+    ("raw", "repaired"),
+    [
+        ("The Heronâ€™s â€œone wordâ€\x9d", 'The Heron\'s "one word"'),  # UTF-8 read as Windows-1252
+        ("one\r\ntwo\rthree", "one\ntwo\nthree"),
+        ("a bell.\u200b It\u00a0rang\u2009twice\ufeff", "a bell. It rang twice"),
+        ("soft\u00adhyphen \u202bleft", "softhyphen left"),
+        ("bell\x07 and\x1b[31m red", "bell and red"),
+        ("cafe\u0301", "café"),
+        ("page\fbreak", "page\nbreak"),
+        ("half \ud800 a pair", "half \ufffd a pair"),
+    ],
+)
+def test_characters_are_repaired(raw: str, repaired: str) -> None:
+    assert repair_characters(raw, straighten_quotes=True) == repaired
+
+
+def test_joiners_stay_where_they_make_the_letter() -> None:
+    kept = "👩\u200d🚀 می\u200cخواهم"
+    assert repair_characters(kept + " a\u200db\u200c", straighten_quotes=True) == kept + " ab"
+
+
+@pytest.mark.parametrize(("straighten", "text"), [(True, "\"It's\" 'so'"), (False, "“It’s” ‘so’")])
+def test_curly_quotes_follow_the_parameter(straighten: bool, text: str) -> None:
+    assert cleaned("“It’s” &lsquo;so&rsquo;", straighten_quotes=straighten) == text
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=0x20, max_codepoint=0x7E)))
+def test_ftfy_leaves_plain_ascii_as_it_is(line: str) -> None:
+    config = ftfy.TextFixerConfig(unescape_html=False, explain=False)
+    assert ftfy.fix_text(line, config) == line == repair_characters(line, straighten_quotes=True)
+
+
+def test_entities_are_decoded_after_tags_and_once() -> None:
+    assert cleaned("<p>Fish &amp; chips</p><p>&lt;p&gt; &amp;lt;</p>") == "Fish & chips\n\n<p> &lt;"
+
+
+def test_space_is_tidy() -> None:
+    assert tidy_space("\n \na  \n\t\n \n\nb\n  c \n") == "a\n\nb\n  c"
+
+
+@given(st.text(alphabet="a \t\n"))
+def test_tidy_space_is_stable(text: str) -> None:
+    assert tidy_space(tidy_space(text)) == tidy_space(text)
+
+
+@pytest.mark.parametrize(
+    "mark", ["[page 11]", "[Pg 12]", "[p. xiv]", "{12}", "{page 12}", "- 12 -", "— 12 —", "(p. 3)", "Page 3 of 10"]
+)
+def test_page_mark_on_its_own_line_goes(mark: str) -> None:
+    assert remove_page_marks(f"One.\n\n{mark}\n\nTwo.", wrapped=False) == ("One.\n\nTwo.", 1)
+
+
+@pytest.mark.parametrize(
+    "line", ["12", "[12]", "[Illustration]", "[pill]", "See [page 12].", "XII", "{name}", "-12", "1 - 2 - 3"]
+)
+def test_what_may_be_text_is_no_page_mark(line: str) -> None:
+    text = f"One.\n\n{line}\n\nTwo."
+    assert remove_page_marks(text, wrapped=False) == (text, 0)
+
+
+@pytest.mark.parametrize(
+    ("torn", "wrapped", "mended"),
+    [
+        ("the old\n\n[page 3]\n\nman went.", False, "the old man went."),
+        ("the old\n[page 3]\nman went.", False, "the old man went."),
+        ("the well-\n\n[page 3]\n\nknown man.", False, "the well-known man."),
+        ("a line\nthe old\n\n[page 3]\n\nman went.", False, "a line\nthe old\nman went."),
+        ("the old\n\n[page 3]\n\nman went\non.", False, "the old\nman went\non."),
+        ("the old\n\n[page 3]\n\nman went.", True, "the old\nman went."),
+        ("the old.\n\n[page 3]\n\nman went.", False, "the old.\n\nman went."),
+        ('"the old!"\n\n[page 3]\n\nman went.', False, '"the old!"\n\nman went.'),
+        ("the old\n\n[page 3]\n\nMan went.", False, "the old\n\nMan went."),
+        ("# The Old\n\n[page 3]\n\nman went.", False, "# The Old\n\nman went."),
+        ("One.\n[page 3]\nTwo.", False, "One.\nTwo."),
+        ("[page 2]\n\nOne.\n\n[page 3]\n{4}\n", False, "One."),
+    ],
+)
+def test_paragraph_torn_by_a_page_mark_is_mended(torn: str, wrapped: bool, mended: str) -> None:
+    assert remove_page_marks(torn, wrapped=wrapped)[0] == mended
+
+
+@pytest.mark.parametrize(
+    "notice",
+    [
+        "[Transcriber's Note: Spelling [sic] is kept.\n\nSo are dashes.]",
+        "Transcriber’s Notes: Spelling is kept.",
+        "Produced by A. Light, Linda Bowser, and David Widger",
+        "Produced by Greg Weeks, Mary Meehan and the Online\nDistributed Proofreading Team at http://www.pgdp.net",
+        "E-text prepared by Jane Roe",
+    ],
+)
+def test_transcribers_notice_goes(notice: str) -> None:
+    text, notices = remove_notices(f"One.\n\n{notice}\n\nTwo.")
+    assert (tidy_space(text), notices) == ("One.\n\nTwo.", 1)
+
+
+@pytest.mark.parametrize(
+    "paragraph",
+    [
+        "Produced by the sun, the heat cracked every board in the yard.",
+        "The transcriber's note lay on the table.",
+        "She read what was produced by Anne's hand.",
+        "[Enter a Transcriber]",
+        "Produced by " + "A" * 60 + "!",
+    ],
+)
+def test_what_may_be_text_is_no_notice(paragraph: str) -> None:
+    assert remove_notices(paragraph) == (paragraph, 0)
+
+
+def test_clean_counts_what_it_repaired() -> None:
+    text = "Produced by Jane Roe\n\n<p>one&nbsp;two</p>\n\n[page 1]\n\nThree."
+    assert clean(text, wrap_columns=None, straighten_quotes=True) == Cleaned("one two\n\nThree.", 1, 1, 0)

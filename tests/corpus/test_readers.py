@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.corpus import readers
+from pipeline.corpus.readers import Section, Source, find_files, read_sections, survey
+from pipeline.errors import UserError
+from pipeline.params import PrepareParams, load_params
+
+PARAMS = load_params(Path(__file__).parents[2] / "params.yaml").prepare
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(path: Path, params: PrepareParams = PARAMS) -> tuple[Source, list[Section]]:
+    source = survey(path, path.name, params)
+    return source, list(read_sections(source, params))
+
+
+def texts(path: Path) -> list[str]:
+    return [section.text for section in read(path)[1]]
+
+
+def test_files_come_in_path_order_without_hidden_ones_and_the_data_card(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.MD", "a/README.md", "README.md", ".gitignore", ".cache/x.bin", "a.csv"):
+        write(tmp_path, name, "x")
+    names = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path)]
+    assert names == ["a.csv", "a/README.md", "a/z.MD", "b.txt"]
+
+
+def test_other_ending_is_an_error_that_names_the_file_and_what_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "notes/scan.pdf", "x")
+    with pytest.raises(UserError, match=r"notes/scan\.pdf: cannot be read; files ending in \.txt, .*\.parquet can"):
+        find_files(tmp_path)
+
+
+@pytest.mark.parametrize("names", [None, [], ["README.md", ".gitignore"]])
+def test_missing_or_empty_folder_says_what_to_do(tmp_path: Path, names: list[str] | None) -> None:
+    if names is not None:
+        (tmp_path / "data").mkdir()
+        for name in names:
+            write(tmp_path / "data", name, "x")
+    with pytest.raises(UserError, match=r"data: .* put .*files .*there and run `dvc add .*data`"):
+        find_files(tmp_path / "data")
+
+
+def test_link_to_a_folder_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path, "elsewhere/a.txt", "x")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="link: not a file"):
+        find_files(tmp_path / "data")
+
+
+def test_separator_lines_part_documents(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", "one\ntwo\n *** \nthree *** four\n* * *\r\nfive\n<|endoftext|>\n")
+    source, sections = read(path)
+    assert source.form == "separated"
+    assert [section.text for section in sections] == ["one\ntwo", "three *** four", "five", ""]
+
+
+def test_text_without_separators_is_running(tmp_path: Path) -> None:
+    source, sections = read(write(tmp_path, "a.md", "one\n\ntwo\n"))
+    assert source.form == "running"
+    assert sections == [Section("one\n\ntwo", running=True)]
+
+
+def test_empty_file_is_one_empty_section(tmp_path: Path) -> None:
+    assert texts(write(tmp_path, "a.txt", "")) == [""]
+
+
+def test_running_text_comes_in_blocks_that_end_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_CHARACTERS", 30)
+    paragraphs = ["It was the old.", "A paragraph torn", "[page 3]", "in two halves.", "It ended.", "x " * 40, "y"]
+    path = write(tmp_path, "a.txt", "\n\n".join(paragraphs))
+    blocks = texts(path)
+    assert [block.split("\n\n")[0].strip() for block in blocks] == ["It was the old.", "It ended.", "y"]
+    assert "\n".join(blocks) == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "body", "notices", "notice_lines"),
+    [
+        ("top\n*** START OF THIS VOLUME ***\na\n*** END OF THIS VOLUME ***\nbelow\n", "a", 2, 4),
+        ("a\n*** END OF THE BOOK\nbelow", "a", 1, 2),
+        ("x\n***START OF A***\na\n***END OF A***\n***START OF B***\nb\n", "a\nb", 2, 4),
+        ("The end of it.\n", "The end of it.", 0, 0),
+    ],
+)
+def test_notices_around_the_markers_are_counted_and_left_out(
+    tmp_path: Path, content: str, body: str, notices: int, notice_lines: int
+) -> None:
+    source, sections = read(write(tmp_path, "a.txt", content))
+    assert [section.text for section in sections] == [body]
+    assert (source.notices, source.notice_lines) == (notices, notice_lines)
+
+
+def test_jsonl_rows_have_text_and_title_and_blank_lines_are_none(tmp_path: Path) -> None:
+    lines = ['{"text": "a", "title": "T", "id": 1}', "", '{"text": null}', '{"text": "\\u2028b", "title": null}']
+    _, sections = read(write(tmp_path, "a.jsonl", b"\xef\xbb\xbf" + "\n".join(lines).encode()))
+    assert sections == [Section("a", "T"), Section(""), Section("\u2028b")]
+
+
+def test_csv_fields_hold_quotes_line_ends_and_much_text(tmp_path: Path) -> None:
+    long = "word " * 50_000
+    content = f'title,text\r\nA,"one\r\n""two"", three"\r\n\r\nB,\r\n"C","{long}"\r\n'
+    _, sections = read(write(tmp_path, "a.csv", content))
+    assert sections == [Section('one\r\n"two", three', "A"), Section("", "B"), Section(long, "C")]
+
+
+def test_parquet_rows_have_text_and_title(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"title": ["T", None], "other": [1, 2], "text": ["a", None]}), path)
+    source, sections = read(path)
+    assert source.encoding is None
+    assert sections == [Section("a", "T"), Section("")]
+
+
+def test_columns_are_named_by_the_parameters(tmp_path: Path) -> None:
+    params = PARAMS.model_copy(update={"text_column": "body", "title_column": "head"})
+    path = write(tmp_path, "a.jsonl", json.dumps({"body": "a", "head": "H", "text": 1}))
+    assert read(path, params)[1] == [Section("a", "H")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", '\n["a"]\n', r"a\.jsonl:2: holds \['a'\], must be an object"),
+        ("a.jsonl", '{"body": "a"}\n', r"a\.jsonl:1: no column 'text'; present: body; .* prepare\.text_column"),
+        ("a.jsonl", '{"text": 3}\n', r"a\.jsonl:1: text is 3, must be text"),
+        ("a.jsonl", '{"text": "a", "title": ["T"]}\n', r"a\.jsonl:1: title is \['T'\], must be text"),
+        ("a.csv", "", r"a\.csv:1: no column 'text'; present: none"),
+        ("a.csv", "title;text\nA;a\n", r"a\.csv:1: no column 'text'; present: title;text"),
+        ("a.csv", "title,text\nA,a\nB,b,c\n", r"a\.csv:3: 3 fields where the header has 2"),
+        ("a.csv", 'title,text\nA,"a\n', r"a\.csv:2: not CSV"),
+        ("a.parquet", "PAR1", r"a\.parquet: not a Parquet file"),
+        ("a.txt", b"\x00\x01", r"a\.txt: not a text file"),
+    ],
+)
+def test_bad_file_is_an_error_that_says_where(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = write(tmp_path, name, content)
+    with pytest.raises(UserError, match=message) as caught:
+        survey(path, name, PARAMS)
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_without_strings_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [1]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: row 1: text is 1, must be text"):
+        survey(path, "a.parquet", PARAMS)
+    pq.write_table(pa.table({"body": ["a"]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: no column 'text'; present: body"):
+        survey(path, "a.parquet", PARAMS)
