@@ -1,0 +1,291 @@
+"""Lay out the model to be fine-tuned: a GPT-2 from a folder or the hub, or a small new one, checked and in float32."""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import UserError, reported
+from pipeline.files import read_json, read_jsonl, whole_folder, write_json
+from pipeline.params import BaseParams, ScratchParams, load_params
+from pipeline.tokens import (
+    END_OF_TEXT,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    end_of_text_id,
+    load_tokenizer,
+    vocabulary_size,
+)
+
+SCRATCH = "scratch"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
+HUB_FILES = ("config.json", "generation_config.json", WEIGHTS_FILE, WEIGHTS_INDEX_FILE, "model-*.safetensors",
+             *TOKENIZER_FILES)  # fmt: skip
+"""What is fetched; a repository of GPT-2 holds its weights four times more, for other frameworks."""
+HUB_TIMEOUT_S = 10
+ADVICE = "download the model elsewhere and set base.source to its folder"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+MINIMUM_MERGE_COUNT = 2
+"""A pair that the texts hold only once is no pattern, and not merged."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("training_split", type=Path, help="the training split's documents, read from scratch only")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    with reported():
+        make_base(arguments.training_split, arguments.out, load_params().base)
+
+
+def make_base(training_split: Path, out: Path, params: BaseParams) -> None:
+    """Write to `out`: config, tokenizer, float32 weights, and `source.json`, which says where they come from.
+
+    Raises `UserError` where the source is missing or no whole GPT-2; nothing is left under `out` then.
+    """
+    folder = find_source(params)
+    with whole_folder(out) as partial:
+        if folder is None:
+            tokenizer = train_tokenizer(training_split, params.scratch)
+            model = initialize_model(params.scratch, end_of_text=tokenizer.eos_token_id)
+        else:
+            check_files(folder, params.source)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = load_model(folder, params.source)
+        tokenizer.save_pretrained(partial)
+        fit_vocabulary(model, load_tokenizer(partial), params.source)
+        # One file, whatever its size: without this limit, save_pretrained cuts weights at 5 GB.
+        model.save_pretrained(partial, max_shard_size=sys.maxsize)
+        parameters = model.num_parameters()
+        write_json(
+            partial / "source.json",
+            {"source": params.source, "revision": params.revision, "parameters": parameters},
+        )
+    config = model.config
+    print(f"{params.source}: {parameters:,} parameters, {config.vocab_size:,} tokens, context {config.n_positions:,}")
+
+
+def find_source(params: BaseParams) -> Path | None:
+    """The folder that holds the source, fetched where it is on the hub; none for `scratch`. Raises `UserError`."""
+    folder = Path(params.source)
+    if params.source == SCRATCH or folder.is_dir():
+        if params.revision is not None:
+            raise UserError(
+                f"base.revision: belongs to the id of a model on the hub, and base.source is {params.source}; "
+                "set it to null"
+            )
+        return None if params.source == SCRATCH else folder
+    try:
+        validate_repo_id(params.source)
+    except HFValidationError as error:
+        raise UserError(
+            f"base.source: there is no folder {params.source}, and it is not a model's id on the hub (owner/name)"
+        ) from error
+    if params.revision is None or not COMMIT.fullmatch(params.revision):
+        raise UserError(
+            f"base.revision: {params.source} is no folder here, so it is fetched from the hub, at a commit: "
+            "give its full hash, 40 hexadecimal digits, from the history of the model's files there"
+        )
+    return fetch(params.source, params.revision)
+
+
+def fetch(repository: str, revision: str) -> Path:
+    """Bring a model's files at one commit from the hub into its cache. Raises `UserError` in one line.
+
+    Where the hub does not deliver, what the cache holds of this very commit will do.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        # Asked first because snapshot_download itself waits for an answer without end.
+        HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(HUB_FILES)))
+    except RevisionNotFoundError as error:
+        raise UserError(f"base.revision: {repository} has no commit {revision} on the hub") from error
+    except GatedRepoError as error:
+        raise UserError(
+            f"base.source: {repository} is gated: ask for access on its page and set HF_TOKEN, or {ADVICE}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"base.source: the hub has no model {repository}, or shows it only to those who may see it; "
+            "check the name, and set HF_TOKEN for a private one"
+        ) from error
+    except OfflineModeIsEnabled:
+        problem = "is not asked, as HF_HUB_OFFLINE is set"
+    except (LocalEntryNotFoundError, requests.ConnectionError, requests.Timeout):
+        problem = "cannot be reached"
+    except HfHubHTTPError as error:
+        problem = f"answers with an error ({error})".splitlines()[0]
+    except (requests.RequestException, RuntimeError):
+        # RuntimeError is what hf_xet raises when a transfer fails.
+        problem = "broke off"
+    folder = find_cached(repository, revision)
+    if folder is None:
+        raise UserError(f"base.source: {repository} is no folder here, and the hub {problem}; {ADVICE}")
+    print(f"{repository}: the hub {problem}; reading commit {revision} from the cache", file=sys.stderr)
+    return folder
+
+
+def find_cached(repository: str, revision: str) -> Path | None:
+    """The folder that the hub's cache holds of a commit; none where it lacks files, as after a broken transfer."""
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        check_files(folder, repository)
+    except (LocalEntryNotFoundError, UserError):
+        return None
+    return folder
+
+
+def check_files(folder: Path, name: str) -> None:
+    """Raise `UserError`, led by `name`, where a GPT-2's config, weights or tokenizer are missing."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{name}: holds no config.json; the base must be a GPT-2 as save_pretrained writes it")
+    try:
+        config = read_json(config_file)
+    except ValueError as error:
+        raise UserError(f"{name}: config.json is not JSON: {error}; fetch it again") from error
+    if (model_type := config.get("model_type")) != "gpt2":
+        raise UserError(f"{name}: is a {model_type} model; the base must be a GPT-2")
+    if "quantization_config" in config:
+        raise UserError(f"{name}: is quantized; the base must hold plain weights, from which precision follows later")
+    if not (folder / WEIGHTS_FILE).is_file() and not (folder / WEIGHTS_INDEX_FILE).is_file():
+        raise UserError(
+            f"{name}: holds no {WEIGHTS_FILE}, and pickled weights are not read; convert them with python -c "
+            "\"from transformers import GPT2LMHeadModel as M; M.from_pretrained('IN').save_pretrained('OUT')\""
+        )
+    if not (folder / TOKENIZER_FILE).is_file() and not all(
+        (folder / file).is_file() for file in ("vocab.json", "merges.txt")
+    ):
+        raise UserError(f"{name}: holds no tokenizer: neither {TOKENIZER_FILE} nor vocab.json with merges.txt")
+    if (folder / TOKENIZER_FILE).is_file():
+        load_tokenizer(folder)
+
+
+def load_model(folder: Path, name: str) -> GPT2LMHeadModel:
+    """The weights in float32. Raises `UserError`, led by `name`, where one is missing, misshapen or not finite."""
+    model: GPT2LMHeadModel
+    with _only_errors_logged():
+        try:
+            model, loading = GPT2LMHeadModel.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                # Without it a wrong shape is told in many lines; it is an error all the same, below.
+                ignore_mismatched_sizes=True,
+            )
+        except (SafetensorError, FileNotFoundError) as error:
+            raise UserError(f"{name}: its weights are cut off or lack a file: {error}; fetch them again") from error
+    if misshapen := sorted(loading["mismatched_keys"]):
+        raise UserError(f"{name}: weights have another shape than config.json says: {_some(misshapen)}")
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{name}: weights are missing: {_some(missing)}; fetch the model again")
+    if not_finite := [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+        raise UserError(f"{name}: weights hold NaN or infinity: {_some(not_finite)}; take another model")
+    if unknown := sorted(loading["unexpected_keys"]):
+        print(f"{name}: left out what a GPT2LMHeadModel does not have: {_some(unknown)}")
+    return model
+
+
+def fit_vocabulary(model: GPT2LMHeadModel, tokenizer: Tokenizer, name: str) -> None:
+    """Make the tokenizer's end-of-text the model's. Raises `UserError` where the tokenizer has more tokens than it."""
+    tokens = vocabulary_size(tokenizer)
+    if tokens > model.config.vocab_size:
+        raise UserError(
+            f"{name}: the tokenizer has {tokens} tokens, the model {model.config.vocab_size}; "
+            "take the tokenizer that the model was trained with"
+        )
+    end_of_text = end_of_text_id(tokenizer)
+    if model.config.eos_token_id != end_of_text:
+        print(f"{name}: end-of-text is token {end_of_text}, not {model.config.eos_token_id} as config.json said")
+    model.config.bos_token_id = model.config.eos_token_id = end_of_text
+    if model.generation_config is not None:
+        model.generation_config.bos_token_id = model.generation_config.eos_token_id = end_of_text
+
+
+def train_tokenizer(training_split: Path, params: ScratchParams) -> GPT2TokenizerFast:
+    """Train GPT-2's kind of byte-level BPE on the split's texts. Raises `UserError` where they give too few merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=params.vocabulary_size,
+        min_frequency=MINIMUM_MERGE_COUNT,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator((row["text"] for row in read_jsonl(training_split)), trainer)
+    if (learned := tokenizer.get_vocab_size()) < params.vocabulary_size:
+        raise UserError(
+            f"base.scratch.vocabulary_size: {params.vocabulary_size} tokens cannot be learned from {training_split}, "
+            f"which gives {learned}; set it to {learned} or less, or add text"
+        )
+    return GPT2TokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        model_max_length=params.context_length,
+    )
+
+
+def initialize_model(params: ScratchParams, end_of_text: int) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights, drawn from the seed as GPT-2 was initialized (Radford et al., 2019, section 2.3)."""
+    config = GPT2Config(
+        vocab_size=params.vocabulary_size,
+        n_positions=params.context_length,
+        n_layer=params.layers,
+        n_head=params.heads,
+        n_embd=params.width,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(params.seed)
+        return GPT2LMHeadModel(config)
+
+
+@contextmanager
+def _only_errors_logged() -> Iterator[None]:
+    """Keep quiet what `transformers` says of odd weights: it is told here as an error, or counted."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    shown, rest = names[:3], len(names) - 3
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+
+
+if __name__ == "__main__":
+    main()

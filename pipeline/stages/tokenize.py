@@ -1,0 +1,69 @@
+"""Encode the documents of every split with the base's tokenizer into arrays of tokens."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.errors import UserError, reported
+from pipeline.files import read_json, read_jsonl, whole_folder, write_json
+from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256, write_tokens
+
+SPLITS = ("train", "validation", "test")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("documents", type=Path, help="folder of the prepare stage")
+    parser.add_argument("base", type=Path, help="folder of the base stage")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    with reported():
+        tokenize(arguments.documents, arguments.base, arguments.out)
+
+
+def tokenize(documents: Path, base: Path, out: Path) -> None:
+    """Write to `out` a folder of token arrays a split and `report.json`. Raises `UserError` where a file is missing."""
+    files = {split: documents / f"{split}.jsonl" for split in SPLITS}
+    for file in files.values():
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; make it with dvc repro prepare")
+    tokenizer, sha256 = load_tokenizer(base), tokenizer_sha256(base)
+    context_length = read_json(base / "config.json")["n_positions"]
+    report = {}
+    with whole_folder(out) as partial:
+        for split, file in files.items():
+            (partial / split).mkdir()
+            with file.open("rb") as lines:
+                rows = sum(1 for _ in lines)
+            progress = tqdm(
+                read_jsonl(file), desc=split, total=rows, unit=" documents", disable=not sys.stderr.isatty()
+            )
+            write_tokens(partial / split, (row["text"] for row in progress), tokenizer, sha256)
+            report[split] = summarize(load_tokens(partial / split, sha256), context_length)
+            print(f"{split}: {report[split]['documents']:,} documents, {report[split]['tokens']:,} tokens")
+        write_json(partial / "report.json", {**report, "context_length": context_length, "tokenizer_sha256": sha256})
+
+
+def summarize(arrays: TokenArrays, context_length: int) -> dict[str, int | float | None]:
+    """What the report says of a split.
+
+    `tokens` counts the end-of-texts, as do the lengths of documents, each with both of its own; `bytes_per_token` is
+    that of the texts alone, null where they have no tokens. A longer document than `context_length` takes several
+    windows.
+    """
+    lengths = arrays.document_tokens()
+    text_tokens = len(arrays.tokens) - len(arrays) - 1
+    return {
+        "documents": len(arrays),
+        "tokens": len(arrays.tokens),
+        "bytes": arrays.text_bytes,
+        "bytes_per_token": arrays.text_bytes / text_tokens if text_tokens else None,
+        "longest_document_tokens": int(lengths.max(initial=0)),
+        "documents_longer_than_context": int((lengths > context_length).sum()),
+    }
+
+
+if __name__ == "__main__":
+    main()

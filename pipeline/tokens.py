@@ -1,0 +1,201 @@
+"""Texts as tokens: the tokenizer as this project uses it, and the arrays in which `tokenize` stores each split.
+
+Every document is read as end-of-text, its text, end-of-text: the first is context and never a label. A split's folder
+holds:
+
+- `tokens.npy`, `[tokens]`, uint16 where every id fits and uint32 elsewhere: a leading end-of-text, then each document's
+  text followed by an end-of-text;
+- `bounds.npy`, `[documents + 1]`, int64: the positions of those end-of-texts, so that document i, with both of its
+  own, is `tokens[bounds[i] : bounds[i + 1] + 1]`;
+- `meta.json`: the other fields of `TokenArrays`, and how many documents and tokens of which dtype there are.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+from tokenizers import Tokenizer
+
+from pipeline.errors import UserError
+from pipeline.files import read_json, write_json
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Every file that a tokenizer of `transformers` may consist of; this project reads the first alone."""
+
+BATCH_DOCUMENTS = 1000
+"""Encoded at a time: keeps every core busy while memory holds little of the corpus."""
+
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder; see `load_tokenizer_file`."""
+    return load_tokenizer_file(folder / TOKENIZER_FILE)
+
+
+def load_tokenizer_file(file: Path) -> Tokenizer:
+    """A tokenizer that encodes a text as nothing but its text.
+
+    Special tokens are added nowhere and written out in a text they are ordinary characters; nothing is truncated or
+    padded. Raises `UserError` where the file is missing or not JSON.
+    """
+    tokenizer = Tokenizer.from_str(json.dumps(_read_tokenizer_json(file)))
+    tokenizer.encode_special_tokens = True
+    tokenizer.post_processor = None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """SHA-256 of the content of `tokenizer.json`, whatever its layout: of its JSON with sorted keys and no spaces."""
+    content = _read_tokenizer_json(folder / TOKENIZER_FILE)
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Rows that an embedding needs for every id: the highest plus one, added tokens included."""
+    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return 1 + max(ids.values())
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id of `<|endoftext|>`. Raises `UserError` where the tokenizer has none."""
+    token_id = tokenizer.token_to_id(END_OF_TEXT)
+    if token_id is None:
+        raise UserError(f"the tokenizer has no {END_OF_TEXT} token, which parts documents; use one that has it")
+    return int(token_id)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt read as the beginning of a document: end-of-text, then its text."""
+    return [end_of_text_id(tokenizer), *tokenizer.encode(prompt).ids]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenArrays:
+    """The token arrays of one split, mapped into memory; as long as it has documents."""
+
+    tokens: Tokens
+    bounds: NDArray[np.int64]
+    tokenizer_sha256: str
+    vocabulary_size: int
+    end_of_text_id: int
+    text_bytes: int
+    """Of all texts in UTF-8."""
+    sha256: str
+    """Of the values of `tokens`, little-endian; as no text holds end-of-text, it stands for the bounds too."""
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def document(self, index: int) -> Tokens:
+        """A view of document `index` (from 0), which begins and ends with end-of-text."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        return self.tokens[self.bounds[index] : self.bounds[index + 1] + 1]
+
+    def document_tokens(self) -> NDArray[np.int64]:
+        """The length of every document, `[documents]`, with both of its end-of-texts."""
+        return np.diff(self.bounds) + 1
+
+
+def write_tokens(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, tokenizer_sha256: str) -> None:
+    """Encode one text a document and write the arrays to `folder`, which exists; memory holds a batch of texts.
+
+    A text without tokens is a document all the same. The same texts and tokenizer give the same bytes.
+    """
+    end_of_text, size = end_of_text_id(tokenizer), vocabulary_size(tokenizer)
+    dtype = np.dtype("<u2" if size <= 2**16 else "<u4")
+    documents, tokens, text_bytes, digest = 0, 1, 0, hashlib.sha256()
+    with (folder / "tokens.npy").open("wb") as tokens_file, (folder / "bounds.npy").open("wb") as bounds_file:
+        # NumPy pads a header so that its length does not depend on the shape, which is known at the end only.
+        _write_header(tokens_file, dtype, 0)
+        _write_header(bounds_file, np.int64, 0)
+        digest.update(_append(tokens_file, np.array([end_of_text], dtype)))
+        _append(bounds_file, np.zeros(1, np.int64))
+        for batch in _batches(texts):
+            encodings = tokenizer.encode_batch_fast(batch)
+            ids = [token_id for encoding in encodings for token_id in (*encoding.ids, end_of_text)]
+            lengths = np.array([len(encoding) + 1 for encoding in encodings], np.int64)
+            digest.update(_append(tokens_file, np.array(ids, dtype)))
+            _append(bounds_file, tokens - 1 + np.cumsum(lengths))
+            documents += len(batch)
+            tokens += len(ids)
+            text_bytes += sum(len(text.encode()) for text in batch)
+        _write_header(tokens_file, dtype, tokens)
+        _write_header(bounds_file, np.int64, documents + 1)
+    meta = {
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocabulary_size": size,
+        "end_of_text_id": end_of_text,
+        "documents": documents,
+        "tokens": tokens,
+        "dtype": dtype.name,
+        "text_bytes": text_bytes,
+        "sha256": digest.hexdigest(),
+    }
+    write_json(folder / "meta.json", meta)
+
+
+def load_tokens(folder: Path, tokenizer_sha256: str) -> TokenArrays:
+    """Map the arrays of a split. Raises `UserError` where they are missing or another tokenizer wrote them."""
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"{folder}: holds no token arrays; make them with dvc repro tokenize")
+    meta = read_json(folder / "meta.json")
+    if meta["tokenizer_sha256"] != tokenizer_sha256:
+        raise UserError(f"{folder}: was written with another tokenizer than the model's; make it anew with dvc repro")
+    return TokenArrays(
+        tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
+        bounds=np.load(folder / "bounds.npy", mmap_mode="r"),
+        tokenizer_sha256=meta["tokenizer_sha256"],
+        vocabulary_size=meta["vocabulary_size"],
+        end_of_text_id=meta["end_of_text_id"],
+        text_bytes=meta["text_bytes"],
+        sha256=meta["sha256"],
+    )
+
+
+def _read_tokenizer_json(file: Path) -> object:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; the model's folder must hold its tokenizer as {TOKENIZER_FILE}")
+    try:
+        return read_json(file)
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}; fetch or save the tokenizer again") from error
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    remaining = iter(texts)
+    while batch := list(islice(remaining, BATCH_DOCUMENTS)):
+        yield batch
+
+
+def _append(file: BinaryIO, values: NDArray[np.integer]) -> bytes:
+    """Write the values and return their bytes."""
+    data = values.tobytes()
+    file.write(data)
+    return data
+
+
+def _write_header(file: BinaryIO, dtype: DTypeLike, length: int) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (length,)}
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, header)
