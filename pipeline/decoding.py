@@ -1,6 +1,6 @@
 """`SamplingParams`: how a continuation is decoded. Names, neutral values and ranges stand here and nowhere else."""
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -104,6 +104,10 @@ class SamplingParams:
         for name in values:
             if name not in known:
                 raise UserError(f"{prefix}{name}: no such decoding parameter; known are {', '.join(sorted(known))}")
+        if isinstance(bias := values.get("logit_bias"), Mapping):
+            # JSON has no whole numbers for keys.
+            ids = {int(key) if isinstance(key, str) and key.isdecimal() else key: bias[key] for key in bias}
+            values = {**values, "logit_bias": ids}
         try:
             return cls(**values)
         except UserError as error:
@@ -130,7 +134,7 @@ def _tuple_of(params: SamplingParams, name: str) -> tuple[Any, ...]:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise UserError(f"{name}: expected a finite number, got {value!r}")
 
 

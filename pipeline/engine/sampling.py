@@ -1,0 +1,329 @@
+"""From logits to a token: the readable reference of sampling, one row at a time, in NumPy.
+
+The order is fixed; each filter sees the distribution that the earlier ones left, and a neutral value turns it off:
+
+1. bias, bans and allowed tokens
+2. repetition penalty, over prompt and output
+3. presence and frequency penalty, over the output
+4. no-repeat n-gram, over prompt and output
+5. minimum length
+6. temperature
+7. top-k
+8. top-p
+9. min-p
+10. typical-p
+11. draw
+
+Filters and order are those of `transformers` where it has them, but for one thing: of equally likely tokens at the edge
+of a filter all are kept, so that the outcome hangs on no sorting order.
+
+A row of logits is float32 [vocabulary]. A removed token has the logit -inf. No function changes its input; one that
+has nothing to do returns it as it is. Token ids are taken to lie in the vocabulary: `check_token_ids` sees to those of
+a request.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.decoding import SamplingParams
+from pipeline.errors import UserError
+
+Logits = npt.NDArray[np.float32]
+Float64s = npt.NDArray[np.float64]
+TokenIds = Sequence[int] | npt.NDArray[np.integer]
+
+REMOVED = np.float32(-np.inf)
+
+
+def sample(
+    logits: Logits,
+    params: SamplingParams,
+    prompt_ids: TokenIds,
+    output_ids: TokenIds,
+    end_of_text_id: int,
+    seed: int,
+    choice: int,
+) -> int:
+    """The next token of a continuation that so far holds `output_ids`.
+
+    `seed` stands in for `params.seed`, which may be null; `choice` is the index among the request's `n` continuations.
+    Raises what `filter_logits` raises.
+    """
+    filtered = filter_logits(logits, params, prompt_ids, output_ids, end_of_text_id)
+    return draw(filtered, uniform(seed, choice, len(output_ids)))
+
+
+def filter_logits(
+    logits: Logits, params: SamplingParams, prompt_ids: TokenIds, output_ids: TokenIds, end_of_text_id: int
+) -> Logits:
+    """Apply every filter in the module's order.
+
+    Raises `UserError` when no token is left, and `ArithmeticError` when the model gave NaN or infinity.
+    """
+    history_ids = np.concatenate([_array(prompt_ids), _array(output_ids)])
+    ending_ids = (end_of_text_id, *params.stop_token_ids)
+
+    logits = apply_bias(logits, params.logit_bias)
+    logits = apply_bans(logits, params.banned_token_ids, params.allowed_token_ids, ending_ids)
+    logits = apply_repetition_penalty(logits, history_ids, params.repetition_penalty)
+    logits = apply_presence_penalty(logits, output_ids, params.presence_penalty)
+    logits = apply_frequency_penalty(logits, output_ids, params.frequency_penalty)
+    logits = apply_no_repeat_ngram(logits, history_ids, params.no_repeat_ngram_size)
+    logits = apply_minimum_length(logits, len(output_ids), params.min_new_tokens, ending_ids)
+    _check_some_token_left(logits)
+    # Each filter from here on keeps at least one token.
+    logits = apply_temperature(logits, params.temperature)
+    logits = apply_top_k(logits, params.top_k)
+    logits = apply_top_p(logits, params.top_p)
+    logits = apply_min_p(logits, params.min_p)
+    return apply_typical_p(logits, params.typical_p)
+
+
+def apply_bias(logits: Logits, logit_bias: Mapping[int, float]) -> Logits:
+    """Add each token's bias to its logit."""
+    if not logit_bias:
+        return logits
+    biased = logits.copy()
+    biased[list(logit_bias)] += np.array(list(logit_bias.values()), dtype=np.float32)
+    return biased
+
+
+def apply_bans(logits: Logits, banned_token_ids: TokenIds, allowed_token_ids: TokenIds, ending_ids: TokenIds) -> Logits:
+    """Remove the banned tokens and, where any are allowed, all that are neither allowed nor end the continuation."""
+    if len(allowed_token_ids) > 0:
+        logits = _only(logits, np.concatenate([_array(allowed_token_ids), _array(ending_ids)]))
+    return _remove(logits, banned_token_ids)
+
+
+def apply_repetition_penalty(logits: Logits, token_ids: TokenIds, penalty: float) -> Logits:
+    """Divide positive logits of the tokens by `penalty` and multiply the others (CTRL, Keskar et al. 2019).
+
+    How often a token occurs makes no difference. The paper divides all logits; the sign is heeded as in
+    `transformers`, so that a penalty above 1 always makes a token less likely.
+    """
+    if penalty == 1 or len(token_ids) == 0:
+        return logits
+    ids = _array(token_ids)
+    penalized = logits.copy()
+    before = logits[ids].astype(np.float64)
+    with np.errstate(over="ignore"):
+        after = np.where(before > 0, before / penalty, before * penalty).astype(np.float32)
+    # A tiny penalty must not overflow to +inf, which no softmax can take.
+    penalized[ids] = np.minimum(after, np.finfo(np.float32).max)
+    return penalized
+
+
+def apply_presence_penalty(logits: Logits, output_ids: TokenIds, penalty: float) -> Logits:
+    """Subtract `penalty` once from the logit of each token in the output (OpenAI's API)."""
+    if penalty == 0 or len(output_ids) == 0:
+        return logits
+    ids = _array(output_ids)
+    penalized = logits.copy()
+    penalized[ids] = logits[ids] - np.float32(penalty)
+    return penalized
+
+
+def apply_frequency_penalty(logits: Logits, output_ids: TokenIds, penalty: float) -> Logits:
+    """Subtract `penalty` from a token's logit once for each time that it stands in the output (OpenAI's API)."""
+    if penalty == 0 or len(output_ids) == 0:
+        return logits
+    ids, counts = np.unique(_array(output_ids), return_counts=True)
+    penalized = logits.copy()
+    penalized[ids] -= (penalty * counts).astype(np.float32)
+    return penalized
+
+
+def apply_no_repeat_ngram(logits: Logits, token_ids: TokenIds, ngram_size: int) -> Logits:
+    """Remove each token that would complete an n-gram standing in `token_ids` already (Paulus et al. 2017)."""
+    if ngram_size == 0 or len(token_ids) < ngram_size:
+        return logits
+    ids = _array(token_ids)
+    ngrams = np.lib.stride_tricks.sliding_window_view(ids, ngram_size)  # [positions, n]
+    begun = ids[len(ids) - ngram_size + 1 :]
+    repeats = (ngrams[:, :-1] == begun).all(axis=1)
+    return _remove(logits, ngrams[repeats, -1])
+
+
+def apply_minimum_length(logits: Logits, output_tokens: int, min_new_tokens: int, ending_ids: TokenIds) -> Logits:
+    """Remove the tokens that end the continuation while it holds fewer than `min_new_tokens`."""
+    return _remove(logits, ending_ids) if output_tokens < min_new_tokens else logits
+
+
+def apply_temperature(logits: Logits, temperature: float) -> Logits:
+    """Divide by the temperature; 0 keeps only the likeliest token, the lowest id among equals.
+
+    The largest logit is taken from all first: no probability changes, and no temperature is too small to divide by.
+    """
+    if temperature == 1:
+        return logits
+    if temperature == 0:
+        return _only(logits, [int(np.argmax(logits))])
+    with np.errstate(over="ignore"):  # to -inf, where the probability is 0 as well
+        cooled: Logits = ((logits - logits.max()) / np.float64(temperature)).astype(np.float32)
+    return cooled
+
+
+def apply_top_k(logits: Logits, top_k: int) -> Logits:
+    """Keep the `top_k` likeliest tokens and those as likely as the last of them (Fan et al. 2018)."""
+    if top_k == 0 or top_k >= logits.size:
+        return logits
+    return _at_least(logits, _kth_largest(logits, top_k))
+
+
+def apply_top_p(logits: Logits, top_p: float) -> Logits:
+    """Keep the smallest set of likeliest tokens whose probability reaches `top_p` (nucleus, Holtzman et al. 2020).
+
+    Tokens as likely as the last of the set are kept too.
+    """
+    if top_p == 1:
+        return logits
+    left = logits[logits > REMOVED]
+    probabilities = softmax(left)
+    likeliest = np.sort(probabilities[_sufficient(probabilities, top_p)])[::-1]
+    edge = likeliest[_reach(likeliest, top_p)]
+    return _at_least(logits, float(left[probabilities >= edge].min()))
+
+
+def apply_min_p(logits: Logits, min_p: float) -> Logits:
+    """Keep the tokens at least `min_p` times as likely as the likeliest (Nguyen et al. 2024)."""
+    if min_p == 0:
+        return logits
+    return _at_least(logits, float(logits.max()) + math.log(min_p))
+
+
+def apply_typical_p(logits: Logits, typical_p: float) -> Logits:
+    """Keep the tokens whose surprise -ln p is nearest the entropy, until their probability reaches `typical_p`.
+
+    Tokens as near as the last of them are kept too (locally typical sampling, Meister et al. 2023).
+    """
+    if typical_p == 1:
+        return logits
+    candidates = np.flatnonzero(logits > REMOVED)
+    logprobs = log_softmax(logits[candidates])
+    probabilities = np.exp(logprobs)
+    entropy = -(probabilities @ logprobs)
+    distances = np.abs(-logprobs - entropy)
+    near = np.flatnonzero(distances <= distances[_sufficient(probabilities, typical_p)].max())
+    nearest = near[np.argsort(distances[near])]
+    edge = distances[nearest[_reach(probabilities[nearest], typical_p)]]
+    return _only(logits, candidates[distances <= edge])
+
+
+def draw(logits: Logits, u: float) -> int:
+    """The token at which the CDF in vocabulary order first exceeds `u`, a float64 in [0, 1).
+
+    The CDF is summed in float64 over the tokens that are left; one of probability 0 is never drawn.
+    """
+    candidates = np.flatnonzero(logits > REMOVED)
+    cdf = np.cumsum(np.exp(_shifted(logits[candidates])))
+    # u * sum < sum even after rounding, as u is at most 1 - 2**-53: the index is always in range.
+    return int(candidates[np.searchsorted(cdf, u * cdf[-1], side="right")])
+
+
+def uniform(seed: int, choice: int, step: int) -> float:
+    """A float64 in [0, 1) that depends on its arguments alone, not on what was drawn before.
+
+    Philox4x64-10 (Salmon et al. 2011) with the key (seed, choice) is applied to the counter (step + 1, 0, 0, 0), all
+    words of 64 bits, the first the least significant; the upper 53 bits of the first word of its output, divided by
+    2**53, are the number. NumPy's generator counts up before each block: hence the 1.
+    """
+    key = np.array([seed, choice], dtype=np.uint64)
+    counter = np.array([step, 0, 0, 0], dtype=np.uint64)
+    word = int(np.random.Philox(key=key, counter=counter).random_raw())
+    return (word >> 11) * 2.0**-53
+
+
+def softmax(logits: Logits) -> Float64s:
+    """Probabilities over the last axis, float64 [..., vocabulary]; 0 for a removed token."""
+    weights = np.exp(_shifted(logits))
+    probabilities: Float64s = weights / weights.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def log_softmax(logits: Logits) -> Float64s:
+    """Natural-log probabilities over the last axis, float64 [..., vocabulary]."""
+    shifted = _shifted(logits)
+    logprobs: Float64s = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return logprobs
+
+
+def token_logprobs(logits: Logits, token_id: int, top_count: int) -> tuple[float, dict[int, float]]:
+    """The natural-log probability of a token and those of the `top_count` likeliest, likeliest first, ties by id.
+
+    `logits` are the model's own: what is reported is what the model says, before any filter or temperature.
+    """
+    logprobs = log_softmax(logits)
+    if top_count == 0:
+        return float(logprobs[token_id]), {}
+    candidates = np.flatnonzero(logits >= _kth_largest(logits, min(top_count, logits.size)))
+    likeliest = candidates[np.argsort(-logits[candidates], kind="stable")[:top_count]]
+    return float(logprobs[token_id]), {int(i): float(logprobs[i]) for i in likeliest}
+
+
+def check_token_ids(params: SamplingParams, vocabulary_size: int) -> None:
+    """Raise `UserError`, naming the field, when a request names a token that the vocabulary lacks."""
+    for name in ("logit_bias", "banned_token_ids", "allowed_token_ids", "stop_token_ids"):
+        for token_id in getattr(params, name):
+            if token_id >= vocabulary_size:
+                raise UserError(
+                    f"{name}: no token has the id {token_id}, give ids below the vocabulary size ({vocabulary_size})"
+                )
+
+
+def _array(token_ids: TokenIds) -> npt.NDArray[np.int64]:
+    return np.asarray(token_ids, dtype=np.int64)
+
+
+def _at_least(logits: Logits, edge: float) -> Logits:
+    """Keep the logits from `edge` on, which is rounded to float32 as they are."""
+    return np.where(logits >= np.float32(edge), logits, REMOVED)
+
+
+def _only(logits: Logits, token_ids: TokenIds) -> Logits:
+    kept = np.full_like(logits, REMOVED)
+    ids = _array(token_ids)
+    kept[ids] = logits[ids]
+    return kept
+
+
+def _remove(logits: Logits, token_ids: TokenIds) -> Logits:
+    if len(token_ids) == 0:
+        return logits
+    remaining = logits.copy()
+    remaining[_array(token_ids)] = REMOVED
+    return remaining
+
+
+def _kth_largest(logits: Logits, k: int) -> float:
+    return float(np.partition(logits, logits.size - k)[logits.size - k])
+
+
+def _shifted(logits: Logits) -> Float64s:
+    """The logits less the largest of their row, so that `exp` cannot overflow."""
+    wide = logits.astype(np.float64)
+    shifted: Float64s = wide - wide.max(axis=-1, keepdims=True)
+    return shifted
+
+
+def _sufficient(probabilities: Float64s, mass: float) -> npt.NDArray[np.bool_]:
+    """Tokens that together hold more than `mass`, as the others hold less than half the rest: far fewer to sort."""
+    return probabilities >= (1 - mass) / (2 * probabilities.size)
+
+
+def _reach(probabilities: Float64s, mass: float) -> int:
+    """Index at which the running sum reaches `mass`, or the last one where rounding keeps the sum below it."""
+    return min(int(np.searchsorted(np.cumsum(probabilities), mass)), probabilities.size - 1)
+
+
+def _check_some_token_left(logits: Logits) -> None:
+    likeliest = float(logits.max())
+    if likeliest == -math.inf:
+        raise UserError(
+            "the decoding parameters leave no token to draw; relax banned_token_ids, allowed_token_ids, "
+            "no_repeat_ngram_size or min_new_tokens"
+        )
+    if not math.isfinite(likeliest):
+        raise ArithmeticError(f"the model's logits hold {likeliest}")

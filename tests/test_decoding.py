@@ -1,0 +1,170 @@
+"""`SamplingParams`: neutral values, types, ranges, and the way to and from JSON."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.decoding import SamplingParams
+from pipeline.errors import UserError
+
+OUT_OF_RANGE = [
+    ("temperature", -0.1, "at least 0"),
+    ("top_k", -1, "at least 0"),
+    ("top_p", 0.0, r"in \(0, 1\]"),
+    ("top_p", 1.01, r"in \(0, 1\]"),
+    ("min_p", -0.01, r"in \[0, 1\]"),
+    ("min_p", 1.01, r"in \[0, 1\]"),
+    ("typical_p", 0.0, r"in \(0, 1\]"),
+    ("typical_p", 1.01, r"in \(0, 1\]"),
+    ("repetition_penalty", 0.0, "above 0"),
+    ("presence_penalty", -2.1, r"in \[-2, 2\]"),
+    ("presence_penalty", 2.1, r"in \[-2, 2\]"),
+    ("frequency_penalty", -2.1, r"in \[-2, 2\]"),
+    ("frequency_penalty", 2.1, r"in \[-2, 2\]"),
+    ("no_repeat_ngram_size", -1, "at least 0"),
+    ("min_new_tokens", -1, "at least 0"),
+    ("max_new_tokens", 0, "at least 1"),
+    ("seed", -1, "at least 0"),
+    ("seed", 2**63, r"below 2\*\*63"),
+    ("n", 0, "at least 1"),
+    ("logprobs", -1, "at least 0"),
+]
+NUMBERS = [
+    *("temperature", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+]
+WHOLE_NUMBERS = ["top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "seed", "n", "logprobs"]
+TOKEN_ID_LISTS = ["banned_token_ids", "allowed_token_ids", "stop_token_ids"]
+
+
+def with_value(name: str, value: Any) -> SamplingParams:
+    return SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), OUT_OF_RANGE)
+def test_value_out_of_range_names_field_value_and_range(name: str, value: float, allowed: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name}: {value} is out of range, must be {allowed}$"):
+        with_value(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", 0.0), ("top_p", 1.0), ("min_p", 0.0), ("min_p", 1.0), ("typical_p", 1.0)),
+        *(("presence_penalty", -2), ("presence_penalty", 2), ("frequency_penalty", -2), ("frequency_penalty", 2)),
+        *(("seed", 0), ("seed", 2**63 - 1), ("max_new_tokens", 1), ("n", 1), ("logprobs", 0)),
+    ],
+)
+def test_ends_of_a_range_belong_to_it(name: str, value: float) -> None:
+    assert getattr(with_value(name, value), name) == value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "0.5", None, True, [1.0]])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_number_must_be_a_finite_number_and_no_truth_value(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"^{name}: expected a finite number, got "):
+        with_value(name, value)
+
+
+@pytest.mark.parametrize("value", [1.0, "1", True, [1]])
+@pytest.mark.parametrize("name", WHOLE_NUMBERS)
+def test_whole_number_must_be_an_integer_and_no_truth_value(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"^{name}: expected a whole number, got "):
+        with_value(name, value)
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "seed", "logprobs"])
+def test_null_is_a_value_where_the_field_says_so(name: str) -> None:
+    assert getattr(with_value(name, None), name) is None
+
+
+@pytest.mark.parametrize("value", [0, 1, "yes", None])
+def test_ignore_eos_is_a_truth_value(value: Any) -> None:
+    with pytest.raises(UserError, match=r"^ignore_eos: expected true or false, got "):
+        SamplingParams(ignore_eos=value)
+
+
+def test_minimum_length_above_the_maximum_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^min_new_tokens: 6 is out of range, must be at most max_new_tokens \(5\)$"):
+        SamplingParams(min_new_tokens=6, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("name", TOKEN_ID_LISTS)
+def test_token_ids_are_a_list_of_whole_numbers_from_0(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name}: expected a list, got 5$"):
+        with_value(name, 5)
+    with pytest.raises(UserError, match=rf"^{name}: expected a whole number, got True$"):
+        with_value(name, [True])
+    with pytest.raises(UserError, match=rf"^{name}: -1 is out of range, must be at least 0$"):
+        with_value(name, [3, -1])
+    assert getattr(with_value(name, [3, 4]), name) == (3, 4)
+
+
+@pytest.mark.parametrize("value", ["end", ["end", ""], [5]])
+def test_stop_is_a_list_of_texts_that_are_not_empty(value: Any) -> None:
+    with pytest.raises(UserError, match=r"^stop: expected "):
+        SamplingParams(stop=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([(5, 1.0)], r"expected token ids and their biases, got \[\(5, 1.0\)\]"),
+        ({"5": 1.0}, "expected a whole number, got '5'"),
+        ({-5: 1.0}, "-5 is out of range, must be at least 0"),
+        ({5: math.nan}, "expected a finite number, got nan"),
+        ({5: 100.5}, r"100.5 is out of range, must be in \[-100, 100\]"),
+    ],
+)
+def test_logit_bias_maps_token_ids_to_biases_in_range(value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^logit_bias: {message}$"):
+        SamplingParams(logit_bias=value)
+
+
+def test_unknown_name_is_refused_with_its_section() -> None:
+    with pytest.raises(UserError, match=r"^evaluate\.decoding\.topk: no such decoding parameter; known are .*top_k"):
+        SamplingParams.from_mapping({"topk": 5}, section="evaluate.decoding")
+
+
+def test_wrong_value_is_told_with_its_section() -> None:
+    with pytest.raises(UserError, match=r"^evaluate\.decoding\.top_p: 2 is out of range, must be in \(0, 1\]$"):
+        SamplingParams.from_mapping({"top_p": 2}, section="evaluate.decoding")
+
+
+def test_only_a_mapping_holds_decoding_parameters() -> None:
+    with pytest.raises(UserError, match=r"^decoding: expected names and values, got \[1\]$"):
+        SamplingParams.from_mapping([1], section="decoding")
+
+
+def test_neutral_parameters_map_to_nothing() -> None:
+    assert SamplingParams().to_mapping() == {}
+
+
+token_ids = st.lists(st.integers(0, 2**20), max_size=4).map(tuple)
+
+
+@given(
+    st.builds(
+        SamplingParams,
+        temperature=st.floats(0, 100),
+        top_k=st.integers(0, 100),
+        top_p=st.floats(0, 1, exclude_min=True),
+        repetition_penalty=st.floats(0.1, 10),
+        banned_token_ids=token_ids,
+        stop=st.lists(st.text(min_size=1), max_size=3).map(tuple),
+        ignore_eos=st.booleans(),
+        seed=st.none() | st.integers(0, 2**63 - 1),
+        logprobs=st.none() | st.integers(0, 20),
+    )
+)
+def test_parameters_survive_json(params: SamplingParams) -> None:
+    assert SamplingParams.from_mapping(json.loads(json.dumps(params.to_mapping()))) == params
+
+
+def test_logit_bias_survives_a_mapping() -> None:
+    params = SamplingParams(logit_bias={7: -1.5, 9: 2.0})
+    assert SamplingParams.from_mapping(params.to_mapping()) == params
