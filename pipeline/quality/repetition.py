@@ -1,0 +1,39 @@
+"""How much a text repeats itself."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.quality.ngrams import TokenIds, ngrams, unique_share
+
+
+def rep_n(token_ids: TokenIds, n: int) -> float:
+    """Share of a continuation's n-grams that stand in it already: 1 - unique / total.
+
+    seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training". 0 where there is no n-gram.
+    """
+    return 1 - unique_share(ngrams(token_ids, n))
+
+
+def mean_rep_n(samples: Sequence[TokenIds], n: int) -> float:
+    """`rep_n` of each sample, averaged over the samples as the paper does it. 0 where there is no sample."""
+    return float(np.mean([rep_n(sample, n) for sample in samples])) if samples else 0.0
+
+
+def is_looping(token_ids: TokenIds, max_ngram_tokens: int, repeats: int) -> bool:
+    """Whether the end is one n-gram of at most `max_ngram_tokens` tokens, `repeats` times in a row.
+
+    A loop that is cut off in the middle of the n-gram counts: its end repeats the n-gram from another token on. The
+    definition is ours; Holtzman et al. 2020 describe such loops in "The Curious Case of Neural Text Degeneration".
+    """
+    ids = np.asarray(token_ids, dtype=np.int64)
+    for n in range(1, min(max_ngram_tokens, len(ids) // repeats) + 1):
+        end = ids[len(ids) - n * repeats :]
+        if (end[n:] == end[:-n]).all():
+            return True
+    return False
+
+
+def share_looping(samples: Sequence[TokenIds], max_ngram_tokens: int, repeats: int) -> float:
+    """Share of the samples that end in a loop. 0 where there is no sample."""
+    return float(np.mean([is_looping(sample, max_ngram_tokens, repeats) for sample in samples])) if samples else 0.0
