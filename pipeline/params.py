@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.reader import ReaderError
 
 from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError
@@ -28,15 +29,30 @@ def _regular_expression(pattern: str) -> str:
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _one_sample_a_prompt(decoding: SamplingParams) -> SamplingParams:
+    if decoding.seed is not None:
+        raise ValueError("seed: set evaluate.seed; a registered model draws a fresh seed for each call")
+    if decoding.n != 1:
+        raise ValueError(f"n: {decoding.n} is out of range, must be 1: evaluate takes one sample a prompt")
+    return decoding
+
+
 Pattern = Annotated[str, AfterValidator(_regular_expression)]
-Decoding = Annotated[SamplingParams, BeforeValidator(SamplingParams.from_mapping)]
+Decoding = Annotated[SamplingParams, BeforeValidator(SamplingParams.from_mapping), AfterValidator(_one_sample_a_prompt)]
 
 
 class Section(BaseModel):
     """A section of the file: fixed once read, nothing unknown, no type coerced but a whole number to a float."""
 
     model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        arbitrary_types_allowed=True,
     )
 
 
@@ -113,7 +129,7 @@ class PrepareParams(Section):
 class SamplesParams(Section):
     """The table of samples written at each evaluation while training."""
 
-    prompts: list[str]
+    prompts: Annotated[list[str], Field(min_length=1)]
     """An empty one starts from end-of-text."""
     temperature: Annotated[float, Field(gt=0)]
     top_p: Annotated[float, Field(gt=0, le=1)]
@@ -141,7 +157,9 @@ class FinetuneParams(Section):
     """Of all steps."""
     weight_decay: Annotated[float, Field(ge=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)] | None
-    """In embeddings, attention and residuals; null keeps the base's own."""
+    """Of embeddings and residuals; null keeps the base's own."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] | None
+    """Of attention weights; null keeps the base's own. Above 0 it bars the fused kernels and halves the speed."""
     max_grad_norm: Annotated[float, Field(gt=0)]
     """Gradients are scaled down to this L2 norm."""
     evaluations: Count
@@ -190,12 +208,6 @@ class EvaluateParams(Section):
     decoding: Decoding
     """The hand-set decoding parameters; what a registered model uses where its caller sets nothing."""
 
-    @model_validator(mode="after")
-    def _seed_stands_once(self) -> "EvaluateParams":
-        if self.decoding.seed is not None:
-            raise ValueError("decoding.seed: set evaluate.seed; a registered model draws a fresh seed for each call")
-        return self
-
 
 class RegisterParams(Section):
     """Under what name the model is registered."""
@@ -226,6 +238,10 @@ def read_yaml(path: Path) -> Any:
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not YAML: {error.problem}") from error
+    except ReaderError as error:
+        raise UserError(f"{path}: not YAML: {error.reason}, character {error.position + 1}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 from byte {error.start + 1} on; save it as UTF-8") from error
 
 
 def parse_params(values: Any, name: str) -> Params:
@@ -246,6 +262,8 @@ def _problem(detail: Any) -> str:
             return f"{key}: is missing"
         case "value_error":
             return f"{key}: {detail['ctx']['error']}"
+        case "model_type":
+            return f"{key}: must be names and values, got {detail['input']!r}"
         case _:
-            message = detail["msg"].removeprefix("Input ").replace("should be", "must be")
+            message = re.sub(r"^(Input|String|List) should", "must", detail["msg"])
             return f"{key}: {message}, got {detail['input']!r}"

@@ -1,0 +1,115 @@
+"""The command line: `python -m pipeline COMMAND`."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipeline.decoding import SamplingParams
+from pipeline.errors import UserError, reported
+from pipeline.params import load_params
+
+OUT = Path("out")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description="Commands around the pipeline of dvc.yaml.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_restore(commands)
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with reported():
+        parsed.run(parsed)
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continue a text with the latest export, or with a registered model, as it is drawn. "
+        "What is not set is taken from evaluate.decoding, or from the model's own decoding.",
+    )
+    parser.add_argument("prompt", help="the beginning; '' starts from nothing")
+    parser.add_argument("--model", help="models:/NAME@champion, models:/NAME/VERSION, or an engine folder")
+    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--precision", default="auto", help="one that the engine holds (default: its first)")
+    group = parser.add_argument_group("decoding parameters (pipeline/decoding.py tells what each does)")
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    ):
+        group.add_argument(_option(name), type=float, metavar="NUMBER")
+    for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "seed"):
+        group.add_argument(_option(name), type=int, metavar="NUMBER")
+    for name in ("banned_token_ids", "allowed_token_ids", "stop_token_ids"):
+        group.add_argument(_option(name), type=int, nargs="+", metavar="ID")
+    group.add_argument("--logit-bias", type=_bias, nargs="+", metavar="ID=BIAS")
+    group.add_argument("--stop", nargs="+", metavar="TEXT")
+    group.add_argument("--ignore-eos", action="store_true", default=None)
+    parser.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    # Imported here, so that `--help` is there at once.
+    from pipeline.serving.text import TextGenerator, merge_decoding
+
+    folder, defaults = _engine_and_decoding(arguments.model)
+    values = {name: value for name, value in vars(arguments).items() if name in SamplingParams.__dataclass_fields__}
+    if arguments.logit_bias:
+        values["logit_bias"] = dict(arguments.logit_bias)
+    params = merge_decoding(defaults, values)
+    generator = TextGenerator.load(folder, precision=arguments.precision, provider=arguments.provider)
+    print(arguments.prompt, end="", flush=True)
+    for piece in generator.stream(arguments.prompt, params):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _engine_and_decoding(model: str | None) -> tuple[Path, SamplingParams]:
+    if model is None or not model.startswith("models:"):
+        return Path(model or OUT / "export" / "engine"), load_params().evaluate.decoding
+    from pipeline.registry import fetch_model
+    from pipeline.tracking import connect
+
+    connect()
+    return fetch_model(model)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected ID=BIAS, got {text!r}") from None
+
+
+def _add_restore(commands: Any) -> None:
+    parser = commands.add_parser(
+        "restore",
+        help="make anew what the tracking store no longer holds",
+        description="Check that the tracking store holds the runs and the version that out/ names, "
+        "and run the stages again whose records are gone.",
+    )
+    parser.set_defaults(run=_restore)
+
+
+def _restore(_: argparse.Namespace) -> None:
+    from pipeline.restore import restore
+
+    if not (OUT / "register" / "version.json").is_file():
+        raise UserError(f"{OUT / 'register' / 'version.json'}: is missing; run `dvc repro` first")
+    restore(OUT)
+
+
+if __name__ == "__main__":
+    main()

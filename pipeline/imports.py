@@ -1,0 +1,44 @@
+"""Which files of this package a module needs, read from the source: what a stage depends on, what a model packs."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = "pipeline"
+
+
+def needed_files(module: str, root: Path) -> set[Path]:
+    """The files under `root` that importing `module` (`pipeline.stages.prepare`) reads, its own and packages' included.
+
+    Imports inside functions count too. Raises `ModuleNotFoundError` for a module of the package that is not there.
+    """
+    found: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        file = _file_of(name, root)
+        if file is None:
+            raise ModuleNotFoundError(f"no module {name} under {root}")
+        if file in found:
+            continue
+        found.add(file)
+        if "." in name:
+            waiting.append(name.rpartition(".")[0])
+        waiting += _imported(file, root)
+    return found
+
+
+def _imported(file: Path, root: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from pipeline import tracking` names a module, `from pipeline.errors import UserError` does not.
+            parts = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [node.module, *(part for part in parts if _file_of(part, root))]
+    return [name for name in names if name.split(".")[0] == PACKAGE]
+
+
+def _file_of(module: str, root: Path) -> Path | None:
+    path = root.joinpath(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)

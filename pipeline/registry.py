@@ -1,0 +1,115 @@
+"""The model registry: versions found by what they are made of, and the rule by which aliases move."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature, get_model_info
+
+from pipeline.decoding import SamplingParams
+from pipeline.errors import UserError
+from pipeline.files import read_json
+from pipeline.tracking import store_lock
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+FINGERPRINT_TAG = "pipeline.fingerprint"
+TEST_SPLIT_TAG = "pipeline.test_split_sha256"
+BITS_PER_BYTE_TAG = "pipeline.test_bits_per_byte"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What decides between two versions: bits a byte, and on which test split."""
+
+    test_split_sha256: str
+    bits_per_byte: float
+
+
+def deserves_champion(candidate: Score, champion: Score | None) -> bool:
+    """Whether a version whose parity holds takes the champion's place.
+
+    It does where there is none, where the champion was scored on another test split, so that nothing can be compared,
+    and where its bits a byte on the same split are no worse.
+    """
+    return (
+        champion is None
+        or champion.test_split_sha256 != candidate.test_split_sha256
+        or candidate.bits_per_byte <= champion.bits_per_byte
+    )
+
+
+def find_version(client: MlflowClient, name: str, fingerprint: str) -> ModelVersion | None:
+    """The newest version of this fingerprint whose files are still there."""
+    versions = client.search_model_versions(f"name = '{name}' and tags.`{FINGERPRINT_TAG}` = '{fingerprint}'")
+    for version in sorted(versions, key=lambda version: -int(version.version)):
+        try:
+            get_model_info(f"models:/{name}/{version.version}")
+        except (MlflowException, OSError):
+            continue
+        return version
+    return None
+
+
+def log_version(
+    run_id: str,
+    name: str,
+    *,
+    model_file: Path,
+    code_folder: Path,
+    artifacts: dict[str, str],
+    signature: ModelSignature,
+    model_config: dict[str, Any],
+    input_example: tuple[list[str], dict[str, Any]],
+    requirements: list[str],
+    tags: dict[str, str],
+) -> ModelVersion:
+    """Log a pyfunc from code under the run and register it as the next version of `name`."""
+    with mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(model_file),
+            code_paths=[str(code_folder)],
+            artifacts=artifacts,
+            signature=signature,
+            model_config=model_config,
+            pip_requirements=requirements,
+            input_example=input_example,
+        )
+    return mlflow.register_model(logged.model_uri, name, tags=tags)
+
+
+def set_alias(client: MlflowClient, version: ModelVersion, score: Score) -> str:
+    """Point `champion`, or else `challenger`, at the version, under a lock; the alias that it got."""
+    with store_lock():
+        aliases = client.get_registered_model(version.name).aliases
+        champion = score_of(client.get_model_version(version.name, aliases[CHAMPION])) if CHAMPION in aliases else None
+        alias = CHAMPION if deserves_champion(score, champion) else CHALLENGER
+        client.set_registered_model_alias(version.name, alias, version.version)
+    return alias
+
+
+def score_of(version: ModelVersion) -> Score | None:
+    """The score that `register` wrote on a version; None on one that somebody else registered."""
+    if TEST_SPLIT_TAG not in version.tags or BITS_PER_BYTE_TAG not in version.tags:
+        return None
+    return Score(version.tags[TEST_SPLIT_TAG], float(version.tags[BITS_PER_BYTE_TAG]))
+
+
+def fetch_model(uri: str) -> tuple[Path, SamplingParams]:
+    """The engine folder and the decoding parameters of a registered model, `models:/NAME@ALIAS` or `models:/NAME/N`.
+
+    Its code is not read. Raises `UserError` where the registry does not hold it.
+    """
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(uri))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"{uri}: the registry does not hold it ({str(error).splitlines()[0]})") from error
+    artifacts = Model.load(str(folder)).flavors["python_function"]["artifacts"]
+    return folder / artifacts["engine"]["path"], SamplingParams.from_mapping(
+        read_json(folder / artifacts["decoding"]["path"])
+    )

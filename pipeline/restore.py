@@ -1,0 +1,60 @@
+"""Make anew what the tracking store no longer holds: the run that `run.json` names, scores, the registered version."""
+
+import csv
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline import tracking
+from pipeline.errors import UserError
+from pipeline.files import read_json
+
+
+def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, Any]) -> str:
+    """Id of the run that `finetune` opened; where the store does not hold it, of one made anew from its outputs.
+
+    The new run has the parameters, lineage, metrics and loss curves of the old one, but not its samples, and a tag
+    that names it, by which later calls find it.
+    """
+    run_id = read_json(finetune / "run.json")["run_id"]
+    found = tracking.find_run(client, run_id)
+    if found is not None:
+        return found
+    print(f"the tracking store does not hold run {run_id}; making it anew from {finetune}", file=sys.stderr)
+    with tracking.start_run("finetune", parameters, tags={tracking.RESTORES_TAG: run_id}) as run:
+        for name in ("train", "validation"):
+            with (finetune / f"loss_{name}.csv").open(encoding="utf-8", newline="") as file:
+                for point in csv.DictReader(file):
+                    run.log_metrics({f"{name}_loss": float(point["loss"])}, int(point["step"]))
+        metrics = read_json(finetune / "metrics.json")
+        run.log_metrics({f"final_{name}": value for name, value in metrics.items()})
+    return run.run_id
+
+
+def missing_stages(client: MlflowClient, out: Path) -> list[str]:
+    """The stages whose outputs name something that the store does not hold."""
+    run_id = tracking.find_run(client, read_json(out / "finetune" / "run.json")["run_id"])
+    if run_id is None or tracking.find_child(client, run_id, "evaluate") is None:
+        return ["evaluate", "register"]
+    version = read_json(out / "register" / "version.json")
+    try:
+        client.get_model_version(version["name"], str(version["version"]))
+    except MlflowException:
+        return ["register"]
+    return []
+
+
+def restore(out: Path) -> None:
+    """Run the stages again whose runs or version are missing in the store; does nothing where all is there.
+
+    Raises `UserError` where a stage fails.
+    """
+    for stage in missing_stages(tracking.connect(), out):
+        print(f"the tracking store does not hold what {stage} wrote; running it again", file=sys.stderr)
+        if subprocess.run(["dvc", "repro", "--force", "--single-item", stage], check=False).returncode:
+            raise UserError(f"{stage} failed; see above, and call restore again")

@@ -1,0 +1,1 @@
+"""The registered model and the ways to reach it."""

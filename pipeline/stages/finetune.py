@@ -1,0 +1,133 @@
+"""Fine-tune the base on the training split; the MLflow run that it opens is what later stages log under."""
+
+import argparse
+import csv
+import math
+import shutil
+import sys
+from pathlib import Path
+
+from transformers import GPT2LMHeadModel, logging, set_seed
+
+from pipeline import tracking
+from pipeline.errors import UserError, reported
+from pipeline.files import whole_file, whole_folder, write_json
+from pipeline.params import PARAMS_FILE, FinetuneParams, load_params, read_yaml
+from pipeline.tokens import TOKENIZER_FILES, TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
+from pipeline.training.packing import PackedRows
+from pipeline.training.samples import generate_samples
+from pipeline.training.trainer import Curves, finetune_model, supports_bfloat16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tokens", type=Path, help="folder of the tokenize stage")
+    parser.add_argument("base", type=Path, help="folder of the base stage")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    with reported():
+        params = load_params().finetune
+        with tracking.start_run("finetune", read_yaml(PARAMS_FILE)) as run:
+            finetune(arguments.tokens, arguments.base, arguments.out, params, run)
+
+
+def finetune(tokens: Path, base: Path, out: Path, params: FinetuneParams, run: tracking.RunLog) -> None:
+    """Write to `out`: `checkpoint/`, `metrics.json`, the loss curves as CSV and `run.json`, which names the run."""
+    tokenizer = load_tokenizer(base)
+    splits = {name: load_tokens(tokens / name, tokenizer_sha256(base)) for name in ("train", "validation")}
+    set_seed(params.seed)
+    model = load_base(base, dropout=params.dropout, attention_dropout=params.attention_dropout)
+    context_length = window_length(params, model.config.n_positions)
+    rows = {
+        name: PackedRows(arrays, context_length=context_length, row_tokens=params.row_tokens)
+        for name, arrays in splits.items()
+    }
+    for name, arrays in splits.items():
+        log_split(run, name, arrays, tokens)
+    run.set_tags({"finetune.precision": "bfloat16" if supports_bfloat16() else "float32"})
+
+    def log_samples(model: GPT2LMHeadModel, step: int) -> None:
+        decoding = params.samples.model_dump(exclude={"prompts"})
+        samples = generate_samples(model, tokenizer, params.samples)
+        run.log_table("samples.json", [{"step": step, **sample, **decoding} for sample in samples])
+
+    with whole_folder(out) as partial:
+        curves = finetune_model(
+            model,
+            rows["train"],
+            rows["validation"],
+            params,
+            end_of_text_id=splits["train"].end_of_text_id,
+            work_folder=partial / "work",
+            log=run,
+            on_evaluation=log_samples,
+        )
+        shutil.rmtree(partial / "work")
+        write_checkpoint(model, base, partial / "checkpoint")
+        metrics = summarize(curves, rows["train"], splits["train"])
+        write_json(partial / "metrics.json", metrics)
+        write_curve(partial / "loss_train.csv", curves.train)
+        write_curve(partial / "loss_validation.csv", curves.validation)
+        write_json(partial / "run.json", {"run_id": run.run_id})
+        run.log_metrics({f"final_{name}": value for name, value in metrics.items()})
+
+
+def load_base(base: Path, *, dropout: float | None, attention_dropout: float | None) -> GPT2LMHeadModel:
+    """The base's model in float32, with the dropout rates that are given in place of its own."""
+    rates = {"embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": attention_dropout}
+    changes = {name: rate for name, rate in rates.items() if rate is not None}
+    model: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(base, attn_implementation="sdpa", **changes)
+    return model
+
+
+def window_length(params: FinetuneParams, positions: int) -> int:
+    """Tokens of a window. Raises `UserError` where the base has fewer positions."""
+    if params.context_length is None:
+        return positions
+    if params.context_length > positions:
+        raise UserError(
+            f"finetune.context_length: {params.context_length} is more than the base's {positions} positions; "
+            "lower it, or set it to null for all of them"
+        )
+    return params.context_length
+
+
+def log_split(run: tracking.RunLog, name: str, arrays: TokenArrays, tokens: Path) -> None:
+    data_md5 = tracking.dvc_md5("data")
+    source = {"split": name, "documents": str(len(arrays)), "tokens": str(len(arrays.tokens))}
+    run.log_dataset(name, arrays.sha256[:36], source | ({"dvc.data_md5": data_md5} if data_md5 else {}))
+
+
+def write_checkpoint(model: GPT2LMHeadModel, base: Path, out: Path) -> None:
+    """The weights as safetensors with the base's tokenizer files."""
+    model.save_pretrained(out, max_shard_size=sys.maxsize)
+    for file in base.iterdir():
+        if file.name in TOKENIZER_FILES:
+            shutil.copy(file, out)
+
+
+def summarize(curves: Curves, train: PackedRows, tokens: TokenArrays) -> dict[str, float]:
+    """What `dvc metrics` compares: losses in nats a token; nothing that differs between two runs of the same commit."""
+    best_step, best_loss = curves.best_validation
+    return {
+        "train_loss": curves.train[-1][1],
+        "validation_loss": best_loss,
+        "validation_perplexity": math.exp(best_loss),
+        "base_validation_loss": curves.validation[0][1],
+        "best_step": best_step,
+        "steps": curves.train[-1][0],
+        "train_tokens": len(tokens.tokens),
+        "padding_share": train.padding_share,
+    }
+
+
+def write_curve(path: Path, points: list[tuple[int, float]]) -> None:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "loss"])
+        writer.writerows(points)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Register the engine with its tokenizer, decoding, parity and scores as one version of the model."""
+
+import argparse
+import hashlib
+import json
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+import pipeline
+from pipeline import registry, tracking
+from pipeline.decoding import SamplingParams
+from pipeline.errors import reported
+from pipeline.files import read_json, sha256_file, write_json
+from pipeline.imports import needed_files
+from pipeline.params import PARAMS_FILE, load_params, read_yaml
+from pipeline.restore import parent_run
+
+SERVED_MODULE = "pipeline.serving.pyfunc"
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string)]),
+    outputs=Schema([ColSpec(DataType.string)]),
+    params=ParamSchema(
+        [
+            *(
+                ParamSpec(name, DataType.double, None)
+                for name in (
+                    "temperature",
+                    "top_p",
+                    "min_p",
+                    "typical_p",
+                    "repetition_penalty",
+                    "presence_penalty",
+                    "frequency_penalty",
+                )
+            ),
+            *(
+                ParamSpec(name, DataType.long, None)
+                for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "seed", "n")
+            ),
+            ParamSpec("ignore_eos", DataType.boolean, None),
+            *(
+                ParamSpec(name, DataType.long, [], shape=(-1,))
+                for name in ("banned_token_ids", "allowed_token_ids", "stop_token_ids", "logit_bias_ids")
+            ),
+            ParamSpec("logit_bias_values", DataType.double, [], shape=(-1,)),
+            ParamSpec("stop", DataType.string, [], shape=(-1,)),
+        ]
+    ),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("export", type=Path, help="folder of the export stage")
+    parser.add_argument("evaluate", type=Path, help="folder of the evaluate stage")
+    parser.add_argument("finetune", type=Path, help="folder of the finetune stage")
+    parser.add_argument("test", type=Path, help="the test split's documents")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    with reported():
+        params = load_params()
+        register(
+            arguments.export,
+            arguments.evaluate,
+            arguments.finetune,
+            arguments.test,
+            arguments.out,
+            name=params.register_.name,
+            decoding=params.evaluate.decoding,
+        )
+
+
+def register(
+    export: Path, evaluate: Path, finetune: Path, test: Path, out: Path, *, name: str, decoding: SamplingParams
+) -> None:
+    """Write `version.json` to `out`: the version that holds these files, registered now or found in the registry."""
+    scores = read_json(evaluate / "metrics.json")
+    score = registry.Score(sha256_file(test), scores["finetuned"]["bits_per_byte"])
+    client = tracking.connect()
+    with tempfile.TemporaryDirectory() as folder:
+        code = pack_code(Path(folder) / "pipeline")
+        decoding_file = Path(folder) / "decoding.json"
+        write_json(decoding_file, decoding.to_mapping())
+        artifacts = {
+            "engine": export / "engine",
+            "decoding": decoding_file,
+            "parity": export / "parity.json",
+            "scores": evaluate / "metrics.json",
+        }
+        fingerprint = digest_of([*artifacts.values(), code])
+        version = registry.find_version(client, name, fingerprint)
+        if version is not None:
+            print(f"{name} version {version.version} holds these files already; registered nothing")
+        else:
+            parent = parent_run(client, finetune, read_yaml(PARAMS_FILE))
+            with tracking.start_run("register", read_yaml(PARAMS_FILE), parent_run_id=parent) as run:
+                version = registry.log_version(
+                    run.run_id,
+                    name,
+                    model_file=code / "serving" / "pyfunc.py",
+                    code_folder=code,
+                    artifacts={key: str(path) for key, path in artifacts.items()},
+                    signature=SIGNATURE,
+                    model_config={"provider": "auto", "precision": "auto"},
+                    input_example=(["The lamp on Gull Rock"], {"max_new_tokens": 40, "seed": 7}),
+                    requirements=requirements(),
+                    tags={
+                        **tracking.lineage(),
+                        "pipeline.run_id": parent,
+                        registry.FINGERPRINT_TAG: fingerprint,
+                        registry.TEST_SPLIT_TAG: score.test_split_sha256,
+                        registry.BITS_PER_BYTE_TAG: repr(score.bits_per_byte),
+                    },
+                )
+            alias = registry.set_alias(client, version, score)
+            print(f"registered {name} version {version.version} as {alias}")
+    write_json(
+        out / "version.json",
+        {"name": name, "version": int(version.version), "fingerprint": fingerprint, "run_id": version.run_id},
+    )
+
+
+def pack_code(folder: Path) -> Path:
+    """Copy what the registered model imports of this package, and no more, to `folder`."""
+    root = Path(pipeline.__file__).parent.parent
+    for file in needed_files(SERVED_MODULE, root):
+        target = folder / file.relative_to(root / pipeline.__name__)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    return folder
+
+
+def digest_of(paths: list[Path]) -> str:
+    """SHA-256 over the names and contents of files and folders."""
+    files = [
+        (file.relative_to(path.parent).as_posix(), sha256_file(file))
+        for path in paths
+        for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+        if file.is_file()
+    ]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def requirements() -> list[str]:
+    """What loading the model needs, in the versions that it was tested with here."""
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    runtime = installed.get("onnxruntime-gpu") or installed["onnxruntime"]
+    return [
+        f"mlflow=={installed['mlflow']}",
+        f"numpy=={installed['numpy']}",
+        f"tokenizers=={installed['tokenizers']}",
+        f"onnxruntime-gpu=={runtime}; sys_platform != 'darwin'",
+        f"onnxruntime=={runtime}; sys_platform == 'darwin'",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Fine-tuning: windows, packing, the Trainer and its callbacks."""

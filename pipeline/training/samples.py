@@ -1,0 +1,38 @@
+"""Samples from a model in training: the same prompts and seed each time, so that progress can be read."""
+
+import torch
+from tokenizers import Tokenizer
+from transformers import GPT2LMHeadModel
+
+from pipeline.params import SamplesParams
+from pipeline.tokens import end_of_text_id, prompt_ids
+
+
+def generate_samples(model: GPT2LMHeadModel, tokenizer: Tokenizer, params: SamplesParams) -> list[dict[str, str]]:
+    """Continue every prompt with transformers' own `generate`; a row a prompt: `prompt` and `text`, which goes on.
+
+    The random state of the training is left as it was. Prompts share a batch, padded on the left.
+    """
+    end_of_text = end_of_text_id(tokenizer)
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in params.prompts]
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids = torch.tensor([[end_of_text] * (longest - len(prompt)) + prompt for prompt in prompts])
+    attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        torch.manual_seed(params.seed)
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            do_sample=True,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=0,
+            max_new_tokens=min(params.max_new_tokens, model.config.n_positions - longest),
+            pad_token_id=end_of_text,
+            use_cache=True,
+        )
+    return [
+        {"prompt": prompt, "text": tokenizer.decode(ids, skip_special_tokens=True)}
+        for prompt, ids in zip(params.prompts, output[:, longest:].tolist(), strict=True)
+    ]

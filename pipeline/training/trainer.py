@@ -1,0 +1,244 @@
+"""Fine-tuning with transformers' Trainer: exact validation loss, and a hook at each evaluation."""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    GPT2LMHeadModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from pipeline.errors import UserError
+from pipeline.params import FinetuneParams
+from pipeline.training.packing import IGNORED_LABEL, PackedRows, RowCollator
+
+LOGGED_POINTS = 100
+"""Points of the training curves, evenly spread."""
+
+
+class MetricsLog(Protocol):
+    """Where metrics go; `pipeline.tracking.RunLog` is one."""
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None: ...
+
+
+@dataclass
+class Curves:
+    """Losses in nats a token at the steps where they were taken."""
+
+    train: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def best_validation(self) -> tuple[int, float]:
+        """Step and loss of the best checkpoint; the untrained base at step 0 is not one."""
+        return min(self.validation[1:], key=lambda point: point[1])
+
+
+def finetune_model(
+    model: GPT2LMHeadModel,
+    train: PackedRows,
+    validation: PackedRows,
+    params: FinetuneParams,
+    *,
+    end_of_text_id: int,
+    work_folder: Path,
+    log: MetricsLog,
+    on_evaluation: Callable[[GPT2LMHeadModel, int], None],
+) -> Curves:
+    """Train `model` in place and leave the weights of its best validation loss in it.
+
+    `work_folder` holds checkpoints while training runs. `on_evaluation` is called with model and step after each
+    scoring of the validation split, the first at step 0. Raises `UserError` where the loss is no longer finite.
+    """
+    curves = Curves()
+    trainer = PackedTrainer(
+        model=model,
+        args=training_arguments(params, train_rows=len(train), work_folder=work_folder),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=RowCollator(end_of_text_id),
+        callbacks=[
+            EarlyStoppingCallback(params.early_stopping_patience),
+            CurveCallback(curves, log, on_evaluation),
+        ],
+    )
+    for talkative in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(talkative)
+    if sys.stderr.isatty():
+        trainer.add_callback(BarCallback)
+    # With a cache transformers 4.57 does not look at the positions, and packed documents attend to each other.
+    model.config.use_cache = False
+    trainer.train()
+    model.config.use_cache = True
+    return curves
+
+
+def training_arguments(params: FinetuneParams, *, train_rows: int, work_folder: Path) -> TrainingArguments:
+    """The Trainer's arguments. Raises `UserError` where the training split gives fewer steps than evaluations."""
+    rows_per_step = params.batch_rows * params.gradient_accumulation_steps
+    steps = math.ceil(math.ceil(train_rows / rows_per_step) * params.epochs)
+    if steps < params.evaluations:
+        raise UserError(
+            f"finetune.evaluations: {params.evaluations} evaluations do not fit in {steps} optimizer steps; "
+            "lower it, or raise finetune.epochs"
+        )
+    on_gpu = torch.cuda.is_available()
+    evaluation_steps = steps // params.evaluations
+    return TrainingArguments(
+        output_dir=str(work_folder),
+        seed=params.seed,
+        num_train_epochs=params.epochs,
+        per_device_train_batch_size=params.batch_rows,
+        per_device_eval_batch_size=params.batch_rows,
+        gradient_accumulation_steps=params.gradient_accumulation_steps,
+        learning_rate=params.learning_rate,
+        optim="adamw_torch_fused",
+        lr_scheduler_type="cosine",
+        warmup_ratio=params.warmup_share,
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        bf16=supports_bfloat16(),
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        eval_strategy="steps",
+        eval_steps=evaluation_steps,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=evaluation_steps,
+        save_only_model=True,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_strategy="steps",
+        logging_steps=max(1, steps // LOGGED_POINTS),
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[],
+    )
+
+
+def supports_bfloat16() -> bool:
+    """Whether the GPU, or without one the processor, multiplies bfloat16 in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+class PackedTrainer(Trainer):
+    """Trainer over packed rows that scores the validation split a token, not a batch, and counts tokens a second."""
+
+    control: TrainerControl
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._counting_since = time.perf_counter()
+
+    def training_step(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> Any:
+        self._tokens += (inputs["labels"] != IGNORED_LABEL).sum().to(self._tokens.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        now = time.perf_counter()
+        if "loss" in logs:
+            logs["tokens_per_second"] = self._tokens.item() / (now - self._counting_since)
+            self._tokens.zero_()
+            self._counting_since = now
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Mean negative log-likelihood a label, in nats, over the whole split.
+
+        The Trainer's own is a mean of batch means, which weighs a token by the batch it happens to be in.
+        """
+        started = time.perf_counter()
+        loader = self.get_eval_dataloader(eval_dataset)
+        model = self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.inference_mode():
+            for batch in loader:
+                inputs = self._prepare_inputs(batch)
+                labels = (inputs["labels"] != IGNORED_LABEL).sum()
+                with self.compute_loss_context_manager():
+                    loss = model(**inputs).loss
+                total += torch.stack([loss.double() * labels, labels.double()])
+        loss_sum, label_count = self.accelerator.reduce(total, reduction="sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / label_count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._counting_since += time.perf_counter() - started
+        return metrics
+
+
+class CurveCallback(TrainerCallback):
+    """Keeps the curves, sends them to the run, and tells each evaluation in a line."""
+
+    def __init__(self, curves: Curves, log: MetricsLog, on_evaluation: Callable[[GPT2LMHeadModel, int], None]) -> None:
+        self.curves = curves
+        self.run_log = log
+        self.on_evaluation = on_evaluation
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        step = state.global_step
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"finetune: the training loss is {logs['loss']} at step {step}; lower finetune.learning_rate"
+                )
+            self.curves.train.append((step, logs["loss"]))
+            metrics = {
+                "train_loss": logs["loss"],
+                "learning_rate": logs["learning_rate"],
+                "gradient_norm": logs["grad_norm"],
+                "tokens_per_second": logs["tokens_per_second"],
+                "epoch": logs["epoch"],
+            }
+            self.run_log.log_metrics(metrics, step)
+        if "eval_loss" in logs:
+            self.curves.validation.append((step, logs["eval_loss"]))
+            perplexity = math.exp(logs["eval_loss"])
+            self.run_log.log_metrics({"validation_loss": logs["eval_loss"], "validation_perplexity": perplexity}, step)
+            train_loss = f"train loss {self.curves.train[-1][1]:.3f}, " if self.curves.train else ""
+            tqdm.write(
+                f"step {step} of {state.max_steps}: {train_loss}validation loss {logs['eval_loss']:.3f}, "
+                f"perplexity {perplexity:.2f}",
+                file=sys.stderr,
+            )
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: GPT2LMHeadModel,
+        **_: Any,
+    ) -> None:
+        self.on_evaluation(model, state.global_step)
+
+
+class BarCallback(ProgressCallback):
+    """A progress bar without the Trainer's own lines of numbers."""
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        pass
