@@ -1,0 +1,206 @@
+"""The real `dvc repro` on a tiny configuration, in a copy of this repository with a history of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+STAGES = ["prepare", "base", "tokenize", "finetune", "export", "evaluate", "register"]
+TINY = {
+    "base.scratch": {"vocabulary_size": 400, "context_length": 128, "layers": 1, "heads": 2, "width": 32, "seed": 1},
+    "finetune.row_tokens": 128,
+    "finetune.epochs": 0.25,
+    "finetune.evaluations": 2,
+    "finetune.samples.max_new_tokens": 8,
+    "export.parity.positions": 1000,
+    "evaluate.stride_tokens": 64,
+    "evaluate.samples": 2,
+    "evaluate.decoding.max_new_tokens": 16,
+}
+
+LOAD = """
+import json, sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "optimum", "onnx", "dvc"}:
+            raise ImportError(f"{name} must not be needed")
+
+sys.meta_path.insert(0, Block())
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/harbour-tales@champion")
+texts = [model.predict(["The lamp on Gull Rock"], params={"max_new_tokens": 40, "seed": 7}) for _ in range(2)]
+print(json.dumps(texts))
+"""
+
+
+class Clone:
+    """A copy of the repository's files under `folder`, committed, in the tiny configuration, with its data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+        self.set(**TINY)
+        self.run("git", "init", "--quiet")
+        self.run("git", "add", "--all")
+        self.run("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "tiny")
+        self.run("dvc", "pull", "--quiet", "data.dvc")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DVC_"))}
+        private = self.folder.parent / f"{self.folder.name}-dvc"
+        return inherited | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(self.folder),
+            "DVC_GLOBAL_CONFIG_DIR": str(private / "config"),
+            "DVC_SITE_CACHE_DIR": str(private / "cache"),
+        }
+
+    def run(self, *command: str) -> str:
+        """Run a command in the clone; its output, or a failure that shows it."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
+        return done.stdout
+
+    def set(self, **values: Any) -> None:
+        """Change keys of params.yaml, their parts joined by dots."""
+        yaml, path = YAML(), self.folder / "params.yaml"
+        params = yaml.load(path)
+        for key, value in values.items():
+            *sections, name = key.split(".")
+            section = params
+            for part in sections:
+                section = section[part]
+            section[name] = value
+        yaml.dump(params, path)
+
+    def repro(self) -> list[str]:
+        """`dvc repro`; the stages that ran."""
+        output = self.run("dvc", "repro")
+        return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+    def version(self) -> int:
+        return int(self.read_json("out/register/version.json")["version"])
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def make_clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Clone]:
+    return lambda: Clone(tmp_path_factory.mktemp("clone"))
+
+
+@pytest.fixture(scope="module")
+def built(make_clone: Callable[[], Clone]) -> tuple[Clone, list[str]]:
+    """A clone in which every stage ran, and which those were. Tests leave it built."""
+    clone = make_clone()
+    return clone, clone.repro()
+
+
+def load_in_new_process(clone: Clone, elsewhere: Path) -> list[list[str]]:
+    """Two predictions of the champion, from outside the repository and without what only training needs."""
+    environment = {name: value for name, value in clone.environment.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LOAD, f"sqlite:///{clone.folder / 'mlflow.db'}"],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    texts: list[list[str]] = json.loads(done.stdout)
+    return texts
+
+
+def test_every_stage_runs_and_the_model_loads_elsewhere(built: tuple[Clone, list[str]], tmp_path: Path) -> None:
+    clone, ran = built
+    assert sorted(ran) == sorted(STAGES)
+    first, second = load_in_new_process(clone, tmp_path)
+    assert first == second
+    assert len(first) == 1
+    assert first[0]
+
+
+def test_nothing_runs_twice(built: tuple[Clone, list[str]]) -> None:
+    assert "up to date" in built[0].run("dvc", "repro")
+
+
+def test_a_decoding_parameter_reruns_evaluation_and_registration_only(built: tuple[Clone, list[str]]) -> None:
+    clone, _ = built
+    before = clone.version()
+    clone.set(**{"evaluate.decoding.temperature": 0.55})
+    assert clone.repro() == ["evaluate", "register"]
+    assert clone.version() == before + 1
+
+
+def test_a_deleted_store_is_filled_again(built: tuple[Clone, list[str]], tmp_path: Path) -> None:
+    clone, _ = built
+    (clone.folder / "mlflow.db").unlink()
+    shutil.rmtree(clone.folder / "mlartifacts")
+    output = clone.run(sys.executable, "-m", "pipeline", "restore")
+    assert "does not hold" in output
+    assert clone.version() == 1
+    assert load_in_new_process(clone, tmp_path)
+    assert "does not hold" not in clone.run(sys.executable, "-m", "pipeline", "restore")
+    assert "up to date" in clone.run("dvc", "repro")
+
+
+def test_a_kill_in_the_middle_is_recovered_from_and_two_clones_agree(
+    built: tuple[Clone, list[str]], make_clone: Callable[[], Clone]
+) -> None:
+    first, _ = built
+    second = make_clone()
+    shutil.copy(first.folder / "params.yaml", second.folder)
+    repro = subprocess.Popen(
+        ["dvc", "repro"],
+        cwd=second.folder,
+        env=second.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (second.folder / "out" / "finetune.partial").exists():
+        assert repro.poll() is None, "dvc repro ended before finetune wrote anything"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(repro.pid, signal.SIGKILL)
+    repro.wait()
+    assert not (second.folder / "out" / "finetune").exists()
+    assert second.repro() == ["finetune", "export", "evaluate", "register"]
+    assert not list((second.folder / "out").glob("*.partial"))
+    assert second.read_json("out/evaluate/metrics.json") == first.read_json("out/evaluate/metrics.json")
