@@ -26,7 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 data: setup
-	@dvc pull --quiet data.dvc
+	@test -e data || dvc pull --quiet data.dvc
 
 repro: data
 	@dvc repro
@@ -34,7 +34,7 @@ repro: data
 
 # The whole model fits one optimizer step of a row in memory; on a GPU raise batch_rows.
 medium: data
-	@dvc exp run --name medium \
+	@dvc exp run \
 		-S base.source=openai-community/gpt2-medium \
 		-S base.revision=6dcaa7a952f72f9298047fd5137cd6e4f05f41da \
 		-S finetune.learning_rate=0.00003 \
