@@ -61,7 +61,7 @@ class ScratchParams(Section):
 
     vocabulary_size: Annotated[int, Field(ge=257)]
     """Tokens of the byte-level BPE: 256 bytes, end-of-text, and merges learned from the training split."""
-    context_length: Count
+    context_length: Annotated[int, Field(ge=2)]
     """Positions."""
     layers: Count
     heads: Count
@@ -129,8 +129,8 @@ class PrepareParams(Section):
 class SamplesParams(Section):
     """The table of samples written at each evaluation while training."""
 
-    prompts: Annotated[list[str], Field(min_length=1)]
-    """An empty one starts from end-of-text."""
+    prompts: list[str]
+    """An empty one starts from end-of-text; none at all, and there is no table."""
     temperature: Annotated[float, Field(gt=0)]
     top_p: Annotated[float, Field(gt=0, le=1)]
     max_new_tokens: Count
@@ -141,7 +141,7 @@ class FinetuneParams(Section):
     """How the base learns the training split."""
 
     seed: Seed
-    context_length: Count | None
+    context_length: Annotated[int, Field(ge=2)] | None
     """Tokens of a window; null takes the base's whole context."""
     row_tokens: Count
     """Windows are packed into rows of this many tokens, or of the context length where that is more."""

@@ -103,13 +103,15 @@ def score_of(version: ModelVersion) -> Score | None:
 def fetch_model(uri: str) -> tuple[Path, SamplingParams]:
     """The engine folder and the decoding parameters of a registered model, `models:/NAME@ALIAS` or `models:/NAME/N`.
 
-    Its code is not read. Raises `UserError` where the registry does not hold it.
+    Its code is not read. Raises `UserError` where the registry does not hold it, or `register` did not make it.
     """
     try:
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except (MlflowException, OSError) as error:
         raise UserError(f"{uri}: the registry does not hold it ({str(error).splitlines()[0]})") from error
-    artifacts = Model.load(str(folder)).flavors["python_function"]["artifacts"]
+    artifacts = Model.load(str(folder)).flavors.get("python_function", {}).get("artifacts", {})
+    if not {"engine", "decoding"} <= artifacts.keys():
+        raise UserError(f"{uri}: holds no engine with its decoding; name a model that the register stage made")
     return folder / artifacts["engine"]["path"], SamplingParams.from_mapping(
         read_json(folder / artifacts["decoding"]["path"])
     )

@@ -135,6 +135,8 @@ class RunLog:
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows of the same keys to the table `name`, which the UI shows under Artifacts."""
+        if not rows:
+            return
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         self.client.log_table(self.run_id, columns, name)
 
@@ -175,8 +177,8 @@ def start_run(
         all_tags[MLFLOW_RUN_NAME] = name
     run = client.create_run(experiment_id(client), tags=all_tags)
     log = RunLog(client, run.info.run_id)
-    client.log_batch(log.run_id, params=[Param(key, str(value)) for key, value in flatten(parameters).items()])
     try:
+        client.log_batch(log.run_id, params=[Param(key, str(value)) for key, value in flatten(parameters).items()])
         yield log
     except BaseException:
         client.set_terminated(log.run_id, "FAILED")
@@ -242,12 +244,12 @@ def dvc_md5(path: str) -> str | None:
     """DVC's hash of a tracked folder or a stage's output, from `PATH.dvc` or `dvc.lock`."""
     pointer = Path(f"{path}.dvc")
     if pointer.exists():
-        return str(read_yaml(pointer)["outs"][0]["md5"])
+        return read_yaml(pointer)["outs"][0].get("md5")
     lock = Path("dvc.lock")
     if not lock.exists():
         return None
     stages = read_yaml(lock).get("stages", {}).values()
-    return next((out["md5"] for stage in stages for out in stage.get("outs", []) if out["path"] == path), None)
+    return next((out.get("md5") for stage in stages for out in stage.get("outs", []) if out["path"] == path), None)
 
 
 def _git(*arguments: str) -> str | None:

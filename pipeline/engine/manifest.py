@@ -67,7 +67,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise UserError(f"{folder}: holds no engine ({MANIFEST_FILE} is missing); `dvc repro export` makes one")
-    values = read_json(path)
+    try:
+        values = read_json(path)
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}; export the checkpoint again") from error
     if values.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: format version {values.get('format_version')} is not the {FORMAT_VERSION} that this code reads; "

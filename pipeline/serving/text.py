@@ -35,7 +35,11 @@ class TextGenerator:
         ]
 
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[str]:
-        """The continuation in pieces of whole characters, as they come; ends before the first stop text."""
+        """The continuation in pieces of whole characters, as they come.
+
+        It ends before the stop text that is complete first. A last character of which some bytes are missing, as the
+        last token may leave one, is no part of it.
+        """
         return self._pieces(self.engine.stream(prompt_ids(self.tokenizer, prompt), params), params.stop)
 
     def _pieces(self, tokens: Iterator[Token], stop: Sequence[str]) -> Iterator[str]:
@@ -46,7 +50,8 @@ class TextGenerator:
                 break
             held += decoder.step(self.tokenizer, token.token_id) or ""
             if (end := _first_stop(held, stop)) is not None:
-                yield held[:end]
+                if end > 0:
+                    yield held[:end]
                 return
             kept = _possible_stop(held, stop)
             if piece := held[: len(held) - kept]:
@@ -70,7 +75,9 @@ def bias_of(ids: Sequence[int], values: Sequence[float]) -> dict[int, float]:
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    return min((index for index in map(text.find, stop) if index >= 0), default=None)
+    """Where the stop text begins that is complete first: the same however tokens cut the text."""
+    complete = [(index + len(entry), index) for entry in stop if (index := text.find(entry)) >= 0]
+    return min(complete)[1] if complete else None
 
 
 def _possible_stop(text: str, stop: Sequence[str]) -> int:

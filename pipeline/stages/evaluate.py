@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +122,11 @@ def score_documents(engine: Engine, tokens: TokenArrays, stride_tokens: int) -> 
 def human_samples(test: Path, tokenizer: Tokenizer, params: EvaluateParams) -> Iterator[Sample]:
     """The test documents, again and again, each cut in prompt and continuation as the models' samples are."""
     limit = params.decoding.max_new_tokens
-    rows = list(read_jsonl(test))
-    while True:
-        for row in rows:
-            prompt = leading_words(row["text"], params.prompt_words)
-            ids = tokenizer.encode(row["text"][len(prompt) :]).ids[:limit]
-            text = tokenizer.decode(ids)
-            yield Sample(prompt, text, ids, "length" if len(ids) == limit else "stop")
+    for row in cycle(read_jsonl(test)):
+        prompt = leading_words(row["text"], params.prompt_words)
+        ids = tokenizer.encode(row["text"][len(prompt) :]).ids[:limit]
+        text = tokenizer.decode(ids)
+        yield Sample(prompt, text, ids, "length" if len(ids) == limit else "stop")
 
 
 def leading_words(text: str, count: int) -> str:

@@ -116,7 +116,7 @@ def summarize(curves: Curves, train: PackedRows, tokens: TokenArrays) -> dict[st
         "validation_perplexity": math.exp(best_loss),
         "base_validation_loss": curves.validation[0][1],
         "best_step": best_step,
-        "steps": curves.train[-1][0],
+        "steps": curves.validation[-1][0],
         "train_tokens": len(tokens.tokens),
         "padding_share": train.padding_share,
     }

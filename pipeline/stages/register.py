@@ -112,12 +112,13 @@ def register(
                     tags={
                         **tracking.lineage(),
                         "pipeline.run_id": parent,
-                        registry.FINGERPRINT_TAG: fingerprint,
                         registry.TEST_SPLIT_TAG: score.test_split_sha256,
                         registry.BITS_PER_BYTE_TAG: repr(score.bits_per_byte),
                     },
                 )
             alias = registry.set_alias(client, version, score)
+            # Last: a version that was cut off before it had its alias is not found, and made again.
+            client.set_model_version_tag(name, version.version, registry.FINGERPRINT_TAG, fingerprint)
             print(f"registered {name} version {version.version} as {alias}")
     write_json(
         out / "version.json",

@@ -4,6 +4,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
+from pipeline.errors import UserError
 from pipeline.params import SamplesParams
 from pipeline.tokens import end_of_text_id, prompt_ids
 
@@ -11,11 +12,19 @@ from pipeline.tokens import end_of_text_id, prompt_ids
 def generate_samples(model: GPT2LMHeadModel, tokenizer: Tokenizer, params: SamplesParams) -> list[dict[str, str]]:
     """Continue every prompt with transformers' own `generate`; a row a prompt: `prompt` and `text`, which goes on.
 
-    The random state of the training is left as it was. Prompts share a batch, padded on the left.
+    The random state of the training is left as it was. Prompts share a batch, padded on the left. Raises `UserError`
+    for a prompt that leaves no room in the context.
     """
+    if not params.prompts:
+        return []
     end_of_text = end_of_text_id(tokenizer)
     prompts = [prompt_ids(tokenizer, prompt) for prompt in params.prompts]
     longest = max(len(prompt) for prompt in prompts)
+    if longest >= model.config.n_positions:
+        raise UserError(
+            f"finetune.samples.prompts: {longest} tokens leave no room in the context of {model.config.n_positions}; "
+            "shorten the longest"
+        )
     input_ids = torch.tensor([[end_of_text] * (longest - len(prompt)) + prompt for prompt in prompts])
     attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     devices = [model.device] if model.device.type == "cuda" else []

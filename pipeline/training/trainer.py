@@ -74,6 +74,7 @@ def finetune_model(
         data_collator=RowCollator(end_of_text_id),
         callbacks=[
             EarlyStoppingCallback(params.early_stopping_patience),
+            EvaluationSchedule(params.evaluations),
             CurveCallback(curves, log, on_evaluation),
         ],
     )
@@ -98,7 +99,6 @@ def training_arguments(params: FinetuneParams, *, train_rows: int, work_folder: 
             "lower it, or raise finetune.epochs"
         )
     on_gpu = torch.cuda.is_available()
-    evaluation_steps = steps // params.evaluations
     return TrainingArguments(
         output_dir=str(work_folder),
         seed=params.seed,
@@ -116,10 +116,11 @@ def training_arguments(params: FinetuneParams, *, train_rows: int, work_folder: 
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         eval_strategy="steps",
-        eval_steps=evaluation_steps,
+        # Never reached before the end: `EvaluationSchedule` says when.
+        eval_steps=steps,
         eval_on_start=True,
         save_strategy="steps",
-        save_steps=evaluation_steps,
+        save_steps=steps,
         save_only_model=True,
         save_total_limit=1,
         load_best_model_at_end=True,
@@ -189,6 +190,25 @@ class PackedTrainer(Trainer):
         return metrics
 
 
+class EvaluationSchedule(TrainerCallback):
+    """Scores and saves the model `evaluations` times, evenly spread, the last time after the last step.
+
+    The Trainer's own every so many steps gives another number of times where the steps do not divide evenly.
+    """
+
+    def __init__(self, evaluations: int) -> None:
+        self.evaluations = evaluations
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        due, due_before = (
+            step * self.evaluations // state.max_steps for step in (state.global_step, state.global_step - 1)
+        )
+        control.should_evaluate = control.should_save = due > due_before
+        return control
+
+
 class CurveCallback(TrainerCallback):
     """Keeps the curves, sends them to the run, and tells each evaluation in a line."""
 
@@ -202,10 +222,7 @@ class CurveCallback(TrainerCallback):
     ) -> None:
         step = state.global_step
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise UserError(
-                    f"finetune: the training loss is {logs['loss']} at step {step}; lower finetune.learning_rate"
-                )
+            _check_finite("training", logs["loss"], step)
             self.curves.train.append((step, logs["loss"]))
             metrics = {
                 "train_loss": logs["loss"],
@@ -216,8 +233,10 @@ class CurveCallback(TrainerCallback):
             }
             self.run_log.log_metrics(metrics, step)
         if "eval_loss" in logs:
+            _check_finite("validation", logs["eval_loss"], step)
             self.curves.validation.append((step, logs["eval_loss"]))
-            perplexity = math.exp(logs["eval_loss"])
+            # Infinite, where the language's own would overflow.
+            perplexity = torch.tensor(logs["eval_loss"], dtype=torch.float64).exp().item()
             self.run_log.log_metrics({"validation_loss": logs["eval_loss"], "validation_perplexity": perplexity}, step)
             train_loss = f"train loss {self.curves.train[-1][1]:.3f}, " if self.curves.train else ""
             tqdm.write(
@@ -242,3 +261,8 @@ class BarCallback(ProgressCallback):
 
     def on_log(self, *_: Any, **__: Any) -> None:
         pass
+
+
+def _check_finite(name: str, loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"finetune: the {name} loss is {loss} at step {step}; lower finetune.learning_rate")

@@ -1,0 +1,173 @@
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import GPT2LMHeadModel
+
+from pipeline.engine import Engine
+from pipeline.engine.parity import Parity, Reference, broken_promises, measure_parity
+from pipeline.errors import UserError
+from pipeline.params import ParityParams
+from pipeline.stages.export import TorchReference
+from pipeline.tokens import prompt_ids
+
+TOLERANCE = ParityParams(
+    positions=1000, max_logit_difference=0.002, min_next_token_agreement=0.999, max_perplexity_rise=0.001
+)
+HELD = Parity(
+    max_logit_difference_empty_past=0.0001,
+    max_logit_difference_real_past=0.0002,
+    positions=2000,
+    next_token_agreement=1.0,
+    perplexity_pytorch=20.0,
+    perplexity_onnxruntime=20.001,
+    greedy_tokens=64,
+    greedy_identical=True,
+)
+PROMISES = ("with empty past", "with real past", "the next token agrees", "perplexity", "greedy continuations")
+
+
+@dataclass
+class Spoiled:
+    """A reference that says something else at one place: row `row` of any text's logits, or a greedy token."""
+
+    reference: Reference
+    row: int | None = None
+    value: float = 0.0
+    greedy_token: int | None = None
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        logits = self.reference.logits(ids)
+        if self.row is not None and self.row < len(logits):
+            logits = logits.copy()
+            logits[self.row, 7] = self.value
+        return logits
+
+    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        output = self.reference.greedy(ids, new_tokens)
+        return output if self.greedy_token is None else [*output[:-1], self.greedy_token]
+
+
+@pytest.fixture
+def reference(tiny_model: GPT2LMHeadModel) -> TorchReference:
+    return TorchReference(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_tokenizer: Tokenizer) -> list[list[int]]:
+    """Documents of unequal length as windows of them open: some are shorter than the prompts that parity takes."""
+    sentence = "Nobody on the rock had seen the lamp go out, and nobody said so. "
+    return [prompt_ids(tiny_tokenizer, (sentence * 3)[start : start + length])[:64]
+            for start, length in ((0, 180), (9, 30), (20, 4), (30, 90))]  # fmt: skip
+
+
+def parity_of(engine: Engine, reference: Reference, texts: list[list[int]], max_positions: int = 1000) -> Parity:
+    return measure_parity(engine, reference, texts, max_positions=max_positions, show_progress=False)
+
+
+def test_parity_with_the_true_reference_holds(
+    tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
+) -> None:
+    parity = parity_of(tiny_engine, reference, texts)
+    assert broken_promises(parity, TOLERANCE) == []
+    assert parity.max_logit_difference_real_past < 1e-4
+    assert (parity.next_token_agreement, parity.greedy_identical) == (1.0, True)
+    assert parity.positions == sum(len(text) - 1 for text in texts)
+    scores = np.concatenate(tiny_engine.score(texts))
+    assert parity.perplexity_onnxruntime == pytest.approx(np.exp(-scores.mean()), rel=1e-6)
+
+
+def test_no_more_positions_are_compared_than_asked_for(
+    tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
+) -> None:
+    assert parity_of(tiny_engine, reference, texts, max_positions=70).positions == 70
+
+
+def test_greedy_text_of_the_reference_is_that_of_generate(reference: TorchReference) -> None:
+    output = reference.model.generate(
+        torch.tensor([[0, 40, 41]]), attention_mask=torch.ones(1, 3), do_sample=False, max_new_tokens=20, pad_token_id=0
+    )
+    expected = output[0, 3:].tolist()
+    assert reference.greedy([0, 40, 41], 20)[: len(expected)] == expected
+
+
+def test_other_weights_break_every_promise(
+    tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
+) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in reference.model.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    broken = broken_promises(parity_of(tiny_engine, reference, texts), TOLERANCE)
+    assert [promise in line for promise, line in zip(PROMISES, broken, strict=True)] == [True] * 5
+
+
+def test_weights_off_by_little_break_the_promise_on_logits(
+    tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
+) -> None:
+    with torch.no_grad():
+        reference.model.transformer.ln_f.bias[0] += 0.01
+    broken = broken_promises(parity_of(tiny_engine, reference, texts), TOLERANCE)
+    assert ["with empty past" in broken[0], "with real past" in broken[1]] == [True, True]
+
+
+@pytest.mark.parametrize(("row", "promise"), [(10, "with empty past"), (19, "with real past")])
+def test_a_nan_anywhere_breaks_the_promise_on_logits(
+    row: int, promise: str, tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
+) -> None:
+    # The second prompt of the batch has 17 tokens: its row 19 is compared with a real past alone.
+    broken = broken_promises(parity_of(tiny_engine, Spoiled(reference, row, np.nan), [texts[0][:30]] * 2), TOLERANCE)
+    assert any(line.startswith("a logit is off by nan") and promise in line for line in broken)
+    assert any(line.startswith("perplexity") for line in broken)
+
+
+def test_another_greedy_token_breaks_its_promise_alone(
+    tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
+) -> None:
+    parity = parity_of(tiny_engine, Spoiled(reference, greedy_token=299), texts)
+    assert broken_promises(parity, TOLERANCE) == ["greedy continuations of 61 tokens differ"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 0.01])
+@pytest.mark.parametrize("past", ["empty", "real"])
+def test_the_promise_on_logits_is_named(bad: float, past: str) -> None:
+    changes: dict[str, Any] = {f"max_logit_difference_{past}_past": bad}
+    line = f"a logit is off by {bad:.2g} with {past} past; at most 0.002 is allowed"
+    assert broken_promises(replace(HELD, **changes), TOLERANCE) == [line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"next_token_agreement": 0.9985},
+            "the next token agrees at 99.850% of 2000 positions; at least 99.900% is asked for",
+        ),
+        (
+            {"perplexity_onnxruntime": 20.03},
+            "perplexity is 20.0300 against 20.0000 in PyTorch; it may differ by 0.10%",
+        ),
+        (
+            {"perplexity_onnxruntime": 19.97},
+            "perplexity is 19.9700 against 20.0000 in PyTorch; it may differ by 0.10%",
+        ),
+        (
+            {"perplexity_onnxruntime": float("nan")},
+            "perplexity is nan against 20.0000 in PyTorch; it may differ by 0.10%",
+        ),
+        ({"greedy_identical": False}, "greedy continuations of 64 tokens differ"),
+    ],
+)
+def test_each_promise_is_named_with_what_was_found(changes: dict[str, Any], line: str) -> None:
+    assert broken_promises(HELD, TOLERANCE) == []
+    assert broken_promises(replace(HELD, **changes), TOLERANCE) == [line]
+
+
+def test_texts_too_short_to_compare_are_refused(tiny_engine: Engine, reference: TorchReference) -> None:
+    with pytest.raises(UserError, match=r"^parity: no text of the validation split has more than 9 tokens"):
+        parity_of(tiny_engine, reference, [[0, 5, 6, 0]])

@@ -1,0 +1,125 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.engine import Engine, SamplingParams
+from pipeline.engine.manifest import GRAPH_FILE, MANIFEST_FILE
+from pipeline.engine.session import cuda_obstacle, empty_cache, pad_left, positions, run_step
+from pipeline.errors import UserError
+from pipeline.files import read_json, write_json
+from pipeline.tokens import TOKENIZER_FILE
+
+OBSTACLE = cuda_obstacle()
+
+
+@pytest.fixture
+def engine_folder(tiny_engine_folder: Path, tmp_path: Path) -> Path:
+    """A copy, to be spoiled."""
+    return shutil.copytree(tiny_engine_folder, tmp_path / "engine")
+
+
+def change_manifest(folder: Path, **values: object) -> None:
+    write_json(folder / MANIFEST_FILE, {**read_json(folder / MANIFEST_FILE), **values})
+
+
+def test_rows_are_padded_on_the_left() -> None:
+    ids, mask = pad_left([[5, 6, 7], [8]], padding_id=0)
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_positions_count_from_the_first_real_token() -> None:
+    assert positions(np.array([[1, 1, 1], [0, 0, 1], [0, 1, 1]])).tolist() == [[0, 1, 2], [0, 0, 0], [0, 0, 1]]
+
+
+def test_auto_takes_the_first_precision_and_a_provider_that_runs(tiny_engine_folder: Path) -> None:
+    engine = Engine.load(tiny_engine_folder)
+    assert engine.session.precision == "float32"
+    assert engine.session.provider == ("cuda" if OBSTACLE is None else "cpu")
+    assert (engine.context_length, engine.end_of_text_id) == (64, 0)
+
+
+def test_a_path_may_be_a_string(tiny_engine_folder: Path) -> None:
+    engine = Engine.load(str(tiny_engine_folder), precision="float32", provider="cpu", threads=2)
+    assert len(engine.generate([[5]], SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=2))[0].token_ids)
+
+
+def test_an_unknown_precision_is_refused(tiny_engine_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^precision: .* holds float32, not 'int8'$"):
+        Engine.load(tiny_engine_folder, precision="int8")
+
+
+def test_an_unknown_provider_is_refused(tiny_engine_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^provider: 'tpu' is none of auto, cpu, cuda$"):
+        Engine.load(tiny_engine_folder, provider="tpu")
+
+
+@pytest.mark.skipif(OBSTACLE is None, reason="CUDA runs here")
+def test_cuda_that_cannot_run_is_an_error_that_says_why(tiny_engine_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^provider: CUDA does not run here: .*(driver|CUDA provider)"):
+        Engine.load(tiny_engine_folder, provider="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(OBSTACLE is not None, reason=f"CUDA does not run here: {OBSTACLE}")
+def test_cuda_gives_the_logits_of_the_processor(tiny_engine_folder: Path) -> None:
+    input_ids, mask = pad_left([[0, 5, 6, 7, 8], [9, 10]], padding_id=0)
+    found = []
+    for provider in ("cpu", "cuda"):
+        session = Engine.load(tiny_engine_folder, provider=provider).session
+        _, cache = run_step(session, input_ids[:, :-1], positions(mask)[:, :-1], mask[:, :-1], empty_cache(session, 2))
+        logits, _ = run_step(session, input_ids[:, -1:], positions(mask)[:, -1:], mask, cache)
+        found.append(logits)
+    # TF32 keeps 10 bits of a product's factors.
+    np.testing.assert_allclose(found[0], found[1], atol=0.05, rtol=0)
+
+
+def test_a_folder_without_an_engine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no engine \(engine\.json is missing\)"):
+        Engine.load(tmp_path)
+
+
+def test_a_foreign_format_version_is_refused(engine_folder: Path) -> None:
+    change_manifest(engine_folder, format_version=2, something_new=True)
+    with pytest.raises(UserError, match=r"format version 2 is not the 1 that this code reads; export"):
+        Engine.load(engine_folder)
+
+
+def test_a_manifest_that_is_cut_off_is_refused(engine_folder: Path) -> None:
+    file = engine_folder / MANIFEST_FILE
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(UserError, match=r"engine\.json: not JSON: .*; export the checkpoint again$"):
+        Engine.load(engine_folder)
+
+
+@pytest.mark.parametrize("name", [f"float32/{GRAPH_FILE}", TOKENIZER_FILE])
+def test_a_missing_file_is_named(engine_folder: Path, name: str) -> None:
+    (engine_folder / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: is missing; export the checkpoint again$"):
+        Engine.load(engine_folder)
+
+
+@pytest.mark.parametrize("name", [f"float32/{GRAPH_FILE}", TOKENIZER_FILE])
+def test_a_changed_file_is_named(engine_folder: Path, name: str) -> None:
+    data = bytearray((engine_folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (engine_folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name}: its SHA-256 is not the one in engine\.json; export"):
+        Engine.load(engine_folder)
+
+
+def test_the_manifest_describes_the_model_and_every_file(tiny_engine_folder: Path) -> None:
+    manifest = read_json(tiny_engine_folder / MANIFEST_FILE)
+    assert {name: manifest[name] for name in ("context_length", "vocabulary_size", "layers", "heads", "width")} == {
+        "context_length": 64,
+        "vocabulary_size": 300,
+        "layers": 2,
+        "heads": 2,
+        "width": 32,
+    }
+    files = {
+        path.relative_to(tiny_engine_folder).as_posix() for path in tiny_engine_folder.rglob("*") if path.is_file()
+    }
+    assert set(manifest["files"]) == files - {MANIFEST_FILE}

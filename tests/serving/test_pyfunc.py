@@ -1,0 +1,106 @@
+"""The model class as MLflow saves it from code and loads it; `tests/stages/test_register.py` has the registry."""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from tokenizers import Tokenizer
+
+from pipeline.decoding import SamplingParams
+from pipeline.engine import Engine
+from pipeline.errors import UserError
+from pipeline.files import write_json
+from pipeline.serving import pyfunc
+from pipeline.serving.text import TextGenerator
+from pipeline.stages.register import SIGNATURE
+
+DECODING = SamplingParams(temperature=0.7, top_k=40, max_new_tokens=12, logit_bias={7: -2.0})
+SEEDED = {"seed": 5}
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_engine_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pyfunc")
+    write_json(folder / "decoding.json", DECODING.to_mapping())
+    mlflow.pyfunc.save_model(
+        folder / "model",
+        python_model=pyfunc.__file__,
+        artifacts={"engine": str(tiny_engine_folder), "decoding": str(folder / "decoding.json")},
+        signature=SIGNATURE,
+        model_config={"provider": "auto", "precision": "auto"},
+        pip_requirements=[],
+    )
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def model(saved: Path) -> Any:
+    return mlflow.pyfunc.load_model(str(saved), model_config={"provider": "cpu"})
+
+
+@pytest.fixture
+def generator(tiny_engine: Engine, tiny_tokenizer: Tokenizer) -> TextGenerator:
+    return TextGenerator(tiny_engine, tiny_tokenizer)
+
+
+def test_nothing_given_means_the_packed_decoding(model: Any, generator: TextGenerator) -> None:
+    decoding = SamplingParams.from_mapping({**DECODING.to_mapping(), **SEEDED})
+    expected = generator.generate(["The lamp", ""], decoding)
+    assert model.predict(["The lamp", ""], params=SEEDED) == expected
+    assert model.predict(pd.DataFrame({"prompt": ["The lamp", ""]}), params=SEEDED) == expected
+
+
+def test_every_kind_of_parameter_reaches_the_engine(model: Any, generator: TextGenerator) -> None:
+    params = {
+        "temperature": 1.2,
+        "repetition_penalty": 1.3,
+        "max_new_tokens": 9,
+        "n": 2,
+        "ignore_eos": True,
+        "banned_token_ids": [3, 4],
+        "stop": ["q"],
+        "logit_bias_ids": [5, 6],
+        "logit_bias_values": [3.5, -1.0],
+    }
+    decoding = SamplingParams(
+        temperature=1.2,
+        top_k=40,
+        repetition_penalty=1.3,
+        max_new_tokens=9,
+        n=2,
+        ignore_eos=True,
+        banned_token_ids=(3, 4),
+        stop=("q",),
+        logit_bias={5: 3.5, 6: -1.0},
+        seed=5,
+    )
+    found = model.predict(["The lamp", "N"], params=params | SEEDED)
+    assert found == generator.generate(["The lamp", "N"], decoding)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"top_p": 1.5}, r"top_p: 1\.5 is out of range, must be in \(0, 1\]"),
+        ({"logit_bias_ids": [3]}, "logit_bias_values: 0 values for 1 ids"),
+        ({"banned_token_ids": [300]}, "banned_token_ids: no token has the id 300"),
+    ],
+)
+def test_a_wrong_value_is_the_callers_error(model: Any, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(MlflowException, match=message) as raised:
+        model.predict(["N"], params=params)
+    assert raised.value.get_http_status_code() == 400  # type: ignore[no-untyped-call]
+
+
+def test_a_wrong_type_is_refused_by_the_signature(model: Any) -> None:
+    with pytest.raises(MlflowException, match="temperature"):
+        model.predict(["N"], params={"temperature": "hot"})
+
+
+def test_model_config_chooses_the_precision(saved: Path) -> None:
+    with pytest.raises(UserError, match=r"^precision: .* holds float32, not 'int4'$"):
+        mlflow.pyfunc.load_model(str(saved), model_config={"precision": "int4"})
