@@ -1,0 +1,27 @@
+"""The toy project taken through the stages once a session: read by all tests, changed by none.
+
+Imports stand inside the fixture: tests that ask for no model start without loading torch.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from toy_project import Project
+
+
+@pytest.fixture(scope="session")
+def project(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> "Project":
+    """The project from `prepare` to `evaluate`. Do not write to its `out/`."""
+    from toy_project import make_project
+
+    from pipeline.stages import evaluate, export, finetune, tokenize
+
+    project = make_project(tmp_path_factory.mktemp("project"), tiny_checkpoint)
+    project.run(tokenize, "out/prepare", "out/base", "out/tokenize")
+    project.run(finetune, "out/tokenize", "out/base", "out/finetune")
+    project.run(export, "out/finetune/checkpoint", "out/base", "out/tokenize", "out/export")
+    project.run(evaluate, "out/export", "out/prepare", "out/tokenize", "out/finetune", "out/evaluate")
+    return project

@@ -1,0 +1,144 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+from safetensors.torch import load_file, save_file
+from toy_project import Project
+from transformers import GPT2LMHeadModel
+
+from pipeline.engine import Engine, SamplingParams
+from pipeline.errors import UserError
+from pipeline.files import read_json, sha256_file
+from pipeline.params import ParityParams
+from pipeline.stages.export import certify, export
+from pipeline.tokens import load_tokens, tokenizer_sha256
+
+NEW_TOKENS = 24
+GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=NEW_TOKENS)
+
+
+def greedy(model: Any, prompt: list[int]) -> list[int]:
+    """What transformers' own `generate` goes on with, past end-of-text."""
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            eos_token_id=-1,
+            pad_token_id=prompt[0],
+        )
+    return [int(token_id) for token_id in output[0, len(prompt) :]]
+
+
+@pytest.fixture
+def prompts(project: Project) -> list[list[int]]:
+    tokens = load_tokens(project.out / "tokenize" / "test", tokenizer_sha256(project.out / "base"))
+    return [tokens.document(index)[: 4 + index].tolist() for index in range(len(tokens))]
+
+
+def continued(engine: Path, prompts: list[list[int]]) -> list[list[int]]:
+    completions = Engine.load(engine, provider="cpu").generate(prompts, GREEDY)
+    return [completion.token_ids for completion in completions]
+
+
+def tolerance(project: Project, **changes: float) -> ParityParams:
+    return project.params.export.parity.model_copy(update=changes)
+
+
+def test_checkpoint_and_base_are_exported_in_both_forms(project: Project) -> None:
+    out = project.out / "export"
+    assert {file.name for file in out.iterdir()} == {"base", "engine", "parity.json", "portable"}
+    for folder in (out, out / "base"):
+        assert {file.name for file in (folder / "engine").iterdir()} >= {"engine.json", "float32", "tokenizer.json"}
+        assert (folder / "portable" / "model.onnx").is_file()
+
+
+def test_optimum_reads_the_portable_graph_and_says_the_same(project: Project, prompts: list[list[int]]) -> None:
+    portable = ORTModelForCausalLM.from_pretrained(project.out / "export" / "portable")
+    assert continued(project.out / "export" / "engine", prompts) == [greedy(portable, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize(("engine", "checkpoint"), [("engine", "finetune/checkpoint"), ("base/engine", "base")])
+def test_each_engine_goes_on_as_its_checkpoint_does(
+    engine: str, checkpoint: str, project: Project, prompts: list[list[int]]
+) -> None:
+    model = GPT2LMHeadModel.from_pretrained(project.out / checkpoint).eval()
+    found = continued(project.out / "export" / engine, prompts)
+    assert found == [greedy(model, prompt) for prompt in prompts]
+
+
+def test_fine_tuning_shows_in_the_engine(project: Project, prompts: list[list[int]]) -> None:
+    out = project.out / "export"
+    assert continued(out / "engine", prompts) != continued(out / "base" / "engine", prompts)
+
+
+def test_the_same_checkpoint_gives_the_same_engine(project: Project, tiny_engine_folder: Path) -> None:
+    # Otherwise DVC would run every later stage again, and register a new version.
+    again = project.out / "export" / "base" / "engine"
+    files = {file.relative_to(again) for file in again.rglob("*") if file.is_file()}
+    assert files == {file.relative_to(tiny_engine_folder) for file in tiny_engine_folder.rglob("*") if file.is_file()}
+    assert {file for file in files if sha256_file(again / file) != sha256_file(tiny_engine_folder / file)} == set()
+
+
+def test_the_engine_holds_nothing_about_decoding(project: Project) -> None:
+    manifest = read_json(project.out / "export" / "engine" / "engine.json")
+    assert set(manifest).isdisjoint(SamplingParams.__dataclass_fields__)
+    assert "decoding" not in manifest
+
+
+def test_parity_is_recorded(project: Project) -> None:
+    parity = read_json(project.out / "export" / "parity.json")
+    allowed = project.params.export.parity
+    assert set(parity) == {
+        *("max_logit_difference_empty_past", "max_logit_difference_real_past", "positions", "next_token_agreement"),
+        *("perplexity_pytorch", "perplexity_onnxruntime", "greedy_tokens", "greedy_identical"),
+    }
+    assert 0 < parity["max_logit_difference_empty_past"] <= allowed.max_logit_difference
+    assert 0 < parity["max_logit_difference_real_past"] <= allowed.max_logit_difference
+    assert parity["greedy_identical"] is True
+    assert parity["perplexity_onnxruntime"] == pytest.approx(parity["perplexity_pytorch"], rel=1e-3)
+    validation = load_tokens(project.out / "tokenize" / "validation", tokenizer_sha256(project.out / "base"))
+    assert parity["positions"] == len(validation.tokens) - 1
+
+
+def test_a_weight_that_is_not_a_number_is_refused(project: Project, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(project.out / "finetune" / "checkpoint", tmp_path / "checkpoint"))
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.weight"][3, 5] = np.nan
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"^\S+/checkpoint: weight transformer\.h\.1\.mlp\.c_fc\.weight holds NaN"):
+        export(checkpoint, project.out / "base", project.out / "tokenize", tmp_path / "out", tolerance(project))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_broken_promise_leaves_nothing(project: Project, tmp_path: Path) -> None:
+    strict = tolerance(project, max_logit_difference=1e-12)
+    with pytest.raises(UserError, match=r"^parity: a logit is off by \S+ with empty past; at most 1e-12 is allowed"):
+        export(
+            project.out / "finetune" / "checkpoint",
+            project.out / "base",
+            project.out / "tokenize",
+            tmp_path / "out",
+            strict,
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_engine_of_another_checkpoint_breaks_every_promise(project: Project) -> None:
+    with pytest.raises(UserError) as caught:
+        certify(
+            project.out / "finetune" / "checkpoint",
+            project.out / "export" / "base" / "engine",
+            project.out / "tokenize",
+            tolerance(project),
+        )
+    message = str(caught.value)
+    assert "\n" not in message
+    for promise in ("with empty past", "with real past", "the next token agrees", "perplexity is", "greedy"):
+        assert promise in message

@@ -1,0 +1,332 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from isolated_store import isolated_store
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.pyfunc import PyFuncModel
+from toy_project import ROOT, Project
+
+from pipeline import registry, tracking
+from pipeline.decoding import SamplingParams
+from pipeline.engine import Engine
+from pipeline.files import read_json, sha256_file
+from pipeline.imports import needed_files
+from pipeline.params import PARAMS_FILE, read_yaml
+from pipeline.registry import fetch_model
+from pipeline.stages import register as stage
+from pipeline.stages.register import SERVED_MODULE, SIGNATURE, register
+from pipeline.tokens import load_tokenizer, prompt_ids
+
+PROMPT = "The lamp on Gull Rock"
+PARAMS = {"max_new_tokens": 40, "seed": 7}
+
+PREDICT_ELSEWHERE = """
+import importlib.util, json, sys
+
+BLOCKED = {"torch", "transformers", "optimum", "onnx", "dvc"}
+uri, repository, prompt, params = sys.argv[1:]
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} must not be needed")
+
+# The package is installed in this environment as a link to the repository.
+sys.meta_path[:] = [Blocker(), *(finder for finder in sys.meta_path if "__editable__" not in repr(finder))]
+assert importlib.util.find_spec("pipeline") is None
+
+import mlflow
+
+model = mlflow.pyfunc.load_model(uri)
+texts = [model.predict([prompt], params=json.loads(params)) for _ in range(2)]
+import pipeline
+assert not pipeline.__file__.startswith(repository), pipeline.__file__
+print(json.dumps(texts))
+"""
+
+
+@pytest.fixture(scope="module")
+def version(project: Project) -> dict[str, Any]:
+    """What `register` wrote of the first version."""
+    project.run(stage, "out/export", "out/evaluate", "out/finetune", "out/prepare/test.jsonl", "out/register")
+    return dict(read_json(project.out / "register" / "version.json"))
+
+
+@pytest.fixture
+def entered(project: Project, version: dict[str, Any]) -> Iterator[None]:
+    with project.entered():
+        tracking.connect()
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(project: Project, version: dict[str, Any]) -> PyFuncModel:
+    with project.entered():
+        tracking.connect()
+        return mlflow.pyfunc.load_model(f"models:/{version['name']}@champion")
+
+
+@pytest.fixture
+def fresh(project: Project, tmp_path: Path) -> Iterator[Project]:
+    """The project's files beside a store that holds nothing, not even their runs."""
+    shutil.copytree(project.out, tmp_path / "out", ignore=shutil.ignore_patterns("register"))
+    shutil.copy(project.root / PARAMS_FILE, tmp_path)
+    with isolated_store(tmp_path):
+        yield Project(tmp_path)
+
+
+def registered(project: Project, **decoding: Any) -> dict[str, Any]:
+    """What `register` writes of the project's files with `decoding` in place of its own."""
+    out = project.out
+    values = project.params.evaluate.decoding.to_mapping() | decoding
+    register(
+        out / "export",
+        out / "evaluate",
+        out / "finetune",
+        out / "prepare" / "test.jsonl",
+        out / "register",
+        name=project.params.register_.name,
+        decoding=SamplingParams.from_mapping(values),
+    )
+    return dict(read_json(out / "register" / "version.json"))
+
+
+def environment(project: Project) -> dict[str, str]:
+    """Of a process that knows the store and nothing of the repository."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {
+        "PATH": path,
+        "HOME": os.environ.get("HOME", "/"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{project.root}/mlflow.db",
+    }
+
+
+@pytest.mark.usefixtures("entered")
+def test_the_first_version_is_champion_and_leads_back_to_run_scores_and_data(
+    project: Project, version: dict[str, Any]
+) -> None:
+    client = tracking.connect()
+    found = client.get_model_version_by_alias(version["name"], "champion")
+    assert (int(found.version), found.run_id) == (version["version"], version["run_id"]) == (1, found.run_id)
+    parent = read_json(project.out / "finetune" / "run.json")["run_id"]
+    assert tracking.find_child(client, parent, "register") == found.run_id
+    scores = read_json(project.out / "evaluate" / "metrics.json")
+    assert found.tags["pipeline.run_id"] == parent
+    assert found.tags[registry.FINGERPRINT_TAG] == version["fingerprint"]
+    assert registry.score_of(found) == registry.Score(
+        sha256_file(project.out / "prepare" / "test.jsonl"), scores["finetuned"]["bits_per_byte"]
+    )
+    assert {"machine.cpu", "library.mlflow"} <= set(found.tags)
+
+
+@pytest.mark.usefixtures("entered")
+def test_a_version_holds_engine_tokenizer_decoding_parity_and_scores(
+    project: Project, version: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version['name']}/1", dst_path=str(tmp_path)))
+    artifacts = folder / "artifacts"
+    assert set(Model.load(str(folder)).flavors["python_function"]["artifacts"]) == {
+        "engine",
+        "decoding",
+        "parity",
+        "scores",
+    }
+    for name in ("export/parity.json", "evaluate/metrics.json"):
+        assert sha256_file(artifacts / Path(name).name) == sha256_file(project.out / name)
+    engine = project.out / "export" / "engine"
+    for file in (file for file in engine.rglob("*") if file.is_file()):
+        assert sha256_file(artifacts / "engine" / file.relative_to(engine)) == sha256_file(file)
+    decoding = read_yaml(project.root / PARAMS_FILE)["evaluate"]["decoding"]
+    assert read_json(artifacts / "decoding.json") == decoding
+    packed = {file.relative_to(folder / "code") for file in (folder / "code").rglob("*.py")}
+    assert packed == {file.relative_to(ROOT) for file in needed_files(SERVED_MODULE, ROOT)}
+    assert not list(folder.rglob("*.pkl"))
+    requirements = (folder / "requirements.txt").read_text()
+    assert {line.partition("==")[0] for line in requirements.splitlines()} == {
+        *("mlflow", "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers")
+    }
+
+
+@pytest.mark.usefixtures("entered")
+def test_a_model_is_fetched_as_engine_and_decoding(project: Project, version: dict[str, Any]) -> None:
+    folder, decoding = fetch_model(f"models:/{version['name']}@champion")
+    assert decoding == project.params.evaluate.decoding
+    ids = prompt_ids(load_tokenizer(folder), PROMPT)
+    assert len(Engine.load(folder, provider="cpu").generate([ids], decoding)[0].token_ids) > 0
+
+
+def test_unchanged_inputs_register_nothing(fresh: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    first = registered(fresh)
+    assert first["version"] == 1
+    capsys.readouterr()
+    assert registered(fresh) == first
+    assert capsys.readouterr().out == f"{first['name']} version 1 holds these files already; registered nothing\n"
+    assert len(tracking.connect().search_model_versions()) == 1
+
+
+def test_changed_decoding_is_another_version(fresh: Project) -> None:
+    first, second = registered(fresh), registered(fresh, temperature=0.7)
+    assert (first["version"], second["version"]) == (1, 2)
+    assert first["fingerprint"] != second["fingerprint"]
+    # No worse on the same split.
+    assert int(tracking.connect().get_model_version_by_alias(first["name"], "champion").version) == 2
+    assert registered(fresh) == first
+
+
+def test_a_version_whose_files_are_gone_is_registered_anew(fresh: Project) -> None:
+    first = registered(fresh)
+    (description,) = fresh.root.glob("mlartifacts/**/MLmodel")
+    description.unlink()
+    again = registered(fresh)
+    assert (first["version"], again["version"]) == (1, 2)
+    assert first["fingerprint"] == again["fingerprint"]
+
+
+def test_a_version_cut_off_before_its_alias_is_registered_anew(fresh: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "set_alias", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            registered(fresh)
+    assert not (fresh.out / "register").exists()
+    version = registered(fresh)
+    assert version["version"] == 2
+    assert int(tracking.connect().get_model_version_by_alias(version["name"], "champion").version) == 2
+
+
+def test_the_same_files_have_the_same_fingerprint_in_any_store(fresh: Project, version: dict[str, Any]) -> None:
+    assert registered(fresh)["fingerprint"] == version["fingerprint"]
+
+
+def test_the_signature_declares_every_decoding_parameter() -> None:
+    declared = {param.name: param.default for param in SIGNATURE.params}
+    # What a list of texts has no room for, and what a signature can declare as two lists alone.
+    expected = set(SamplingParams.__dataclass_fields__) - {"logprobs", "logit_bias"}
+    assert set(declared) == expected | {"logit_bias_ids", "logit_bias_values"}
+    assert all(default in (None, []) for default in declared.values())
+
+
+def test_a_model_loads_in_a_new_process_without_torch_or_this_repository(
+    project: Project, version: dict[str, Any], tmp_path: Path
+) -> None:
+    uri = f"models:/{version['name']}@champion"
+    command = [sys.executable, "-c", PREDICT_ELSEWHERE, uri, str(ROOT), PROMPT, json.dumps(PARAMS)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(project), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    once, twice = json.loads(done.stdout.splitlines()[-1])
+    assert once == twice
+    assert len(once) == 1
+    assert once[0]
+
+
+def test_the_model_says_what_the_engine_says(project: Project, model: PyFuncModel) -> None:
+    folder = project.out / "export" / "engine"
+    tokenizer = load_tokenizer(folder)
+    decoding = SamplingParams.from_mapping(project.params.evaluate.decoding.to_mapping() | PARAMS)
+    (completion,) = Engine.load(folder, provider="cpu").generate([prompt_ids(tokenizer, PROMPT)], decoding)
+    (text,) = model.predict([PROMPT], params=PARAMS)
+    assert text.rstrip("�") == tokenizer.decode(completion.token_ids, skip_special_tokens=False).rstrip("�")
+
+
+def test_several_continuations_of_a_prompt_stand_together(model: PyFuncModel) -> None:
+    texts = model.predict([PROMPT, ""], params=PARAMS | {"n": 2})
+    assert len(texts) == 4
+    assert texts[0] != texts[1]
+    assert texts[0] == model.predict([PROMPT], params=PARAMS)[0]
+
+
+def test_lists_reach_the_decoding(project: Project, model: PyFuncModel) -> None:
+    allowed = load_tokenizer(project.out / "export" / "engine").encode("lamp").ids
+    (text,) = model.predict([PROMPT], params=PARAMS | {"allowed_token_ids": allowed, "ignore_eos": True})
+    assert set(text) <= set("lamp<|endoftext|>")
+    bias = {"logit_bias_ids": allowed[:1], "logit_bias_values": [100.0]}
+    (text,) = model.predict([PROMPT], params=PARAMS | bias | {"repetition_penalty": 1.0})
+    assert len(set(text)) <= 2
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"ignore_eos": "yes"}, "ignore_eos"),
+        ({"stop": "x"}, "stop"),
+        # The schema knows no ranges: these come from SamplingParams.
+        ({"top_p": 1.5}, r"top_p: 1\.5 is out of range, must be in \(0, 1\]"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0 is out of range, must be at least 1"),
+        ({"temperature": -1.0}, r"temperature: -1\.0 is out of range, must be at least 0"),
+        ({"logit_bias_ids": [1, 2], "logit_bias_values": [1.0]}, "logit_bias_values: 1 values for 2 ids"),
+        ({"banned_token_ids": [-1]}, "banned_token_ids: -1 is out of range"),
+    ],
+)
+def test_a_wrong_parameter_is_refused(params: dict[str, Any], message: str, model: PyFuncModel) -> None:
+    with pytest.raises(MlflowException, match=message) as caught:
+        model.predict([PROMPT], params=params)
+    assert caught.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+def test_mlflow_serves_the_model_over_http(project: Project, version: dict[str, Any], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*(sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{version['name']}@champion")]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    log = tmp_path / "server.log"
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(project), stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping", server, log)
+        request = {"inputs": [PROMPT], "params": PARAMS}
+        once, twice = (post(f"http://127.0.0.1:{port}/invocations", request) for _ in range(2))
+        assert once == twice
+        assert once[0] == 200
+        assert len(once[1]["predictions"]) == 1
+        assert once[1]["predictions"][0]
+        status, refusal = post(f"http://127.0.0.1:{port}/invocations", request | {"params": {"top_p": 1.5}})
+        assert status == 400
+        assert "top_p: 1.5 is out of range" in refusal["message"]
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once the address answers."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status and JSON of the answer."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)

@@ -1,0 +1,217 @@
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import mlflow
+import pytest
+from isolated_store import isolated_store
+
+import pipeline
+from pipeline import tracking
+from pipeline.__main__ import main
+from pipeline.decoding import SamplingParams
+from pipeline.files import write_json
+from pipeline.params import PARAMS_FILE
+
+ROOT = Path(pipeline.__file__).parents[1]
+PROMPT = "The lamp"
+NAME = "harbour-tales"
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path) -> Iterator[None]:
+    """A folder with the committed parameters and an empty store."""
+    shutil.copy(ROOT / PARAMS_FILE, tmp_path)
+    with isolated_store(tmp_path):
+        yield
+
+
+@pytest.fixture
+def engine(tiny_engine_folder: Path) -> str:
+    return str(tiny_engine_folder)
+
+
+@pytest.fixture
+def champion(tiny_engine_folder: Path, tmp_path: Path) -> str:
+    """A registered model that by default draws three tokens; its code is not what a command runs."""
+    client = tracking.connect()
+    write_json(tmp_path / "decoding.json", SamplingParams(max_new_tokens=3, seed=5).to_mapping())
+    (tmp_path / "model.py").write_text(
+        "from mlflow.models import set_model\n"
+        "from mlflow.pyfunc.model import PythonModel\n\n\n"
+        "class Unused(PythonModel):\n"
+        "    def predict(self, model_input: list[str]) -> list[str]:\n"
+        "        raise NotImplementedError\n\n\n"
+        "set_model(Unused())\n"
+    )
+    with tracking.start_run("register", {}) as run, mlflow.start_run(run_id=run.run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(tmp_path / "model.py"),
+            artifacts={"engine": str(tiny_engine_folder), "decoding": str(tmp_path / "decoding.json")},
+            pip_requirements=[],
+        )
+    version = mlflow.register_model(logged.model_uri, NAME)
+    client.set_registered_model_alias(NAME, "champion", version.version)
+    return f"models:/{NAME}@champion"
+
+
+def generated(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `generate` writes for the prompt."""
+    capsys.readouterr()
+    main(["generate", PROMPT, "--provider", "cpu", *arguments])
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line with which a command that cannot run ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def test_a_command_of_its_own_streams_prompt_and_text(engine: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "generate", PROMPT, "--model", engine, "--seed", "7"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONIOENCODING"}
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "8"], cwd=tmp_path, env=environment, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(PROMPT.encode())
+    assert len(done.stdout) > len(PROMPT) + 1
+    assert done.stdout.endswith(b"\n")
+
+
+def test_text_is_written_as_it_is_drawn(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        """Keeps what stood there at each flush."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shown: list[str] = []
+
+        def flush(self) -> None:
+            self.shown.append(self.getvalue())
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    main(["generate", PROMPT, "--model", engine, "--provider", "cpu", "--seed", "7", "--max-new-tokens", "16"])
+    assert terminal.shown[0] == PROMPT
+    assert len(set(terminal.shown)) > 8
+    assert all(later.startswith(earlier) for earlier, later in pairwise(terminal.shown))
+
+
+def test_the_same_seed_gives_the_same_text(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--model", engine, "--max-new-tokens", "16", "--seed")
+    text = generated(capsys, *options, "7")
+    assert generated(capsys, *options, "7") == text
+    assert generated(capsys, *options, "8") != text
+
+
+def test_what_is_not_set_comes_from_the_parameters(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    committed = (tmp_path / PARAMS_FILE).read_text()
+    (tmp_path / PARAMS_FILE).write_text(committed.replace("    max_new_tokens: 400", "    max_new_tokens: 5"))
+    assert committed != (tmp_path / PARAMS_FILE).read_text()
+    options = ("--model", engine, "--seed", "7")
+    text = generated(capsys, *options)
+    assert text == generated(capsys, *options, "--max-new-tokens", "5")
+    assert text != generated(capsys, *options, "--max-new-tokens", "6")
+    assert text != generated(capsys, *options, "--temperature", "100", "--top-k", "0", "--top-p", "1")
+
+
+def test_an_engine_of_the_last_export_is_the_default(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(engine, tmp_path / "out" / "export" / "engine")
+    options = ("--max-new-tokens", "8", "--seed", "7")
+    assert generated(capsys, *options) == generated(capsys, "--model", engine, *options)
+
+
+def test_lists_and_biases_are_options(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = ("--model", engine, "--seed", "7", "--max-new-tokens", "4", "--temperature", "0", "--ignore-eos")
+    only = ("--allowed-token-ids", "65", "--repetition-penalty", "1")
+    text = generated(capsys, *plain, *only).removeprefix(PROMPT).rstrip("\n")
+    assert len(text) == 4
+    assert len(set(text)) == 1
+    assert generated(capsys, *plain, "--logit-bias", "65=100", "66=-1.5", "--repetition-penalty", "1") == (
+        f"{PROMPT}{text}\n"
+    )
+    assert generated(capsys, *plain, *only, "--stop", text[0]) == f"{PROMPT}\n"
+
+
+def test_a_registered_model_brings_its_own_decoding(
+    engine: str, champion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = generated(capsys, "--model", champion)
+    neutral = ("--temperature", "1", "--top-k", "0", "--top-p", "1", "--repetition-penalty", "1")
+    assert text == generated(capsys, "--model", engine, *neutral, "--max-new-tokens", "3", "--seed", "5")
+    assert len(generated(capsys, "--model", champion, "--max-new-tokens", "20")) > len(text)
+
+
+def test_a_registered_model_needs_no_parameters_file(
+    champion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / PARAMS_FILE).unlink()
+    assert generated(capsys, "--model", champion).startswith(PROMPT)
+
+
+@pytest.mark.parametrize("model", ["models:/nobody@champion", "models:/nobody/1", "models:nobody", "models:/"])
+def test_an_unknown_model_is_told(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "generate", PROMPT, "--model", model)
+    assert message.startswith(f"error: {model}: the registry does not hold it (")
+
+
+def test_a_folder_without_engine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "generate", PROMPT, "--model", "nowhere").startswith("error: nowhere: holds no engine")
+
+
+def test_without_an_export_it_says_how_to_make_one(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "generate", PROMPT)
+    assert message.startswith("error: out/export/engine: holds no engine")
+    assert "`dvc repro export` makes one" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--top-p", "1.5"), "top_p: 1.5 is out of range, must be in (0, 1]"),
+        (("--temperature", "nan"), "temperature: expected a finite number, got nan"),
+        (("--max-new-tokens", "0"), "max_new_tokens: 0 is out of range, must be at least 1"),
+        (("--banned-token-ids", "-1"), "banned_token_ids: -1 is out of range"),
+        (("--logit-bias", "5=101"), "logit_bias: 101.0 is out of range, must be in [-100, 100]"),
+        (("--precision", "int3"), "precision: "),
+        (("--provider", "tpu"), "provider: 'tpu' is none of auto, cpu, cuda"),
+    ],
+)
+def test_a_wrong_option_is_told_by_name(
+    options: tuple[str, ...], message: str, engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(capsys, "generate", PROMPT, "--model", engine, *options).startswith(f"error: {message}")
+
+
+def test_a_bias_that_is_none_is_told(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", PROMPT, "--model", engine, "--logit-bias", "five"])
+    assert caught.value.code == 2
+    assert "--logit-bias: expected ID=BIAS, got 'five'" in capsys.readouterr().err
+
+
+def test_restore_without_outputs_says_what_to_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "restore") == "error: out/register/version.json: is missing; run `dvc repro` first\n"
+
+
+def test_restore_with_outputs_half_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "out" / "register" / "version.json", {"name": NAME, "version": 1})
+    assert refused(capsys, "restore").startswith("error: out/finetune/run.json: No such file")

@@ -1,0 +1,205 @@
+"""What dvc.yaml says is what the code does: dependencies, outputs, parameters."""
+
+import ast
+import shlex
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+import pipeline
+from pipeline.imports import needed_files
+from pipeline.params import Params, Section, read_yaml
+from pipeline.stages.register import SERVED_MODULE
+
+ROOT = Path(pipeline.__file__).parents[1]
+DAG = read_yaml(ROOT / "dvc.yaml")
+STAGES: dict[str, dict[str, Any]] = DAG["stages"]
+PARAMS = read_yaml(ROOT / "params.yaml")
+READ_ELSEWHERE = {"register": ["evaluate.decoding"]}
+"""Parameters of another stage's section that a stage reads."""
+SERVED_LIBRARIES = {"mlflow", "numpy", "onnxruntime", "pandas", "tokenizers"}
+LIGHT = (
+    *("pipeline.decoding", "pipeline.params", "pipeline.engine.sampling"),
+    *(
+        f"pipeline.{folder}.{file.stem}"
+        for folder in ("corpus", "quality")
+        for file in sorted((ROOT / "pipeline" / folder).glob("[!_]*.py"))
+    ),
+)
+TORCHLESS = ("pipeline.engine", "pipeline.serving.text", "pipeline.stages.evaluate", "pipeline.stages.register")
+
+IMPORT_WITHOUT = """
+import importlib, sys
+
+blocked, modules = (argument.split(",") for argument in sys.argv[1:])
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+for module in modules:
+    importlib.import_module(module)
+"""
+
+each_stage = pytest.mark.parametrize("stage", STAGES)
+
+
+def outs(stage: str) -> list[str]:
+    return [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
+
+
+def arguments(stage: str) -> list[str]:
+    return shlex.split(STAGES[stage]["cmd"])[3:]
+
+
+def covers(path: str, other: str) -> bool:
+    """Whether `other` is `path` or lies in it."""
+    return PurePosixPath(other).is_relative_to(path)
+
+
+def needed(stage: str) -> set[Path]:
+    files = needed_files(f"pipeline.stages.{stage}", ROOT)
+    # register packs what the served model imports.
+    return files | needed_files(SERVED_MODULE, ROOT) if stage == "register" else files
+
+
+def has_code(file: Path) -> bool:
+    """Whether a module holds more than its docstring."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return any(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in body)
+
+
+def top_level_imports(file: Path) -> set[str]:
+    """The packages that importing the file itself imports."""
+    names: list[str] = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def attributes_read(files: set[Path]) -> set[str]:
+    return {
+        node.attr
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+
+
+def fields_of(section: type[Section]) -> list[str]:
+    """Names of the fields that hold values, those of nested sections included."""
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            names += fields_of(annotation)
+        else:
+            names.append(name)
+    return names
+
+
+@each_stage
+def test_a_stage_is_its_module_and_its_folder(stage: str) -> None:
+    assert STAGES[stage]["cmd"].startswith(f"python -m pipeline.stages.{stage} ")
+    assert (ROOT / "pipeline" / "stages" / f"{stage}.py").is_file()
+    assert arguments(stage)[-1] == f"out/{stage}"
+    assert all(covers(f"out/{stage}", path) for path in outs(stage))
+
+
+def test_every_stage_module_is_a_stage() -> None:
+    modules = {file.stem for file in (ROOT / "pipeline" / "stages").glob("*.py")}
+    assert modules - {"__init__"} == set(STAGES)
+
+
+@each_stage
+def test_every_module_that_a_stage_needs_is_a_dependency(stage: str) -> None:
+    files = {file.relative_to(ROOT).as_posix() for file in needed(stage) if has_code(file)}
+    listed = [path for path in STAGES[stage]["deps"] if covers("pipeline", path)]
+    assert {file for file in files if not any(covers(path, file) for path in listed)} == set()
+
+
+@each_stage
+def test_no_module_is_a_dependency_without_need(stage: str) -> None:
+    files = {file.relative_to(ROOT).as_posix() for file in needed(stage)}
+    listed = [path for path in STAGES[stage]["deps"] if covers("pipeline", path)]
+    assert [path for path in listed if not any(covers(path, file) for file in files)] == []
+
+
+@each_stage
+def test_what_a_stage_reads_of_others_is_a_dependency(stage: str) -> None:
+    others = {path for other in STAGES if other != stage for path in outs(other)}
+    deps = STAGES[stage]["deps"]
+    for argument in arguments(stage)[:-1]:
+        made = {path for path in others if covers(argument, path) or covers(path, argument)}
+        assert made or (ROOT / f"{argument}.dvc").is_file(), f"{argument} is made by no stage"
+        assert any(covers(argument, dep) or covers(dep, argument) for dep in deps), f"{argument} is no dependency"
+
+
+@each_stage
+def test_every_dependency_is_an_argument_or_a_module(stage: str) -> None:
+    for dep in STAGES[stage]["deps"]:
+        known = covers("pipeline", dep) or any(covers(argument, dep) for argument in arguments(stage)[:-1])
+        assert known, dep
+
+
+@each_stage
+def test_parameters_belong_to_the_stage(stage: str) -> None:
+    listed = STAGES[stage].get("params", [])
+    allowed = [stage] if stage in PARAMS else []
+    assert sorted(listed) == sorted([*allowed, *READ_ELSEWHERE.get(stage, [])])
+    for key in listed:
+        value = PARAMS
+        for part in key.split("."):
+            value = value[part]
+
+
+@pytest.mark.parametrize("stage", PARAMS)
+def test_every_parameter_is_read_by_its_stage(stage: str) -> None:
+    sections = {field.alias or name: field.annotation for name, field in Params.model_fields.items()}
+    section = sections[stage]
+    assert isinstance(section, type)
+    assert issubclass(section, Section)
+    files = needed_files(f"pipeline.stages.{stage}", ROOT) - {ROOT / "pipeline" / "params.py"}
+    assert set(fields_of(section)) - attributes_read(files) == set()
+
+
+def test_every_section_belongs_to_a_stage() -> None:
+    assert set(PARAMS) <= set(STAGES)
+
+
+def test_every_plot_is_drawn_from_a_stage_output() -> None:
+    files = {file for plot in DAG["plots"] for settings in plot.values() for file in settings["y"]}
+    assert files <= {path for stage in STAGES for path in outs(stage)}
+
+
+def test_no_stage_output_is_in_git() -> None:
+    tracked = subprocess.run(["git", "ls-files", "--", "out"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert tracked.stdout == ""
+
+
+def test_rules_need_neither_torch_nor_mlflow() -> None:
+    import_without("torch,transformers,mlflow", LIGHT)
+
+
+def test_decoding_needs_no_torch() -> None:
+    import_without("torch,transformers,optimum,onnx", TORCHLESS)
+
+
+def import_without(blocked: str, modules: tuple[str, ...]) -> None:
+    command = [sys.executable, "-c", IMPORT_WITHOUT, blocked, ",".join(modules)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_served_model_needs_few_libraries() -> None:
+    files = needed_files(SERVED_MODULE, ROOT)
+    libraries = set().union(*map(top_level_imports, files)) - sys.stdlib_module_names - {"pipeline"}
+    assert libraries <= SERVED_LIBRARIES

@@ -1,0 +1,285 @@
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from isolated_store import isolated_store
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
+
+from pipeline import tracking
+from pipeline.errors import UserError
+
+CLOSED_PORT = 9
+"""Discard, which nothing serves nowadays: a connection is refused at once."""
+
+CONNECT = "from pipeline.tracking import connect, experiment_id; print(experiment_id(connect()))"
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path) -> Iterator[None]:
+    with isolated_store(tmp_path):
+        yield
+
+
+def git(*arguments: str) -> str:
+    identity = ["-c", "user.name=A", "-c", "user.email=a@localhost"]
+    done = subprocess.run(["git", *identity, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def logged_run(stage: str = "finetune", **arguments: object) -> tuple[MlflowClient, Run]:
+    """A finished run without parameters."""
+    with tracking.start_run(stage, {}, **arguments) as run:  # type: ignore[arg-type]
+        pass
+    return run.client, run.client.get_run(run.run_id)
+
+
+def test_runs_are_stored_beside_the_project_and_files_at_an_absolute_place(tmp_path: Path) -> None:
+    client = tracking.connect()
+    experiment = client.get_experiment(tracking.experiment_id(client))
+    assert client.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert experiment.name == tracking.EXPERIMENT
+    assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
+
+
+def test_dvc_root_is_where_the_store_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # DVC runs a queued experiment in a temporary copy of the project.
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")
+    logged_run()
+    assert list((tmp_path / "copy").iterdir()) == []
+
+
+def test_without_dvc_the_current_folder_holds_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_ROOT")
+    assert tracking.embedded_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_another_store_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mlflow.db").rename(tmp_path / "elsewhere.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    client = tracking.connect()
+    experiment = client.get_experiment(tracking.experiment_id(client))
+    assert experiment.name == "mine"
+    assert "mlartifacts" not in experiment.artifact_location
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        (f"http://ada:hunter2@127.0.0.1:{CLOSED_PORT}/", f"http://127.0.0.1:{CLOSED_PORT}/"),
+        ("nosuch://ada:hun@ter2@host", "nosuch://host"),
+        ("http://ada:hunter2@127.0.0.1:99999", "http://127.0.0.1:99999"),
+    ],
+)
+def test_a_store_that_does_not_answer_is_told_soon_and_without_the_password(
+    uri: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"^tracking store {place} does not answer; set MLFLOW_TRACKING_URI") as caught:
+        tracking.connect()
+    assert time.monotonic() - started < 30
+    assert "\n" not in str(caught.value)
+    for secret in ("ada", "hunter2", "ter2"):
+        assert secret not in str(caught.value)
+
+
+def test_two_processes_may_make_the_store_at_once(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").unlink()
+    processes = [
+        subprocess.Popen([sys.executable, "-c", CONNECT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    results = [process.communicate(timeout=90) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert results[0][0] == results[1][0]
+
+
+def test_a_deleted_experiment_is_told() -> None:
+    client = tracking.connect()
+    client.delete_experiment(tracking.experiment_id(client))
+    with pytest.raises(UserError, match="experiment 'gpt2-pipeline' is deleted; restore it, or set"):
+        tracking.experiment_id(client)
+
+
+def test_a_run_has_every_parameter() -> None:
+    parameters = {"base": {"scratch": {"layers": 4}, "revision": None}, "samples": {"prompts": ["", "Ä\n"]}, "x": 3e-5}
+    with tracking.start_run("finetune", parameters) as run:
+        pass
+    assert run.client.get_run(run.run_id).data.params == {
+        "base.scratch.layers": "4",
+        "base.revision": "None",
+        "samples.prompts": '["", "Ä\\n"]',
+        "x": "3e-05",
+    }
+
+
+def test_a_run_knows_its_stage_machine_and_libraries() -> None:
+    _, run = logged_run()
+    assert run.info.status == "FINISHED"
+    assert run.data.tags[tracking.STAGE_TAG] == "finetune"
+    assert {"machine.cpu", "machine.platform", "machine.python", "library.mlflow", "library.torch"} <= set(
+        run.data.tags
+    )
+
+
+def test_a_run_whose_stage_fails_is_marked_failed() -> None:
+    with pytest.raises(KeyboardInterrupt), tracking.start_run("finetune", {}) as run:
+        raise KeyboardInterrupt
+    assert run.client.get_run(run.run_id).info.status == "FAILED"
+
+
+def test_a_run_whose_parameters_are_refused_is_marked_failed() -> None:
+    with pytest.raises(MlflowException), tracking.start_run("finetune", {"a?b": 1}):
+        pass
+    client = tracking.connect()
+    (run,) = client.search_runs([tracking.experiment_id(client)])
+    assert run.info.status == "FAILED"
+
+
+def test_a_long_parameter_is_logged() -> None:
+    with tracking.start_run("finetune", {"prompts": ["x" * 20_000]}) as run:
+        pass
+    assert run.client.get_run(run.run_id).data.params["prompts"].startswith('["xxx')
+
+
+def test_metrics_keep_their_steps() -> None:
+    with tracking.start_run("finetune", {}) as run:
+        for step, loss in ((0, 3.0), (10, 2)):
+            run.log_metrics({"loss": loss}, step)
+    history = run.client.get_metric_history(run.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(0, 3.0), (10, 2.0)]
+
+
+def test_a_table_grows_by_rows(tmp_path: Path) -> None:
+    with tracking.start_run("finetune", {}) as run:
+        run.log_table("samples.json", [{"step": 0, "text": "a"}, {"step": 0, "text": "b"}])
+        run.log_table("samples.json", [])
+        run.log_table("samples.json", [{"step": 8, "text": "c"}])
+    (file,) = tmp_path.glob("mlartifacts/**/samples.json")
+    assert json.loads(file.read_text()) == {"columns": ["step", "text"], "data": [[0, "a"], [0, "b"], [8, "c"]]}
+
+
+def test_data_is_recorded_by_its_digest() -> None:
+    digest = hashlib.sha256(b"tokens").hexdigest()[:36]
+    with tracking.start_run("finetune", {}) as run:
+        run.log_dataset("train", digest, {"documents": "12"})
+    (record,) = run.client.get_run(run.run_id).inputs.dataset_inputs
+    assert (record.dataset.name, record.dataset.digest) == ("train", digest)
+    assert [tag.value for tag in record.tags] == ["train"]
+    assert json.loads(record.dataset.source) == {"tags": {"documents": "12"}}
+
+
+def test_a_file_lies_in_the_folder_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "copies.csv").write_text("rank\n")
+    with tracking.start_run("evaluate", {}) as run:
+        run.log_file(tmp_path / "copies.csv", "plots")
+    assert [file.path for file in run.client.list_artifacts(run.run_id, "plots")] == ["plots/copies.csv"]
+
+
+def test_a_child_is_found_by_parent_and_stage() -> None:
+    client, parent = logged_run()
+    _, other = logged_run()
+    _, first = logged_run("evaluate", parent_run_id=parent.info.run_id)
+    _, second = logged_run("evaluate", parent_run_id=parent.info.run_id)
+    assert first.data.tags[MLFLOW_PARENT_RUN_ID] == parent.info.run_id
+    assert first.info.run_name == "evaluate"
+    assert tracking.find_child(client, parent.info.run_id, "evaluate") == second.info.run_id
+    assert tracking.find_child(client, parent.info.run_id, "register") is None
+    assert tracking.find_child(client, other.info.run_id, "evaluate") is None
+
+
+def test_a_child_that_failed_is_not_found() -> None:
+    client, parent = logged_run()
+    with pytest.raises(RuntimeError), tracking.start_run("evaluate", {}, parent_run_id=parent.info.run_id):
+        raise RuntimeError
+    assert tracking.find_child(client, parent.info.run_id, "evaluate") is None
+
+
+def test_a_run_is_found_by_its_id() -> None:
+    client, run = logged_run()
+    assert tracking.find_run(client, run.info.run_id) == run.info.run_id
+    assert tracking.find_run(client, "0" * 32) is None
+
+
+def test_a_deleted_run_is_found_in_the_one_that_restores_it() -> None:
+    client, run = logged_run()
+    client.delete_run(run.info.run_id)
+    assert tracking.find_run(client, run.info.run_id) is None
+    _, restored = logged_run(tags={tracking.RESTORES_TAG: run.info.run_id})
+    assert tracking.find_run(client, run.info.run_id) == restored.info.run_id
+
+
+def test_a_run_half_restored_does_not_count() -> None:
+    with pytest.raises(RuntimeError), tracking.start_run("finetune", {}, tags={tracking.RESTORES_TAG: "0" * 32}) as run:
+        raise RuntimeError
+    assert tracking.find_run(run.client, "0" * 32) is None
+
+
+def test_a_run_knows_commit_and_whether_the_tree_was_changed(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("mlflow.db*\nmlartifacts\n")
+    for name in ("dvc.lock", "params.yaml"):
+        (tmp_path / name).write_text("{}\n")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "begin")
+    commit = git("rev-parse", "HEAD")
+    assert tracking.lineage() | {MLFLOW_GIT_COMMIT: commit, "git.dirty": "false"} == tracking.lineage()
+    # Every stage that runs changes dvc.lock.
+    (tmp_path / "dvc.lock").write_text("stages: {}\n")
+    assert tracking.lineage()["git.dirty"] == "false"
+    (tmp_path / "params.yaml").write_text("a: 1\n")
+    assert tracking.lineage()["git.dirty"] == "true"
+    _, run = logged_run()
+    assert run.data.tags[MLFLOW_GIT_COMMIT] == commit
+    assert run.data.tags["git.dirty"] == "true"
+
+
+def test_outside_git_there_is_no_commit() -> None:
+    assert {MLFLOW_GIT_COMMIT, "git.dirty"}.isdisjoint(tracking.lineage())
+
+
+def test_an_experiment_of_dvc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # DVC commits an experiment where nobody looks for it; the commit that it began from is the one to know.
+    monkeypatch.setenv("DVC_EXP_NAME", "hazy-lamp")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "f" * 40)
+    _, run = logged_run()
+    assert run.info.run_name == "hazy-lamp"
+    assert run.data.tags["dvc.experiment"] == "hazy-lamp"
+    assert run.data.tags[MLFLOW_GIT_COMMIT] == "f" * 40
+
+
+def test_the_digest_of_data_comes_from_its_pointer_and_that_of_an_output_from_the_lock(tmp_path: Path) -> None:
+    (tmp_path / "data.dvc").write_text("outs:\n- md5: 24f1.dir\n  hash: md5\n  path: data\n")
+    (tmp_path / "dvc.lock").write_text(
+        "schema: '2.0'\n"
+        "stages:\n"
+        "  base:\n    outs:\n    - path: out/base\n      md5: 77aa.dir\n"
+        "  tokenize:\n    deps:\n    - path: out/base\n      md5: 0000.dir\n"
+    )
+    assert tracking.dvc_md5("data") == "24f1.dir"
+    assert tracking.dvc_md5("out/base") == "77aa.dir"
+    assert tracking.dvc_md5("out/export") is None
+    _, run = logged_run()
+    assert run.data.tags["dvc.data_md5"] == "24f1.dir"
+    assert run.data.tags["dvc.base_md5"] == "77aa.dir"
+
+
+def test_an_output_that_dvc_does_not_hash_has_no_digest(tmp_path: Path) -> None:
+    # A remote with versions of its own, as of a bucket, is recorded by those.
+    (tmp_path / "data.dvc").write_text("outs:\n- path: data\n  files:\n  - version_id: x\n")
+    assert tracking.dvc_md5("data") is None
+
+
+def test_without_dvc_there_is_no_digest() -> None:
+    assert tracking.dvc_md5("data") is None
