@@ -39,7 +39,7 @@ WRONG = [
         256,
         "base.scratch.vocabulary_size: must be greater than or equal to 257, got 256",
     ),
-    ("base.scratch.width", 255, "base.scratch: width 255 is not a multiple of heads 4"),
+    ("base.scratch.width", 1, "base.scratch: width 1 is not a multiple of heads "),
     ("base.source", "", "base.source: must have at least 1 character, got ''"),
     ("prepare.near_duplicate.jaccard", 0, "prepare.near_duplicate.jaccard: must be greater than 0, got 0"),
     ("prepare.test_share", 1.0, "prepare.test_share: must be less than 1, got 1.0"),
