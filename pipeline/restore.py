@@ -31,8 +31,7 @@ def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, An
             with (finetune / f"loss_{name}.csv").open(encoding="utf-8", newline="") as file:
                 for point in csv.DictReader(file):
                     run.log_metrics({f"{name}_loss": float(point["loss"])}, int(point["step"]))
-        metrics = read_json(finetune / "metrics.json")
-        run.log_metrics({f"final_{name}": value for name, value in metrics.items()})
+        run.log_scores("final", read_json(finetune / "metrics.json"))
     return run.run_id
 
 

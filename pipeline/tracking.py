@@ -133,6 +133,10 @@ class RunLog:
             self.run_id, metrics=[Metric(name, float(value), now_ms, step) for name, value in values.items()]
         )
 
+    def log_scores(self, group: str, values: Mapping[str, Any]) -> None:
+        """Log the numbers of `values` as `group/name`; the UI shows a group in a section of its own."""
+        self.log_metrics({f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float)})
+
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows of the same keys to the table `name`, which the UI shows under Artifacts."""
         if not rows:
@@ -228,8 +232,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def lineage() -> dict[str, str]:
     """Tags that lead from a run to what made it: commit, data, base, machine, libraries; absent where unknown."""
+    commit = os.environ.get("DVC_EXP_BASELINE_REV") or _git("rev-parse", "HEAD")
     tags = {
-        MLFLOW_GIT_COMMIT: os.environ.get("DVC_EXP_BASELINE_REV") or _git("rev-parse", "HEAD"),
+        MLFLOW_GIT_COMMIT: commit,
+        # Once more under a name that the UI shows.
+        "git.commit": commit,
         "git.dirty": _dirty(),
         "dvc.experiment": os.environ.get("DVC_EXP_NAME"),
         "dvc.data_md5": dvc_md5("data"),

@@ -100,8 +100,8 @@ def test_a_run_that_another_store_holds_is_made_anew_once(
     assert run.data.tags[tracking.STAGE_TAG] == "finetune"
     assert run.data.tags[tracking.RESTORES_TAG] == lost
     assert run.data.params == {"finetune.seed": "1"}
-    assert run.data.metrics["final_validation_loss"] == 2.5
-    assert run.data.metrics["final_steps"] == 8
+    assert run.data.metrics["final/validation_loss"] == 2.5
+    assert run.data.metrics["final/steps"] == 8
 
 
 def test_a_deleted_run_gets_its_curves_back(client: MlflowClient, tmp_path: Path) -> None:

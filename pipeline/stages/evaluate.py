@@ -218,8 +218,8 @@ def write_table(path: Path, header: list[str], rows: list[list[str]]) -> None:
 
 def log_evaluation(run: tracking.RunLog, out: Path) -> None:
     """Scores, samples and plots of an evaluation into its run."""
-    metrics = tracking.flatten(read_json(out / "metrics.json"))
-    run.log_metrics({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+    for group, values in read_json(out / "metrics.json").items():
+        run.log_scores(group, values)
     rows = list(read_jsonl(out / "samples.jsonl"))
     run.log_table("samples.json", [{**row, "decoding": str(row["decoding"])} for row in rows])
     for file in sorted(out.iterdir()):

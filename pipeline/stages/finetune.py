@@ -70,7 +70,7 @@ def finetune(tokens: Path, base: Path, out: Path, params: FinetuneParams, run: t
         write_curve(partial / "loss_train.csv", curves.train)
         write_curve(partial / "loss_validation.csv", curves.validation)
         write_json(partial / "run.json", {"run_id": run.run_id})
-        run.log_metrics({f"final_{name}": value for name, value in metrics.items()})
+        run.log_scores("final", metrics)
 
 
 def load_base(base: Path, *, dropout: float | None, attention_dropout: float | None) -> GPT2LMHeadModel:

@@ -229,7 +229,6 @@ class CurveCallback(TrainerCallback):
                 "learning_rate": logs["learning_rate"],
                 "gradient_norm": logs["grad_norm"],
                 "tokens_per_second": logs["tokens_per_second"],
-                "epoch": logs["epoch"],
             }
             self.run_log.log_metrics(metrics, step)
         if "eval_loss" in logs:

@@ -191,7 +191,7 @@ def test_scores_and_samples_are_in_a_child_of_the_run(project: Project, metrics:
         run = client.get_run(child)
         artifacts = {file.path for file in client.list_artifacts(child)}
     for name in CHECKPOINTS:
-        assert run.data.metrics[f"{name}.bits_per_byte"] == metrics[name]["bits_per_byte"]
+        assert run.data.metrics[f"{name}/bits_per_byte"] == metrics[name]["bits_per_byte"]
     assert run.data.params["evaluate.seed"] == str(read_yaml(project.root / PARAMS_FILE)["evaluate"]["seed"])
     assert artifacts == FILES | {"samples.json"}
 

@@ -105,7 +105,7 @@ def test_the_run_has_parameters_lineage_and_curves(project: Project, client: Mlf
         history = client.get_metric_history(run_id, f"{name}_loss")
         expected = curve(project.out / "finetune" / f"loss_{name}.csv")
         assert [(point.step, point.value) for point in history] == expected
-    finals = {name.removeprefix("final_"): value for name, value in run.data.metrics.items() if "final_" in name}
+    finals = {name.removeprefix("final/"): value for name, value in run.data.metrics.items() if "final/" in name}
     assert finals == pytest.approx(read_json(project.out / "finetune" / "metrics.json"))
 
 
