@@ -65,8 +65,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         values["logit_bias"] = dict(arguments.logit_bias)
     params = merge_decoding(defaults, values)
     generator = TextGenerator.load(folder, precision=arguments.precision, provider=arguments.provider)
+    # Before anything is shown: a prompt that does not fit is refused here.
+    pieces = generator.stream(arguments.prompt, params)
     print(arguments.prompt, end="", flush=True)
-    for piece in generator.stream(arguments.prompt, params):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
