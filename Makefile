@@ -55,7 +55,7 @@ check: setup
 	@mypy
 
 ui: setup
-	@mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+	@python -m pipeline ui
 
 clean:
 	@rm -rf out .mypy_cache .ruff_cache .pytest_cache .hypothesis

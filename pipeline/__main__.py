@@ -1,11 +1,12 @@
 """The command line: `python -m pipeline COMMAND`."""
 
 import argparse
-import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import SamplingParams, list_types, scalar_types
 from pipeline.errors import UserError, reported
 from pipeline.params import load_params
 
@@ -17,8 +18,8 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_restore(commands)
+    _add_ui(commands)
     parsed = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with reported():
         parsed.run(parsed)
 
@@ -35,23 +36,13 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--precision", default="auto", help="one that the engine holds (default: its first)")
     group = parser.add_argument_group("decoding parameters (pipeline/decoding.py tells what each does)")
-    for name in (
-        "temperature",
-        "top_p",
-        "min_p",
-        "typical_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    ):
-        group.add_argument(_option(name), type=float, metavar="NUMBER")
-    for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "seed"):
-        group.add_argument(_option(name), type=int, metavar="NUMBER")
-    for name in ("banned_token_ids", "allowed_token_ids", "stop_token_ids"):
-        group.add_argument(_option(name), type=int, nargs="+", metavar="ID")
+    for name, kind in scalar_types().items():
+        if name not in ("n", "logprobs", "ignore_eos"):
+            group.add_argument(_option(name), type=kind, metavar="NUMBER")
+    for name, kind in list_types().items():
+        group.add_argument(_option(name), type=kind, nargs="+", metavar="TEXT" if kind is str else "ID")
     group.add_argument("--logit-bias", type=_bias, nargs="+", metavar="ID=BIAS")
-    group.add_argument("--stop", nargs="+", metavar="TEXT")
-    group.add_argument("--ignore-eos", action="store_true", default=None)
+    group.add_argument(_option("ignore_eos"), action="store_true", default=None)
     parser.set_defaults(run=_generate)
 
 
@@ -77,10 +68,11 @@ def _engine_and_decoding(model: str | None) -> tuple[Path, SamplingParams]:
     if model is None or not model.startswith("models:"):
         return Path(model or OUT / "export" / "engine"), load_params().evaluate.decoding
     from pipeline.registry import fetch_model
-    from pipeline.tracking import connect
+    from pipeline.tracking import connect, store_errors
 
-    connect()
-    return fetch_model(model)
+    with store_errors():
+        connect(create=False)
+        return fetch_model(model)
 
 
 def _option(name: str) -> str:
@@ -107,10 +99,36 @@ def _add_restore(commands: Any) -> None:
 
 def _restore(_: argparse.Namespace) -> None:
     from pipeline.restore import restore
+    from pipeline.tracking import store_errors
 
+    # DVC reads no section but its stages' own: a mistyped one would go unseen where nothing is to be run.
+    load_params()
     if not (OUT / "register" / "version.json").is_file():
         raise UserError(f"{OUT / 'register' / 'version.json'}: is missing; run `dvc repro` first")
-    restore(OUT)
+    with store_errors():
+        restore(OUT)
+
+
+def _add_ui(commands: Any) -> None:
+    parser = commands.add_parser(
+        "ui",
+        help="browse the runs in MLflow",
+        description="Show the tracking store, the embedded one or that of MLFLOW_TRACKING_URI, in MLflow's UI.",
+    )
+    parser.add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default: %(default)s)")
+    parser.set_defaults(run=_ui)
+
+
+def _ui(arguments: argparse.Namespace) -> None:
+    from pipeline.tracking import connect, without_password
+
+    uri = connect().tracking_uri
+    if uri.startswith(("http://", "https://")):
+        print(f"{without_password(uri)} is a server, and shows its runs itself: open it in a browser")
+        return
+    # Beside this Python, which need not be on the path. The store is there by now: two that make it would collide.
+    mlflow = Path(sys.executable).with_name("mlflow")
+    os.execv(mlflow, [str(mlflow), "ui", "--backend-store-uri", uri, "--port", str(arguments.port)])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pipeline.errors import UserError
 
@@ -122,6 +122,21 @@ class SamplingParams:
             for name, value in values.items()
             if value != getattr(neutral, name)
         }
+
+
+_SCALARS = {hint: kind for kind in (bool, int, float) for hint in (kind, kind | None)}
+
+
+def scalar_types() -> dict[str, type]:
+    """The parameters that are one value, each with its type, null aside: bool, int or float."""
+    hints = get_type_hints(SamplingParams)
+    return {name: _SCALARS[hint] for name, hint in hints.items() if hint in _SCALARS}
+
+
+def list_types() -> dict[str, type]:
+    """The parameters that are lists, each with the type of its entries: int or str."""
+    hints = get_type_hints(SamplingParams)
+    return {name: get_args(hint)[0] for name, hint in hints.items() if get_origin(hint) is tuple}
 
 
 def _tuple_of(params: SamplingParams, name: str) -> tuple[Any, ...]:

@@ -36,6 +36,8 @@ def _one_sample_a_prompt(decoding: SamplingParams) -> SamplingParams:
         raise ValueError("seed: set evaluate.seed; a registered model draws a fresh seed for each call")
     if decoding.n != 1:
         raise ValueError(f"n: {decoding.n} is out of range, must be 1: evaluate takes one sample a prompt")
+    if decoding.logprobs is not None:
+        raise ValueError("logprobs: set it where you call the engine; evaluate reports none")
     return decoding
 
 
@@ -173,7 +175,8 @@ class ParityParams(Section):
     """What the exported graph has to keep of the PyTorch model; the stage fails where it does not."""
 
     positions: Annotated[int, Field(ge=1000)]
-    """Positions of real text at which the two models' next tokens are compared."""
+    """Positions of real text at which the two models' next tokens are compared at least: all of the validation split,
+    and as much of the training split as it lacks."""
     max_logit_difference: Annotated[float, Field(gt=0)]
     """Largest absolute difference of any logit, with empty and with real past."""
     min_next_token_agreement: Annotated[float, Field(gt=0, le=1)]

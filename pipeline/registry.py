@@ -90,6 +90,8 @@ def set_alias(client: MlflowClient, version: ModelVersion, score: Score) -> str:
         champion = score_of(client.get_model_version(version.name, aliases[CHAMPION])) if CHAMPION in aliases else None
         alias = CHAMPION if deserves_champion(score, champion) else CHALLENGER
         client.set_registered_model_alias(version.name, alias, version.version)
+        if alias == CHAMPION and str(aliases.get(CHALLENGER)) == str(version.version):
+            client.delete_registered_model_alias(version.name, CHALLENGER)
     return alias
 
 

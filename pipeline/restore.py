@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
-from pipeline import tracking
+from pipeline import registry, tracking
 from pipeline.errors import UserError
 from pipeline.files import read_json
 
@@ -41,11 +40,8 @@ def missing_stages(client: MlflowClient, out: Path) -> list[str]:
     if run_id is None or tracking.find_child(client, run_id, "evaluate") is None:
         return ["evaluate", "register"]
     version = read_json(out / "register" / "version.json")
-    try:
-        client.get_model_version(version["name"], str(version["version"]))
-    except MlflowException:
-        return ["register"]
-    return []
+    found = registry.find_version(client, version["name"], version["fingerprint"])
+    return [] if found is not None and int(found.version) == version["version"] else ["register"]
 
 
 def restore(out: Path) -> None:

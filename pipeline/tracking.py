@@ -21,12 +21,9 @@ from typing import Any
 
 from filelock import FileLock
 
-# Read by mlflow when it is imported: no telemetry, no bars for files of a few kB, and a server that is not there is
-# reported within seconds.
+# Read by mlflow when it is imported: no telemetry, no bars for files of a few kB.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
 from mlflow import MlflowClient
@@ -76,34 +73,77 @@ def store_lock() -> FileLock:
     return FileLock(root() / "mlflow.db.lock")
 
 
-def connect() -> MlflowClient:
-    """A client of the tracking store, which is created where it is the embedded one and not there yet.
+def store_uri() -> str:
+    """The tracking store in use."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri()
 
-    Raises `UserError` where the store cannot be reached.
+
+def connect(*, create: bool = True) -> MlflowClient:
+    """A client of the tracking store; the embedded one is made where it is not there yet, unless `create` is false.
+
+    Raises `UserError` where the store cannot be reached, or is not there.
     """
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri()
-    with store_lock(), store_errors(uri):
-        mlflow.set_tracking_uri(uri)
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
+    uri = store_uri()
+    if not create and uri == embedded_uri() and not (root() / "mlflow.db").exists():
+        raise UserError(
+            f"{root() / 'mlflow.db'}: there is no tracking store here; go to the folder of the project, "
+            "or set MLFLOW_TRACKING_URI to its store"
+        )
+    try:
+        with store_lock(), _answering_soon():
+            mlflow.set_tracking_uri(uri)
+            client = MlflowClient(uri)
+            client.search_experiments(max_results=1)
+    # ImportError: the driver of the database that the URI names is not installed.
+    except (MlflowException, ImportError) as error:
+        raise UserError(
+            f"tracking store {without_password(uri)} does not answer; set MLFLOW_TRACKING_URI to one that does, "
+            f"or unset it for the embedded store ({_reason(error)})"
+        ) from error
     return client
 
 
 @contextmanager
-def store_errors(uri: str) -> Iterator[None]:
-    """Tell in one line that the store at `uri` does not answer, without the user and password that a URI may hold."""
+def store_errors() -> Iterator[None]:
+    """Tell in one line what MLflow, a full disk or a server that went away kept from being recorded or read."""
     try:
         yield
-    # ImportError: the driver of the database that the URI names is not installed.
-    except (MlflowException, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        message = (
-            f"tracking store {uri} does not answer; set MLFLOW_TRACKING_URI to one that does, "
-            f"or unset it for the embedded store ({reason})"
-        )
-        raise UserError(re.sub(r"//[^/\s]*@", "//", message)) from error
+    except MlflowException as error:
+        raise UserError(
+            f"MLflow, tracking store {without_password(store_uri())}: {_reason(error)}; "
+            "run the command again when that is mended"
+        ) from error
+
+
+def without_password(text: str) -> str:
+    """The text without the user and password that URIs in it may hold."""
+    return re.sub(r"//[^/\s]*@", "//", text)
+
+
+def _reason(error: BaseException) -> str:
+    """One line that says what went wrong: the database's own word where there is one, else the first line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        # SQLAlchemy wraps it in lines of SQL and advice.
+        if (original := getattr(inner, "orig", None)) is not None:
+            return without_password(str(original))
+        inner = inner.__cause__ or inner.__context__
+    return without_password((str(error).splitlines() or [type(error).__name__])[0])
+
+
+@contextmanager
+def _answering_soon() -> Iterator[None]:
+    """A server that is not there is reported within seconds; what the user has set stands, as do later uploads."""
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+    own = {name: value for name, value in limits.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del os.environ[name]
 
 
 def experiment_id(client: MlflowClient) -> str:

@@ -62,7 +62,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def tiny_model(tiny_checkpoint: Path, one_thread: None) -> "GPT2LMHeadModel":
     """`tiny_checkpoint` in PyTorch, ready to be asked; the test's own, to train or change."""
-    from pipeline.stages.export import load_checkpoint
+    from pipeline.checkpoint import load_checkpoint
 
     return load_checkpoint(tiny_checkpoint)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from isolated_store import isolated_store
+from unused_model import log_unused_model
 
 import pipeline
 from pipeline import tracking
@@ -41,22 +42,10 @@ def champion(tiny_engine_folder: Path, tmp_path: Path) -> str:
     """A registered model that by default draws three tokens; its code is not what a command runs."""
     client = tracking.connect()
     write_json(tmp_path / "decoding.json", SamplingParams(max_new_tokens=3, seed=5).to_mapping())
-    (tmp_path / "model.py").write_text(
-        "from mlflow.models import set_model\n"
-        "from mlflow.pyfunc.model import PythonModel\n\n\n"
-        "class Unused(PythonModel):\n"
-        "    def predict(self, model_input: list[str]) -> list[str]:\n"
-        "        raise NotImplementedError\n\n\n"
-        "set_model(Unused())\n"
-    )
-    with tracking.start_run("register", {}) as run, mlflow.start_run(run_id=run.run_id):
-        logged = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(tmp_path / "model.py"),
-            artifacts={"engine": str(tiny_engine_folder), "decoding": str(tmp_path / "decoding.json")},
-            pip_requirements=[],
-        )
-    version = mlflow.register_model(logged.model_uri, NAME)
+    artifacts = {"engine": str(tiny_engine_folder), "decoding": str(tmp_path / "decoding.json")}
+    with tracking.start_run("register", {}) as run:
+        uri = log_unused_model(run.run_id, tmp_path, artifacts)
+    version = mlflow.register_model(uri, NAME)
     client.set_registered_model_alias(NAME, "champion", version.version)
     return f"models:/{NAME}@champion"
 
@@ -206,6 +195,65 @@ def test_a_bias_that_is_none_is_told(engine: str, capsys: pytest.CaptureFixture[
         main(["generate", PROMPT, "--model", engine, "--logit-bias", "five"])
     assert caught.value.code == 2
     assert "--logit-bias: expected ID=BIAS, got 'five'" in capsys.readouterr().err
+
+
+def test_no_store_is_made_where_a_registered_model_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.delenv("DVC_ROOT")
+    message = refused(capsys, "generate", PROMPT, "--model", "models:/nobody@champion")
+    assert message.startswith(f"error: {tmp_path / 'empty' / 'mlflow.db'}: there is no tracking store here; go to")
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_reader_that_goes_away_ends_it_in_silence(engine: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "generate", PROMPT, "--model", engine, "--provider", "cpu"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 2
+
+
+def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.__main__._engine_and_decoding", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", PROMPT])
+    assert (caught.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_every_parameter_of_one_continuation_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    shown = capsys.readouterr().out
+    names = set(SamplingParams.__dataclass_fields__) - {"n", "logprobs"}
+    assert {name for name in names if f"--{name.replace('_', '-')} " not in shown.replace("]", " ")} == set()
+
+
+def test_a_section_that_no_stage_owns_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / PARAMS_FILE).open("a") as file:
+        file.write("tokenise: {}\n")
+    assert refused(capsys, "restore") == "error: params.yaml: tokenise: no such parameter\n"
+
+
+def test_the_ui_shows_the_store_that_is_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: ran.append([str(program), *arguments[1:]]))
+    main(["ui", "--port", "5050"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    main(["ui"])
+    stores = [f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/other.db"]
+    assert [arguments[2:] for arguments in ran] == [
+        ["--backend-store-uri", store, "--port", port] for store, port in zip(stores, ["5050", "5000"], strict=True)
+    ]
+    assert (tmp_path / "other.db").exists()
+    assert Path(ran[0][0]).is_file()
 
 
 def test_restore_without_outputs_says_what_to_run(capsys: pytest.CaptureFixture[str]) -> None:

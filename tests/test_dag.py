@@ -1,22 +1,17 @@
 """What dvc.yaml says is what the code does: dependencies, outputs, parameters."""
 
 import ast
-import shlex
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import pytest
+from dag import DAG, ROOT, STAGES, arguments, outs
 
-import pipeline
 from pipeline.imports import needed_files
 from pipeline.params import Params, Section, read_yaml
 from pipeline.stages.register import SERVED_MODULE
 
-ROOT = Path(pipeline.__file__).parents[1]
-DAG = read_yaml(ROOT / "dvc.yaml")
-STAGES: dict[str, dict[str, Any]] = DAG["stages"]
 PARAMS = read_yaml(ROOT / "params.yaml")
 READ_ELSEWHERE = {"register": ["evaluate.decoding"]}
 """Parameters of another stage's section that a stage reads."""
@@ -47,14 +42,6 @@ for module in modules:
 """
 
 each_stage = pytest.mark.parametrize("stage", STAGES)
-
-
-def outs(stage: str) -> list[str]:
-    return [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
-
-
-def arguments(stage: str) -> list[str]:
-    return shlex.split(STAGES[stage]["cmd"])[3:]
 
 
 def covers(path: str, other: str) -> bool:

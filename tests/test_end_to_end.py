@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["prepare", "base", "tokenize", "finetune", "export", "evaluate", "register"]
+COMMITTED_TEMPERATURE = YAML().load(ROOT / "params.yaml")["evaluate"]["decoding"]["temperature"]
 TINY = {
     "base.scratch": {"vocabulary_size": 400, "context_length": 128, "layers": 1, "heads": 2, "width": 32, "seed": 1},
     "finetune.row_tokens": 128,
@@ -165,6 +166,12 @@ def test_a_decoding_parameter_reruns_evaluation_and_registration_only(built: tup
     clone.set(**{"evaluate.decoding.temperature": 0.55})
     assert clone.repro() == ["evaluate", "register"]
     assert clone.version() == before + 1
+    clone.set(**{"evaluate.decoding.temperature": COMMITTED_TEMPERATURE})
+    # DVC has kept the earlier evaluation; the registry has to be told.
+    assert clone.repro() == ["register"]
+    assert clone.version() == before
+    clone.set(**{"evaluate.decoding.temperature": 0.55})
+    clone.repro()
 
 
 def test_a_deleted_store_is_filled_again(built: tuple[Clone, list[str]], tmp_path: Path) -> None:

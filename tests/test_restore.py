@@ -1,11 +1,14 @@
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 from isolated_store import isolated_store
 from mlflow import MlflowClient
+from unused_model import log_unused_model
 
-from pipeline import tracking
+from pipeline import registry, tracking
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.restore import missing_stages, parent_run, restore
@@ -44,10 +47,11 @@ def out(client: MlflowClient, tmp_path: Path) -> Path:
     """The outputs of a pipeline whose records are all there: runs of three stages, and version 1."""
     finetune, out = new_run("finetune"), tmp_path / "out"
     new_run("evaluate", finetune)
-    client.create_registered_model(NAME)
-    version = client.create_model_version(NAME, source="nowhere", run_id=new_run("register", finetune))
+    with tracking.start_run("register", PARAMETERS, parent_run_id=finetune) as run:
+        uri = log_unused_model(run.run_id, tmp_path, {})
+    version = mlflow.register_model(uri, NAME, tags={registry.FINGERPRINT_TAG: "f1"})
     write_finetune(out / "finetune", finetune)
-    write_json(out / "register" / "version.json", {"name": NAME, "version": int(version.version)})
+    write_json(out / "register" / "version.json", {"name": NAME, "version": int(version.version), "fingerprint": "f1"})
     return out
 
 
@@ -131,6 +135,18 @@ def test_a_lost_version_alone_is_registered_again(client: MlflowClient, out: Pat
     client.delete_model_version(NAME, "1")
     assert missing_stages(client, out) == ["register"]
     client.delete_registered_model(NAME)
+    assert missing_stages(client, out) == ["register"]
+
+
+def test_a_version_whose_files_are_gone_is_registered_again(client: MlflowClient, out: Path, tmp_path: Path) -> None:
+    (version,) = client.search_model_versions(f"name = '{NAME}'")
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    shutil.rmtree(model.artifact_location.removeprefix("file://"))
+    assert missing_stages(client, out) == ["register"]
+
+
+def test_another_version_of_that_number_is_not_the_one(client: MlflowClient, out: Path) -> None:
+    client.set_model_version_tag(NAME, "1", registry.FINGERPRINT_TAG, "f2")
     assert missing_stages(client, out) == ["register"]
 
 

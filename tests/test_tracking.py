@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -92,6 +94,34 @@ def test_a_store_that_does_not_answer_is_told_soon_and_without_the_password(
     assert "\n" not in str(caught.value)
     for secret in ("ada", "hunter2", "ter2"):
         assert secret not in str(caught.value)
+
+
+def test_what_a_client_waits_for_later_is_not_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
+    tracking.connect()
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "600"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_a_store_that_fails_while_a_run_is_written_is_told_in_one_line(tmp_path: Path) -> None:
+    def log_to_a_spoiled_store() -> None:
+        with tracking.store_errors(), tracking.start_run("finetune", {}) as run:
+            with sqlite3.connect(tmp_path / "mlflow.db") as database:
+                database.execute("DROP TABLE metrics")
+            run.log_metrics({"loss": 1.0})
+
+    with pytest.raises(UserError) as caught:
+        log_to_a_spoiled_store()
+    assert str(caught.value).startswith(f"MLflow, tracking store sqlite:///{tmp_path}/mlflow.db: ")
+    assert "no such table: metrics" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_is_not_there_is_not_made_by_a_reader(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").unlink()
+    with pytest.raises(UserError, match="there is no tracking store here; go to the folder of the project, or set"):
+        tracking.connect(create=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_processes_may_make_the_store_at_once(tmp_path: Path) -> None:

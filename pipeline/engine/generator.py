@@ -17,7 +17,8 @@ from pipeline.errors import UserError
 FinishReason = Literal["stop", "length"]
 """`stop`: end-of-text or a stop id was drawn. `length`: `max_new_tokens` or the end of the context was reached."""
 
-SCORING_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
+"""The graph gives logits at every position: 0.8 GB for so many tokens of GPT-2's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,21 @@ class _Row:
     finish_reason: FinishReason | None = None
 
 
+def bounded_batches(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut rows of these lengths, in order, into batches (start, end) whose logits fit in memory.
+
+    A batch holds at most `BATCH_TOKENS` tokens, padding included, or one row.
+    """
+    start, longest = 0, 0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        if start < index and (index + 1 - start) * longest > BATCH_TOKENS:
+            yield start, index
+            start, longest = index, length
+    if start < len(lengths):
+        yield start, len(lengths)
+
+
 class Engine:
     """GPT-2 on ONNX Runtime. `Engine.load` makes one; safe to use from one thread at a time."""
 
@@ -85,7 +101,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """Continue every prompt, all in one batch; choice j of prompt i stands at `i * n + j`.
+        """Continue every prompt, in batches; choice j of prompt i stands at `i * n + j`.
 
         `params` is for all prompts, or one for each. An empty prompt starts from end-of-text. A prompt's opening
         end-of-text is context: penalties and n-grams do not count it. What is drawn for a prompt does not depend on
@@ -101,7 +117,9 @@ class Engine:
             )
             for row in rows
         ]
-        for index, token in self._run(rows):
+        batches = bounded_batches([len(row.context) for row in rows])
+        tokens = ((start + index, token) for start, end in batches for index, token in self._run(rows[start:end]))
+        for index, token in tokens:
             completion = completions[index]
             if token.token_id is not None:
                 completion.token_ids.append(token.token_id)
@@ -133,7 +151,7 @@ class Engine:
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         while order:
             longest = len(texts[order[-1]])
-            batch = [order.pop() for _ in range(min(len(order), max(1, SCORING_BATCH_TOKENS // longest)))]
+            batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
             # Padding stands on the right: no token attends to what follows it.
             input_ids = np.full((len(batch), longest), self.end_of_text_id, dtype=np.int64)
             for row, index in enumerate(batch):

@@ -1,7 +1,7 @@
 """Whether an engine says what the reference model says: logits, next tokens, perplexity, greedy text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from pipeline.params import ParityParams
 
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = (3, 17, 40, 64)
-"""Prompts of these lengths make the batch whose rows are unequal."""
+"""Prompts of these lengths make the batches whose rows are unequal."""
 CONTINUED_TOKENS = 8
 """Tokens fed one at a time onto a real past."""
 
@@ -43,6 +43,8 @@ class Parity:
     max_logit_difference_real_past: float
     positions: int
     next_token_agreement: float
+    perplexity_positions: int
+    """The whole validation split."""
     perplexity_pytorch: float
     perplexity_onnxruntime: float
     greedy_tokens: int
@@ -50,46 +52,80 @@ class Parity:
 
 
 def measure_parity(
-    engine: Engine, reference: Reference, texts: Sequence[Sequence[int]], *, max_positions: int, show_progress: bool
+    engine: Engine,
+    reference: Reference,
+    validation: Sequence[Sequence[int]],
+    more: Iterable[Sequence[int]],
+    *,
+    positions: int,
+    show_progress: bool,
 ) -> Parity:
-    """Compare on `texts`, real ones that each open with end-of-text and fit in the context.
+    """Compare on real texts, each of which opens with end-of-text and fits in the context.
 
-    Logits are compared on a batch of unequal prompts, each row against the reference run alone, first with an empty
-    past and then token by token. Next tokens and perplexity are compared over the first `max_positions` positions.
-    Raises `UserError` where every text is too short for that.
+    Next tokens and perplexity are compared over all of `validation`; where it has fewer than `positions`, next tokens
+    over texts of `more` too. Logits are compared on a batch of unequal prompts, each row against the reference run
+    alone, first with an empty past and then token by token; greedy text on prompts of those lengths in one batch.
+    Raises `UserError` where there are too few positions, or every text is too short for a past.
     """
-    empty_past, real_past = _logit_differences(engine, reference, texts)
+    wanted = _at_least(validation, more, positions)
+    empty_past, real_past = _logit_differences(engine, reference, wanted)
     scored, agreed = 0, 0
-    losses = np.zeros(2)
-    with tqdm(total=max_positions, desc="parity", unit="token", disable=not show_progress) as bar:
-        for text in texts:
-            ids = np.asarray(text[: max_positions - scored + 1])
-            expected = reference.logits(ids.tolist())[:-1]
+    losses, validation_positions = np.zeros(2), sum(len(text) - 1 for text in validation)
+    total = sum(len(text) - 1 for text in wanted)
+    with tqdm(total=total, desc="parity", unit="token", disable=not show_progress) as bar:
+        for text in wanted:
+            ids = np.asarray(text)
+            expected = reference.logits(text)[:-1]
             found = _logits_alone(engine, ids)[:-1]
             agreed += int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
-            rows = np.arange(len(ids) - 1)
-            losses -= [log_softmax(logits)[rows, ids[1:]].sum() for logits in (expected, found)]
-            scored += len(rows)
-            bar.update(len(rows))
-            if scored >= max_positions:
-                break
-    prompt_tokens = min(PROMPT_TOKENS[0], engine.context_length - 1)
-    new_tokens = min(GREEDY_TOKENS, engine.context_length - prompt_tokens)
-    prompts = [list(text[:prompt_tokens]) for text in texts[: len(PROMPT_TOKENS)]]
-    greedy = SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=new_tokens)
-    continued = engine.generate(prompts, greedy)
+            if scored < validation_positions:
+                rows = np.arange(len(ids) - 1)
+                losses -= [log_softmax(logits)[rows, ids[1:]].sum() for logits in (expected, found)]
+            scored += len(ids) - 1
+            bar.update(len(ids) - 1)
+    greedy_tokens, greedy_identical = _compare_greedy(engine, reference, wanted)
     return Parity(
         max_logit_difference_empty_past=empty_past,
         max_logit_difference_real_past=real_past,
         positions=scored,
         next_token_agreement=agreed / scored,
-        perplexity_pytorch=math.exp(losses[0] / scored),
-        perplexity_onnxruntime=math.exp(losses[1] / scored),
-        greedy_tokens=new_tokens,
-        greedy_identical=all(
-            completion.token_ids == reference.greedy(prompt, new_tokens)
-            for prompt, completion in zip(prompts, continued, strict=True)
-        ),
+        perplexity_positions=validation_positions,
+        perplexity_pytorch=math.exp(losses[0] / validation_positions),
+        perplexity_onnxruntime=math.exp(losses[1] / validation_positions),
+        greedy_tokens=greedy_tokens,
+        greedy_identical=greedy_identical,
+    )
+
+
+def _at_least(
+    validation: Sequence[Sequence[int]], more: Iterable[Sequence[int]], positions: int
+) -> list[Sequence[int]]:
+    """All of `validation`, and of `more` so much that there are `positions`."""
+    texts = list(validation)
+    missing = positions - sum(len(text) - 1 for text in texts)
+    for text in more:
+        if missing <= 0:
+            break
+        texts.append(text[: missing + 1])
+        missing -= len(texts[-1]) - 1
+    if missing > 0:
+        raise UserError(
+            f"parity: the training and validation splits hold {positions - missing} tokens, fewer than the {positions} "
+            "that are compared; add text, or lower export.parity.positions"
+        )
+    return texts
+
+
+def _compare_greedy(engine: Engine, reference: Reference, texts: Sequence[Sequence[int]]) -> tuple[int, bool]:
+    """How many tokens were continued greedily from each of a batch of unequal prompts, and whether all are the same."""
+    room = engine.context_length // 2
+    texts = sorted(texts, key=len, reverse=True)[: len(PROMPT_TOKENS)]
+    prompts = [list(text[: min(tokens, room)]) for tokens, text in zip(PROMPT_TOKENS, texts, strict=False)]
+    new_tokens = min(GREEDY_TOKENS, engine.context_length - max(len(prompt) for prompt in prompts))
+    continued = engine.generate(prompts, SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=new_tokens))
+    return new_tokens, all(
+        completion.token_ids == reference.greedy(prompt, new_tokens)
+        for prompt, completion in zip(prompts, continued, strict=True)
     )
 
 

@@ -1,8 +1,10 @@
 """One ONNX Runtime session over the standard GPT-2 graph, its KV cache bound from step to step."""
 
 import ctypes
+import io
 import logging
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from pipeline.engine.manifest import GRAPH_FILE, Manifest, check_files, read_man
 from pipeline.errors import UserError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+WARNING, FATAL = 2, 4  # levels of onnxruntime's log
 DRIVER_LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
+NO_DRIVER = "no NVIDIA driver (libcuda) is installed"
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +55,8 @@ def load_session(folder: Path, *, precision: str, provider: str, threads: int | 
         raise UserError(f"provider: {provider!r} is none of auto, {', '.join(PROVIDERS)}")
     check_files(folder, manifest, precision)
     path = folder / precision / GRAPH_FILE
-    if provider == "auto":
-        provider = "cpu" if (obstacle := cuda_obstacle()) else "cuda"
-        logger.info("provider: %s%s", provider, f" ({obstacle})" if obstacle else "")
-    elif provider == "cuda" and (obstacle := cuda_obstacle()):
-        raise UserError(f"provider: CUDA does not run here: {obstacle}")
-    return Session(manifest, precision, provider, _open_graph(path, provider, threads))
+    taken, graph = _open_graph(path, provider, threads)
+    return Session(manifest, precision, taken, graph)
 
 
 def cuda_obstacle() -> str | None:
@@ -69,25 +69,48 @@ def cuda_obstacle() -> str | None:
         except OSError:
             continue
         return None
-    return "no NVIDIA driver (libcuda) is installed"
+    return NO_DRIVER
 
 
-def _open_graph(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+def _open_graph(path: Path, provider: str, threads: int | None) -> tuple[str, ort.InferenceSession]:
+    """The provider taken and its session. `auto` that finds CUDA not to run says why, and takes the processor."""
+    if provider != "cpu":
+        try:
+            return "cuda", _open_on_cuda(path, threads)
+        except UserError as error:
+            if provider == "cuda":
+                raise
+            logger.info("provider: cpu (%s)", str(error).removeprefix("provider: "))
+    return "cpu", ort.InferenceSession(str(path), _options(threads), providers=[PROVIDERS["cpu"]])
+
+
+def _open_on_cuda(path: Path, threads: int | None) -> ort.InferenceSession:
+    if obstacle := cuda_obstacle():
+        raise UserError(f"provider: CUDA does not run here: {obstacle}")
+    said = io.StringIO()
+    # onnxruntime prints what is missing, and goes on without CUDA.
+    ort.set_default_logger_severity(FATAL)
+    with redirect_stdout(said):
+        ort.preload_dlls()
+        # The processor stays on the list for the nodes that compute shapes.
+        graph = ort.InferenceSession(str(path), _options(threads), providers=[PROVIDERS["cuda"], PROVIDERS["cpu"]])
+    ort.set_default_logger_severity(WARNING)
+    if graph.get_providers()[0] != PROVIDERS["cuda"]:
+        reason = said.getvalue().strip().partition("\n")[0] or "onnxruntime could not start it"
+        raise UserError(
+            f"provider: CUDA does not run here: {reason}; onnxruntime-gpu needs the CUDA 13 libraries and cuDNN 9 "
+            "(pip install onnxruntime-gpu[cuda,cudnn])"
+        )
+    logger.info("provider: cuda")
+    return graph
+
+
+def _options(threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    # The processor stays on the list for the nodes that compute shapes.
-    names = [PROVIDERS["cpu"]] if provider == "cpu" else [PROVIDERS["cuda"], PROVIDERS["cpu"]]
-    if provider == "cuda":
-        ort.preload_dlls()
-    graph = ort.InferenceSession(str(path), options, providers=names)
-    if graph.get_providers()[0] != names[0]:
-        raise UserError(
-            "provider: onnxruntime could not start CUDA; its wheel needs the CUDA 13 libraries and cuDNN 9 "
-            "(pip install onnxruntime-gpu[cuda,cudnn])"
-        )
-    return graph
+    return options
 
 
 def empty_cache(session: Session, rows: int) -> Cache:

@@ -40,7 +40,11 @@ class TextModel(PythonModel):
         Raises `MlflowException` (HTTP 400 behind `mlflow models serve`) naming field, value and range.
         """
         try:
-            return self.generator.generate(model_input.iloc[:, 0].tolist(), self._decoding(params or {}))
+            prompts = model_input.iloc[:, 0].tolist()
+            for row, prompt in enumerate(prompts):
+                if not isinstance(prompt, str):
+                    raise UserError(f"row {row}: holds no text to continue ({prompt!r}); '' starts from nothing")
+            return self.generator.generate(prompts, self._decoding(params or {}))
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 

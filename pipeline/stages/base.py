@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from pipeline.checkpoint import save_model
 from pipeline.errors import UserError, reported
 from pipeline.files import read_json, read_jsonl, whole_folder, write_json
 from pipeline.params import BaseParams, ScratchParams, load_params
@@ -76,8 +77,7 @@ def make_base(training_split: Path, out: Path, params: BaseParams) -> None:
             model = load_model(folder, params.source)
         tokenizer.save_pretrained(partial)
         fit_vocabulary(model, load_tokenizer(partial), params.source)
-        # One file, whatever its size: without this limit, save_pretrained cuts weights at 5 GB.
-        model.save_pretrained(partial, max_shard_size=sys.maxsize)
+        save_model(model, partial)
         parameters = model.num_parameters()
         write_json(
             partial / "source.json",

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("finetune", type=Path, help="folder of the finetune stage, whose run is the parent")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    with reported():
+    with reported(), tracking.store_errors():
         params, parameters = load_params().evaluate, read_yaml(PARAMS_FILE)
         parent = parent_run(tracking.connect(), arguments.finetune, parameters)
         with tracking.start_run("evaluate", parameters, parent_run_id=parent) as run:
@@ -99,6 +99,7 @@ def protocol(engine: Engine, test: TokenArrays, params: EvaluateParams) -> dict[
         "window_tokens": engine.context_length,
         "stride_tokens": params.stride_tokens,
         "tokenizer_sha256": test.tokenizer_sha256,
+        "provider": engine.session.provider,
         "precision": engine.session.precision,
         "samples": params.samples,
     }
@@ -218,8 +219,10 @@ def write_table(path: Path, header: list[str], rows: list[list[str]]) -> None:
 
 def log_evaluation(run: tracking.RunLog, out: Path) -> None:
     """Scores, samples and plots of an evaluation into its run."""
-    for group, values in read_json(out / "metrics.json").items():
+    metrics = read_json(out / "metrics.json")
+    for group, values in metrics.items():
         run.log_scores(group, values)
+    run.set_tags({f"engine.{name}": metrics["protocol"][name] for name in ("provider", "precision")})
     rows = list(read_jsonl(out / "samples.jsonl"))
     run.log_table("samples.json", [{**row, "decoding": str(row["decoding"])} for row in rows])
     for file in sorted(out.iterdir()):

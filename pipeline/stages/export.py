@@ -4,7 +4,7 @@ import argparse
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from optimum.exporters.onnx import main_export
 from optimum.utils import logging as optimum_logging
 from transformers import GPT2LMHeadModel, logging
 
+from pipeline.checkpoint import load_checkpoint
 from pipeline.engine.generator import Engine
 from pipeline.engine.manifest import GRAPH_FILE, write_manifest
 from pipeline.engine.parity import Parity, broken_promises, measure_parity
 from pipeline.errors import UserError, reported
 from pipeline.files import whole_folder, write_json
 from pipeline.params import ParityParams, load_params
-from pipeline.tokens import TOKENIZER_FILE, end_of_text_id, load_tokenizer, load_tokens, tokenizer_sha256
+from pipeline.tokens import TOKENIZER_FILE, TokenArrays, end_of_text_id, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.training.packing import cut_windows
 
 PRECISION = "float32"
@@ -76,34 +77,32 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     )
 
 
-def load_checkpoint(checkpoint: Path) -> GPT2LMHeadModel:
-    """The checkpoint in float32, ready to be asked. Raises `UserError` where a weight is NaN or infinite."""
-    model: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise UserError(f"{checkpoint}: weight {name} holds NaN or infinity; fine-tune again, with a lower rate")
-    return model
-
-
 def certify(checkpoint: Path, engine: Path, tokens: Path, tolerance: ParityParams) -> Parity:
-    """Compare engine and PyTorch on the validation split. Raises `UserError` naming each promise that broke."""
-    arrays = load_tokens(tokens / "validation", tokenizer_sha256(checkpoint))
-    documents = [arrays.document(index) for index in range(len(arrays))]
+    """Compare engine and PyTorch on real text. Raises `UserError` naming each promise that broke."""
     loaded = Engine.load(engine, provider="cpu")
-    windows = cut_windows([len(document) for document in documents], loaded.context_length)
-    texts = [documents[window.document][window.start : window.end].tolist() for window in windows]
+    validation, train = (
+        texts_of(load_tokens(tokens / split, tokenizer_sha256(checkpoint)), loaded.context_length)
+        for split in ("validation", "train")
+    )
     parity = measure_parity(
         loaded,
         TorchReference(load_checkpoint(checkpoint)),
-        texts,
-        max_positions=tolerance.positions,
+        list(validation),
+        train,
+        positions=tolerance.positions,
         show_progress=sys.stderr.isatty(),
     )
     if broken := broken_promises(parity, tolerance):
         raise UserError(f"parity: {'; '.join(broken)}")
     return parity
+
+
+def texts_of(arrays: TokenArrays, context_length: int) -> Iterator[list[int]]:
+    """The documents of a split, each opening with end-of-text, cut where they exceed the context."""
+    documents = (arrays.document(index) for index in range(len(arrays)))
+    for document in documents:
+        for window in cut_windows([len(document)], context_length):
+            yield document[window.start : window.end].tolist()
 
 
 class TorchReference:

@@ -3,13 +3,15 @@
 import argparse
 import csv
 import math
+import os
 import shutil
-import sys
 from pathlib import Path
 
+import torch
 from transformers import GPT2LMHeadModel, logging, set_seed
 
 from pipeline import tracking
+from pipeline.checkpoint import save_model
 from pipeline.errors import UserError, reported
 from pipeline.files import whole_file, whole_folder, write_json
 from pipeline.params import PARAMS_FILE, FinetuneParams, load_params, read_yaml
@@ -26,7 +28,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    with reported():
+    with reported(), tracking.store_errors():
         params = load_params().finetune
         with tracking.start_run("finetune", read_yaml(PARAMS_FILE)) as run:
             finetune(arguments.tokens, arguments.base, arguments.out, params, run)
@@ -36,7 +38,7 @@ def finetune(tokens: Path, base: Path, out: Path, params: FinetuneParams, run: t
     """Write to `out`: `checkpoint/`, `metrics.json`, the loss curves as CSV and `run.json`, which names the run."""
     tokenizer = load_tokenizer(base)
     splits = {name: load_tokens(tokens / name, tokenizer_sha256(base)) for name in ("train", "validation")}
-    set_seed(params.seed)
+    fix_randomness(params.seed)
     model = load_base(base, dropout=params.dropout, attention_dropout=params.attention_dropout)
     context_length = window_length(params, model.config.n_positions)
     rows = {
@@ -73,6 +75,15 @@ def finetune(tokens: Path, base: Path, out: Path, params: FinetuneParams, run: t
         run.log_scores("final", metrics)
 
 
+def fix_randomness(seed: int) -> None:
+    """Seed every generator; on a GPU also choose the kernels that give the same sums each time."""
+    set_seed(seed)
+    if torch.cuda.is_available():
+        # cuBLAS reads it when it starts: a workspace of fixed size keeps it from choosing among streams.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def load_base(base: Path, *, dropout: float | None, attention_dropout: float | None) -> GPT2LMHeadModel:
     """The base's model in float32, with the dropout rates that are given in place of its own."""
     rates = {"embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": attention_dropout}
@@ -101,7 +112,7 @@ def log_split(run: tracking.RunLog, name: str, arrays: TokenArrays, tokens: Path
 
 def write_checkpoint(model: GPT2LMHeadModel, base: Path, out: Path) -> None:
     """The weights as safetensors with the base's tokenizer files."""
-    model.save_pretrained(out, max_shard_size=sys.maxsize)
+    save_model(model, out)
     for file in base.iterdir():
         if file.name in TOKENIZER_FILES:
             shutil.copy(file, out)

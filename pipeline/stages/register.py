@@ -13,7 +13,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import pipeline
 from pipeline import registry, tracking
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import SamplingParams, list_types, scalar_types
 from pipeline.errors import reported
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.imports import needed_files
@@ -21,34 +21,17 @@ from pipeline.params import PARAMS_FILE, load_params, read_yaml
 from pipeline.restore import parent_run
 
 SERVED_MODULE = "pipeline.serving.pyfunc"
+COLUMNS = {bool: DataType.boolean, int: DataType.long, float: DataType.double, str: DataType.string}
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string)]),
     outputs=Schema([ColSpec(DataType.string)]),
     params=ParamSchema(
         [
-            *(
-                ParamSpec(name, DataType.double, None)
-                for name in (
-                    "temperature",
-                    "top_p",
-                    "min_p",
-                    "typical_p",
-                    "repetition_penalty",
-                    "presence_penalty",
-                    "frequency_penalty",
-                )
-            ),
-            *(
-                ParamSpec(name, DataType.long, None)
-                for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "seed", "n")
-            ),
-            ParamSpec("ignore_eos", DataType.boolean, None),
-            *(
-                ParamSpec(name, DataType.long, [], shape=(-1,))
-                for name in ("banned_token_ids", "allowed_token_ids", "stop_token_ids", "logit_bias_ids")
-            ),
+            # `predict` gives texts: it has no place for log-probabilities.
+            *(ParamSpec(name, COLUMNS[kind], None) for name, kind in scalar_types().items() if name != "logprobs"),
+            *(ParamSpec(name, COLUMNS[kind], [], shape=(-1,)) for name, kind in list_types().items()),
+            ParamSpec("logit_bias_ids", DataType.long, [], shape=(-1,)),
             ParamSpec("logit_bias_values", DataType.double, [], shape=(-1,)),
-            ParamSpec("stop", DataType.string, [], shape=(-1,)),
         ]
     ),
 )
@@ -62,7 +45,7 @@ def main() -> None:
     parser.add_argument("test", type=Path, help="the test split's documents")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    with reported():
+    with reported(), tracking.store_errors():
         params = load_params()
         register(
             arguments.export,
@@ -95,7 +78,9 @@ def register(
         fingerprint = digest_of([*artifacts.values(), code])
         version = registry.find_version(client, name, fingerprint)
         if version is not None:
-            print(f"{name} version {version.version} holds these files already; registered nothing")
+            # The parameters went back to it: its alias is weighed anew, so that the champion goes back too.
+            alias = registry.set_alias(client, version, score)
+            print(f"{name} version {version.version} holds these files already; it is {alias}")
         else:
             parent = parent_run(client, finetune, read_yaml(PARAMS_FILE))
             with tracking.start_run("register", read_yaml(PARAMS_FILE), parent_run_id=parent) as run:
@@ -114,6 +99,7 @@ def register(
                         "pipeline.run_id": parent,
                         registry.TEST_SPLIT_TAG: score.test_split_sha256,
                         registry.BITS_PER_BYTE_TAG: repr(score.bits_per_byte),
+                        **{f"evaluated.{name}": scores["protocol"][name] for name in ("provider", "precision")},
                     },
                 )
             alias = registry.set_alias(client, version, score)

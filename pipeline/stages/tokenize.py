@@ -6,11 +6,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pipeline.corpus.splits import SPLITS
 from pipeline.errors import UserError, reported
 from pipeline.files import read_json, read_jsonl, whole_folder, write_json
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256, write_tokens
-
-SPLITS = ("train", "validation", "test")
 
 
 def main() -> None:

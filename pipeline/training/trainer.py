@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from pipeline.checkpoint import weights_written
 from pipeline.errors import UserError
 from pipeline.params import FinetuneParams
 from pipeline.training.packing import IGNORED_LABEL, PackedRows, RowCollator
@@ -84,7 +85,8 @@ def finetune_model(
         trainer.add_callback(BarCallback)
     # With a cache transformers 4.57 does not look at the positions, and packed documents attend to each other.
     model.config.use_cache = False
-    trainer.train()
+    with weights_written(work_folder):
+        trainer.train()
     model.config.use_cache = True
     return curves
 

@@ -5,11 +5,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from pipeline.engine import Completion, Engine, SamplingParams, Token, generator
+from pipeline.engine.generator import BATCH_TOKENS, bounded_batches
 from pipeline.engine.sampling import log_softmax, sample
 from pipeline.engine.session import empty_cache, pad_left, positions, run_step
 from pipeline.errors import UserError
@@ -72,6 +75,14 @@ def assert_drawn_from_pytorch(
 def likeliest_first(engine: Engine, prompt: list[int]) -> list[int]:
     """The greedy continuation, on past end-of-text."""
     return engine.generate([prompt], SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=12))[0].token_ids
+
+
+@given(st.lists(st.integers(1, 3000)))
+def test_batches_keep_order_and_bound(lengths: list[int]) -> None:
+    batches = list(bounded_batches(lengths))
+    assert [index for start, end in batches for index in range(start, end)] == list(range(len(lengths)))
+    for start, end in batches:
+        assert end - start == 1 or (end - start) * max(lengths[start:end]) <= BATCH_TOKENS
 
 
 def test_logits_with_empty_past_match_pytorch(
@@ -302,7 +313,7 @@ def test_logprobs_are_left_out_where_nobody_asks(tiny_engine: Engine) -> None:
 def test_score_is_pytorchs_cross_entropy_of_each_token(
     tiny_engine: Engine, tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch, batch_tokens: int
 ) -> None:
-    monkeypatch.setattr(generator, "SCORING_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(generator, "BATCH_TOKENS", batch_tokens)
     rng = np.random.default_rng(0)
     texts = [rng.integers(300, size=tokens).tolist() for tokens in (5, 64, 1, 2, 30, 31, 7)]
     scores = tiny_engine.score(texts)

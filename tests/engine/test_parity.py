@@ -24,6 +24,7 @@ HELD = Parity(
     max_logit_difference_real_past=0.0002,
     positions=2000,
     next_token_agreement=1.0,
+    perplexity_positions=2000,
     perplexity_pytorch=20.0,
     perplexity_onnxruntime=20.001,
     greedy_tokens=64,
@@ -66,8 +67,10 @@ def texts(tiny_tokenizer: Tokenizer) -> list[list[int]]:
             for start, length in ((0, 180), (9, 30), (20, 4), (30, 90))]  # fmt: skip
 
 
-def parity_of(engine: Engine, reference: Reference, texts: list[list[int]], max_positions: int = 1000) -> Parity:
-    return measure_parity(engine, reference, texts, max_positions=max_positions, show_progress=False)
+def parity_of(
+    engine: Engine, reference: Reference, texts: list[list[int]], more: Sequence[list[int]] = (), positions: int = 1
+) -> Parity:
+    return measure_parity(engine, reference, texts, more, positions=positions, show_progress=False)
 
 
 def test_parity_with_the_true_reference_holds(
@@ -82,10 +85,35 @@ def test_parity_with_the_true_reference_holds(
     assert parity.perplexity_onnxruntime == pytest.approx(np.exp(-scores.mean()), rel=1e-6)
 
 
-def test_no_more_positions_are_compared_than_asked_for(
+def test_a_short_validation_split_is_filled_up_with_other_text(
     tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
 ) -> None:
-    assert parity_of(tiny_engine, reference, texts, max_positions=70).positions == 70
+    own = sum(len(text) - 1 for text in texts)
+    parity = parity_of(tiny_engine, reference, texts, more=[texts[3], texts[0], texts[0]], positions=own + 70)
+    assert (parity.positions, parity.perplexity_positions) == (own + 70, own)
+    assert parity.perplexity_pytorch == parity_of(tiny_engine, reference, texts).perplexity_pytorch
+
+
+def test_too_little_text_is_refused(tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]) -> None:
+    with pytest.raises(
+        UserError, match=r"^parity: .* hold \d+ tokens, fewer than the 1000 that are compared; add text, or"
+    ):
+        parity_of(tiny_engine, reference, texts, more=texts, positions=1000)
+
+
+def test_greedy_prompts_are_unequal_and_of_different_texts(
+    tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
+) -> None:
+    asked: list[list[int]] = []
+
+    class Watched(Spoiled):
+        def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+            asked.append(list(ids))
+            return super().greedy(ids, new_tokens)
+
+    assert parity_of(tiny_engine, Watched(reference), [texts[0], texts[3], [0, *texts[0][5:]]]).greedy_identical
+    assert [len(prompt) for prompt in asked] == [3, 17, 32]
+    assert len({tuple(prompt[:3]) for prompt in asked}) > 1
 
 
 def test_greedy_text_of_the_reference_is_that_of_generate(reference: TorchReference) -> None:
@@ -130,7 +158,7 @@ def test_another_greedy_token_breaks_its_promise_alone(
     tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
 ) -> None:
     parity = parity_of(tiny_engine, Spoiled(reference, greedy_token=299), texts)
-    assert broken_promises(parity, TOLERANCE) == ["greedy continuations of 61 tokens differ"]
+    assert broken_promises(parity, TOLERANCE) == ["greedy continuations of 47 tokens differ"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 0.01])

@@ -1,3 +1,4 @@
+import logging
 import shutil
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 
 from pipeline.engine import Engine, SamplingParams
 from pipeline.engine.manifest import GRAPH_FILE, MANIFEST_FILE
-from pipeline.engine.session import cuda_obstacle, empty_cache, pad_left, positions, run_step
+from pipeline.engine.session import NO_DRIVER, cuda_obstacle, empty_cache, pad_left, positions, run_step
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.tokens import TOKENIZER_FILE
@@ -59,6 +60,26 @@ def test_an_unknown_provider_is_refused(tiny_engine_folder: Path) -> None:
 @pytest.mark.skipif(OBSTACLE is None, reason="CUDA runs here")
 def test_cuda_that_cannot_run_is_an_error_that_says_why(tiny_engine_folder: Path) -> None:
     with pytest.raises(UserError, match=r"^provider: CUDA does not run here: .*(driver|CUDA provider)"):
+        Engine.load(tiny_engine_folder, provider="cuda")
+
+
+@pytest.mark.skipif(OBSTACLE is None, reason="CUDA runs here")
+def test_auto_takes_the_processor_and_says_why(tiny_engine_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        assert Engine.load(tiny_engine_folder, provider="auto").session.provider == "cpu"
+    (line,) = caplog.messages
+    assert line.startswith("provider: cpu (CUDA does not run here: ")
+
+
+@pytest.mark.skipif(OBSTACLE != NO_DRIVER, reason="needs the CUDA build of onnxruntime, and no driver")
+def test_a_driver_without_the_libraries_is_no_cuda(
+    tiny_engine_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.engine.session.cuda_obstacle", lambda: None)
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        assert Engine.load(tiny_engine_folder, provider="auto").session.provider == "cpu"
+    assert "needs the CUDA 13 libraries and cuDNN 9" in caplog.messages[0]
+    with pytest.raises(UserError, match=r"^provider: CUDA does not run here: .*needs the CUDA 13 libraries"):
         Engine.load(tiny_engine_folder, provider="cuda")
 
 

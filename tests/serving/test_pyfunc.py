@@ -96,6 +96,12 @@ def test_a_wrong_value_is_the_callers_error(model: Any, params: dict[str, Any], 
     assert raised.value.get_http_status_code() == 400  # type: ignore[no-untyped-call]
 
 
+def test_a_prompt_that_is_no_text_is_the_callers_error(model: Any) -> None:
+    with pytest.raises(MlflowException, match="row 1: holds no text to continue") as raised:
+        model.predict(pd.DataFrame({"prompt": ["N", None]}))
+    assert raised.value.get_http_status_code() == 400  # type: ignore[no-untyped-call]
+
+
 def test_a_wrong_type_is_refused_by_the_signature(model: Any) -> None:
     with pytest.raises(MlflowException, match="temperature"):
         model.predict(["N"], params={"temperature": "hot"})

@@ -97,14 +97,16 @@ def test_parity_is_recorded(project: Project) -> None:
     allowed = project.params.export.parity
     assert set(parity) == {
         *("max_logit_difference_empty_past", "max_logit_difference_real_past", "positions", "next_token_agreement"),
-        *("perplexity_pytorch", "perplexity_onnxruntime", "greedy_tokens", "greedy_identical"),
+        *("perplexity_positions", "perplexity_pytorch", "perplexity_onnxruntime", "greedy_tokens", "greedy_identical"),
     }
     assert 0 < parity["max_logit_difference_empty_past"] <= allowed.max_logit_difference
     assert 0 < parity["max_logit_difference_real_past"] <= allowed.max_logit_difference
     assert parity["greedy_identical"] is True
     assert parity["perplexity_onnxruntime"] == pytest.approx(parity["perplexity_pytorch"], rel=1e-3)
     validation = load_tokens(project.out / "tokenize" / "validation", tokenizer_sha256(project.out / "base"))
-    assert parity["positions"] == len(validation.tokens) - 1
+    assert parity["perplexity_positions"] == len(validation.tokens) - 1
+    # The validation split has fewer than are asked for.
+    assert parity["positions"] == allowed.positions
 
 
 def test_a_weight_that_is_not_a_number_is_refused(project: Project, tmp_path: Path) -> None:

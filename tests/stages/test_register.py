@@ -174,7 +174,7 @@ def test_unchanged_inputs_register_nothing(fresh: Project, capsys: pytest.Captur
     assert first["version"] == 1
     capsys.readouterr()
     assert registered(fresh) == first
-    assert capsys.readouterr().out == f"{first['name']} version 1 holds these files already; registered nothing\n"
+    assert capsys.readouterr().out == f"{first['name']} version 1 holds these files already; it is champion\n"
     assert len(tracking.connect().search_model_versions()) == 1
 
 
@@ -184,7 +184,9 @@ def test_changed_decoding_is_another_version(fresh: Project) -> None:
     assert first["fingerprint"] != second["fingerprint"]
     # No worse on the same split.
     assert int(tracking.connect().get_model_version_by_alias(first["name"], "champion").version) == 2
+    # Going back to the earlier decoding goes back to its version.
     assert registered(fresh) == first
+    assert int(tracking.connect().get_model_version_by_alias(first["name"], "champion").version) == 1
 
 
 def test_a_version_whose_files_are_gone_is_registered_anew(fresh: Project) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from isolated_store import isolated_store
@@ -18,7 +19,7 @@ from pipeline.params import PARAMS_FILE, Params, load_params, read_yaml
 
 ROOT = Path(pipeline.__file__).parents[1]
 TEXTS = {
-    "train": [f"The lamp on rock {number} went out before the tide." for number in range(40)],
+    "train": [f"The lamp on rock {number} went out before the tide." for number in range(60)],
     "validation": [f"The baker lit oven {number} before the morning." for number in range(8)],
     "test": [
         "The lamp went out — nobody said so.",
@@ -27,9 +28,16 @@ TEXTS = {
     ],
 }
 """The last test document is longer than the tiny model's context of 64 tokens."""
-CHANGES = {
-    "finetune": {"row_tokens": 64, "epochs": 2, "evaluations": 2, "learning_rate": 0.001},
-    "evaluate": {"stride_tokens": 32, "samples": 5, "prompt_words": 3},
+CHANGES: dict[str, Any] = {
+    "finetune": {
+        "row_tokens": 64,
+        "epochs": 2,
+        "evaluations": 2,
+        "learning_rate": 0.001,
+        "samples": {"prompts": ["", "The lamp"], "max_new_tokens": 8},
+    },
+    "export": {"parity": {"positions": 1000}},
+    "evaluate": {"stride_tokens": 32, "samples": 5, "prompt_words": 3, "decoding": {"max_new_tokens": 12}},
 }
 
 
@@ -70,12 +78,18 @@ def make_project(root: Path, base: Path) -> Project:
     return project
 
 
+def merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put the changes in their places among nested values."""
+    for key, change in changes.items():
+        if isinstance(change, dict):
+            merge(values[key], change)
+        else:
+            values[key] = change
+
+
 def write_params(path: Path) -> None:
     """The committed parameters, made fit for the toy project."""
     values = read_yaml(ROOT / PARAMS_FILE)
-    for section, changes in CHANGES.items():
-        values[section] |= changes
-    values["finetune"]["samples"] |= {"prompts": ["", "The lamp"], "max_new_tokens": 8}
-    values["evaluate"]["decoding"] |= {"max_new_tokens": 12}
+    merge(values, CHANGES)
     with path.open("w", encoding="utf-8") as file:
         YAML().dump(values, file)

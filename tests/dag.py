@@ -1,0 +1,23 @@
+"""What dvc.yaml says of the stages."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pipeline
+from pipeline.params import read_yaml
+
+ROOT = Path(pipeline.__file__).parents[1]
+DAG = read_yaml(ROOT / "dvc.yaml")
+STAGES: dict[str, dict[str, Any]] = DAG["stages"]
+
+
+def outs(stage: str) -> list[str]:
+    """What a stage writes; an output with options is a mapping of one key."""
+    listed = [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
+    return [path if isinstance(path, str) else next(iter(path)) for path in listed]
+
+
+def arguments(stage: str) -> list[str]:
+    """What follows the module in a stage's command."""
+    return shlex.split(STAGES[stage]["cmd"])[3:]

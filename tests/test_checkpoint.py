@@ -1,0 +1,62 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pipeline.checkpoint import load_checkpoint, save_model
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_model() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=8))
+
+
+def test_a_model_is_read_as_it_was_written_in_one_file(tmp_path: Path) -> None:
+    model = make_model()
+    save_model(model, tmp_path)
+    assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    read = load_checkpoint(tmp_path)
+    assert not read.training
+    assert all(torch.equal(own, other) for own, other in zip(model.parameters(), read.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path, value: float) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.bias[3] = value
+    save_model(model, tmp_path)
+    with pytest.raises(UserError, match=r"weight transformer\.h\.0\.mlp\.c_fc\.bias holds NaN or infinity; fine-tune"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import resource; from pathlib import Path\n"
+        "from test_checkpoint import make_model\n"
+        "from pipeline.checkpoint import save_model\n"
+        "from pipeline.errors import reported; from pipeline.files import whole_folder\n"
+        "model = make_model()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))\n"
+        "with reported(), whole_folder(Path('out')) as partial:\n"
+        "    save_model(model, partial)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith("error: out.partial: weights cannot be written (")
+    assert process.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
