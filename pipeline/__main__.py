@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.decoding import SamplingParams, list_types, scalar_types
 from pipeline.errors import UserError, reported
 from pipeline.params import load_params
+from pipeline.tokens import TOKENIZER_FILE
 
 OUT = Path("out")
 
@@ -17,6 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description="Commands around the pipeline of dvc.yaml.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_export(commands)
     _add_restore(commands)
     _add_ui(commands)
     parsed = parser.parse_args(arguments)
@@ -38,7 +40,7 @@ def _add_generate(commands: Any) -> None:
     group = parser.add_argument_group("decoding parameters (pipeline/decoding.py tells what each does)")
     for name, kind in scalar_types().items():
         if name not in ("n", "logprobs", "ignore_eos"):
-            group.add_argument(_option(name), type=kind, metavar="NUMBER")
+            group.add_argument(_option(name), type=kind, metavar="WORD" if kind is str else "NUMBER")
     for name, kind in list_types().items():
         group.add_argument(_option(name), type=kind, nargs="+", metavar="TEXT" if kind is str else "ID")
     group.add_argument("--logit-bias", type=_bias, nargs="+", metavar="ID=BIAS")
@@ -85,6 +87,36 @@ def _bias(text: str) -> tuple[int, float]:
         return int(token_id), float(bias)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected ID=BIAS, got {text!r}") from None
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="make an engine of any GPT-2 checkpoint",
+        description="Write the engine of a checkpoint folder, as save_pretrained writes it, with its tokenizer. "
+        "The export stage does the same, and compares the engine with PyTorch on your text.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
+    parser.add_argument("out", type=Path, help="folder of the engine; one that is there is replaced")
+    parser.add_argument(
+        "--precision", default="float32", help="float32, float16, int8, int4, joined by commas (default: %(default)s)"
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.engine.build import build_engine, check_precisions
+
+    precisions = arguments.precision.split(",")
+    check_precisions(precisions)
+    for name in ("config.json", TOKENIZER_FILE):
+        if not (arguments.checkpoint / name).is_file():
+            raise UserError(f"{arguments.checkpoint / name}: is missing; give a folder as save_pretrained writes it")
+    build_engine(load_checkpoint(arguments.checkpoint), arguments.checkpoint, arguments.out, precisions)
+    for precision in precisions:
+        size = sum(file.stat().st_size for file in (arguments.out / precision).iterdir())
+        print(f"{arguments.out / precision}: {size / 1e6:,.1f} MB")
 
 
 def _add_restore(commands: Any) -> None:

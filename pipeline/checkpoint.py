@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import UserError
 
@@ -31,9 +31,15 @@ def weights_written(folder: Path) -> Iterator[None]:
 def load_checkpoint(folder: Path) -> GPT2LMHeadModel:
     """The checkpoint in float32, ready to be asked. Raises `UserError` where a weight is NaN or infinite."""
     model: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
+        folder, dtype=torch.float32, attn_implementation=attention_implementation(folder)
     ).eval()
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(f"{folder}: weight {name} holds NaN or infinity; fine-tune again, with a lower rate")
     return model
+
+
+def attention_implementation(folder: Path) -> str:
+    """`sdpa`, or `eager` where a config scales attention otherwise: transformers 4.57 leaves that out of its SDPA."""
+    config = GPT2Config.from_pretrained(folder)
+    return "sdpa" if config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx else "eager"

@@ -7,6 +7,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pipeline.errors import UserError
 
+CONTEXT_OVERFLOWS = ("end", "slide")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -44,6 +46,9 @@ class SamplingParams:
     """End-of-text and stop ids are not drawn before this many tokens. At least 0."""
     max_new_tokens: int | None = None
     """Tokens generated at most. At least 1; null goes on to the end of the context."""
+    context_overflow: str = "end"
+    """At the end of the context: `end`, or `slide`, which reads the newest half again and goes on from there. With
+    `slide`, `max_new_tokens` must be set."""
     stop: tuple[str, ...] = ()
     """Texts that end the continuation and are cut from it."""
     stop_token_ids: tuple[int, ...] = ()
@@ -79,6 +84,10 @@ class SamplingParams:
         if self.max_new_tokens is not None:
             _check_range("min_new_tokens", self.min_new_tokens, self.min_new_tokens <= self.max_new_tokens,
                          f"at most max_new_tokens ({self.max_new_tokens})")  # fmt: skip
+        if self.context_overflow not in CONTEXT_OVERFLOWS:
+            raise UserError(f"context_overflow: {self.context_overflow!r} is none of {', '.join(CONTEXT_OVERFLOWS)}")
+        if self.context_overflow == "slide" and self.max_new_tokens is None:
+            raise UserError("max_new_tokens: must be set where context_overflow is slide, or nothing may end the text")
         if not isinstance(self.ignore_eos, bool):
             raise UserError(f"ignore_eos: expected true or false, got {self.ignore_eos!r}")
         for name in ("banned_token_ids", "allowed_token_ids", "stop_token_ids"):
@@ -124,11 +133,11 @@ class SamplingParams:
         }
 
 
-_SCALARS = {hint: kind for kind in (bool, int, float) for hint in (kind, kind | None)}
+_SCALARS = {hint: kind for kind in (bool, int, float, str) for hint in (kind, kind | None)}
 
 
 def scalar_types() -> dict[str, type]:
-    """The parameters that are one value, each with its type, null aside: bool, int or float."""
+    """The parameters that are one value, each with its type, null aside: bool, int, float or str."""
     hints = get_type_hints(SamplingParams)
     return {name: _SCALARS[hint] for name, hint in hints.items() if hint in _SCALARS}
 

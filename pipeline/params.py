@@ -5,7 +5,7 @@ The file holds the defaults; the classes here hold names, types, ranges and mean
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -172,23 +172,38 @@ class FinetuneParams(Section):
 
 
 class ParityParams(Section):
-    """What the exported graph has to keep of the PyTorch model; the stage fails where it does not."""
+    """What an engine has to keep of the PyTorch model in float32; the export fails where it does not."""
+
+    max_logit_difference: Annotated[float, Field(gt=0)]
+    """Largest absolute difference of any logit: with empty and with real past, in a batch, with a cache."""
+    min_next_token_agreement: Annotated[float, Field(gt=0, le=1)]
+    """Share of positions at which the likeliest next token is the same."""
+    max_kl_divergence: Annotated[float, Field(gt=0)]
+    """Of the engine's distributions from PyTorch's, in nats, mean over the positions."""
+    max_perplexity_rise: Annotated[float, Field(gt=0)]
+    """Of the validation split's perplexity, relative."""
+    min_greedy_tokens: Annotated[int, Field(ge=0)]
+    """Tokens of a greedy continuation that are the same, of 64."""
+
+
+class PrecisionsParityParams(Section):
+    """The tolerances of each precision."""
 
     positions: Annotated[int, Field(ge=1000)]
     """Positions of real text at which the two models' next tokens are compared at least: all of the validation split,
     and as much of the training split as it lacks."""
-    max_logit_difference: Annotated[float, Field(gt=0)]
-    """Largest absolute difference of any logit, with empty and with real past."""
-    min_next_token_agreement: Annotated[float, Field(gt=0, le=1)]
-    """Share of positions at which the likeliest next token is the same."""
-    max_perplexity_rise: Annotated[float, Field(gt=0)]
-    """Of the validation split's perplexity, relative; up or down."""
+    float32: ParityParams
+    float16: ParityParams
+    int8: ParityParams
+    int4: ParityParams
 
 
 class ExportParams(Section):
     """How the checkpoint becomes an engine."""
 
-    parity: ParityParams
+    precisions: Annotated[list[Literal["float32", "float16", "int8", "int4"]], Field(min_length=1)]
+    """What the engine holds; the first is what is evaluated, and what runs where nobody asks for another."""
+    parity: PrecisionsParityParams
 
 
 class EvaluateParams(Section):

@@ -27,22 +27,23 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_export_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`portable/` and `engine/` of `tiny_checkpoint`. Do not write to it."""
+    from pipeline.engine.build import PRECISIONS
     from pipeline.stages.export import export_checkpoint
 
     folder = tmp_path_factory.mktemp("export")
-    export_checkpoint(tiny_checkpoint, folder)
+    export_checkpoint(tiny_checkpoint, folder, PRECISIONS)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_engine_folder(tiny_export_folder: Path) -> Path:
-    """`tiny_checkpoint` as an engine. Do not write to it."""
+    """`tiny_checkpoint` as an engine in every precision, float32 the first. Do not write to it."""
     return tiny_export_folder / "engine"
 
 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_engine_folder: Path) -> "Engine":
-    """That engine on one core of the processor."""
+    """That engine in float32 on one core of the processor."""
     from pipeline.engine import Engine
 
     return Engine.load(tiny_engine_folder, provider="cpu", threads=1)

@@ -35,6 +35,17 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, value: float) -> No
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, "sdpa"), ({"scale_attn_weights": False}, "eager"), ({"scale_attn_by_inverse_layer_idx": True}, "eager")],
+)
+def test_attention_is_computed_as_the_config_says(changes: dict[str, bool], expected: str, tmp_path: Path) -> None:
+    model = make_model()
+    model.config.update(changes)
+    save_model(model, tmp_path)
+    assert load_checkpoint(tmp_path).config._attn_implementation == expected
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
 def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     code = (

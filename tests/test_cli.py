@@ -197,6 +197,27 @@ def test_a_bias_that_is_none_is_told(engine: str, capsys: pytest.CaptureFixture[
     assert "--logit-bias: expected ID=BIAS, got 'five'" in capsys.readouterr().err
 
 
+def test_export_makes_an_engine_that_generate_reads(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["export", str(tiny_checkpoint), str(tmp_path / "engine"), "--precision", "int8,int4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"{tmp_path / 'engine' / name}" for name in ("int8", "int4")]
+    options = ("--model", str(tmp_path / "engine"), "--max-new-tokens", "8", "--seed", "7")
+    assert generated(capsys, *options).startswith(PROMPT)
+    assert generated(capsys, *options, "--precision", "int4").startswith(PROMPT)
+
+
+def test_export_names_what_is_wrong(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "engine")
+    assert refused(capsys, "export", str(tiny_checkpoint), out, "--precision", "int3").startswith(
+        "error: precision: 'int3' is none of float32, float16, int8, int4"
+    )
+    missing = refused(capsys, "export", str(tmp_path), out)
+    assert missing == f"error: {tmp_path / 'config.json'}: is missing; give a folder as save_pretrained writes it\n"
+    assert not Path(out).exists()
+
+
 def test_no_store_is_made_where_a_registered_model_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

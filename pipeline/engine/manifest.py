@@ -7,7 +7,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.tokens import TOKENIZER_FILE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
 

@@ -4,7 +4,7 @@ The order is fixed; each filter sees the distribution that the earlier ones left
 
 1. bias, bans and allowed tokens
 2. repetition penalty, over prompt and output
-3. presence and frequency penalty, over the output
+3. presence and frequency penalties, over the output
 4. no-repeat n-gram, over prompt and output
 5. minimum length
 6. temperature
@@ -16,6 +16,9 @@ The order is fixed; each filter sees the distribution that the earlier ones left
 
 Filters and order are those of `transformers` where it has them, but for one thing: of equally likely tokens at the edge
 of a filter all are kept, so that the outcome hangs on no sorting order.
+
+`pipeline.engine.sampler` says the same in a tenth of the time, and is what runs; where it cannot, this is asked. Both
+compute logits in float32, so that ties and thresholds fall alike, and sum probabilities in float64.
 
 A row of logits is float32 [vocabulary]. A removed token has the logit -inf. No function changes its input; one that
 has nothing to do returns it as it is. Token ids are taken to lie in the vocabulary: `check_token_ids` sees to those of
@@ -36,6 +39,7 @@ Float64s = npt.NDArray[np.float64]
 TokenIds = Sequence[int] | npt.NDArray[np.integer]
 
 REMOVED = np.float32(-np.inf)
+LARGEST_PENALTY = 1e30
 
 
 def sample(
@@ -69,12 +73,13 @@ def filter_logits(
     logits = apply_bias(logits, params.logit_bias)
     logits = apply_bans(logits, params.banned_token_ids, params.allowed_token_ids, ending_ids)
     logits = apply_repetition_penalty(logits, history_ids, params.repetition_penalty)
-    logits = apply_presence_penalty(logits, output_ids, params.presence_penalty)
-    logits = apply_frequency_penalty(logits, output_ids, params.frequency_penalty)
+    logits = apply_output_penalties(logits, output_ids, params.presence_penalty, params.frequency_penalty)
     logits = apply_no_repeat_ngram(logits, history_ids, params.no_repeat_ngram_size)
     logits = apply_minimum_length(logits, len(output_ids), params.min_new_tokens, ending_ids)
     _check_some_token_left(logits)
-    # Each filter from here on keeps at least one token.
+    # Each filter from here on keeps at least one token. The largest logit becomes 0, which changes no probability.
+    with np.errstate(over="ignore"):  # to -inf, where the probability is 0 as well
+        logits = logits - logits.max()
     logits = apply_temperature(logits, params.temperature)
     logits = apply_top_k(logits, params.top_k)
     logits = apply_top_p(logits, params.top_p)
@@ -108,31 +113,28 @@ def apply_repetition_penalty(logits: Logits, token_ids: TokenIds, penalty: float
         return logits
     ids = _array(token_ids)
     penalized = logits.copy()
-    before = logits[ids].astype(np.float64)
-    with np.errstate(over="ignore"):
-        after = np.where(before > 0, before / penalty, before * penalty).astype(np.float32)
-    # A tiny penalty must not overflow to +inf, which no softmax can take.
-    penalized[ids] = np.minimum(after, np.finfo(np.float32).max)
+    before, factor = logits[ids], penalty_factor(penalty)
+    penalized[ids] = np.where(before > 0, before / factor, before * factor)
     return penalized
 
 
-def apply_presence_penalty(logits: Logits, output_ids: TokenIds, penalty: float) -> Logits:
-    """Subtract `penalty` once from the logit of each token in the output (OpenAI's API)."""
-    if penalty == 0 or len(output_ids) == 0:
-        return logits
-    ids = _array(output_ids)
-    penalized = logits.copy()
-    penalized[ids] = logits[ids] - np.float32(penalty)
-    return penalized
+def penalty_factor(penalty: float) -> np.float32:
+    """The repetition penalty in float32; beyond 1e30 either way, products would overflow."""
+    return np.float32(min(max(penalty, 1 / LARGEST_PENALTY), LARGEST_PENALTY))
 
 
-def apply_frequency_penalty(logits: Logits, output_ids: TokenIds, penalty: float) -> Logits:
-    """Subtract `penalty` from a token's logit once for each time that it stands in the output (OpenAI's API)."""
-    if penalty == 0 or len(output_ids) == 0:
+def apply_output_penalties(
+    logits: Logits, output_ids: TokenIds, presence_penalty: float, frequency_penalty: float
+) -> Logits:
+    """Subtract from the logit of each token in the output the first penalty once, the second for each occurrence.
+
+    As OpenAI's API defines them.
+    """
+    if (presence_penalty == 0 and frequency_penalty == 0) or len(output_ids) == 0:
         return logits
     ids, counts = np.unique(_array(output_ids), return_counts=True)
     penalized = logits.copy()
-    penalized[ids] -= (penalty * counts).astype(np.float32)
+    penalized[ids] -= (presence_penalty + frequency_penalty * counts).astype(np.float32)
     return penalized
 
 
@@ -162,8 +164,13 @@ def apply_temperature(logits: Logits, temperature: float) -> Logits:
     if temperature == 0:
         return _only(logits, [int(np.argmax(logits))])
     with np.errstate(over="ignore"):  # to -inf, where the probability is 0 as well
-        cooled: Logits = ((logits - logits.max()) / np.float64(temperature)).astype(np.float32)
+        cooled: Logits = (logits - logits.max()) / cooling(temperature)
     return cooled
+
+
+def cooling(temperature: float) -> np.float32:
+    """A temperature above 0 in float32, where the smallest of all would be 0."""
+    return max(np.float32(temperature), np.finfo(np.float32).tiny)
 
 
 def apply_top_k(logits: Logits, top_k: int) -> Logits:
@@ -230,10 +237,15 @@ def uniform(seed: int, choice: int, step: int) -> float:
     words of 64 bits, the first the least significant; the upper 53 bits of the first word of its output, divided by
     2**53, are the number. NumPy's generator counts up before each block: hence the 1.
     """
+    return float(uniforms(seed, choice, step, 1)[0])
+
+
+def uniforms(seed: int, choice: int, first_step: int, count: int) -> Float64s:
+    """`uniform` of `count` steps in a row, float64 [count]: the counter goes up by one a step, four words each."""
     key = np.array([seed, choice], dtype=np.uint64)
-    counter = np.array([step, 0, 0, 0], dtype=np.uint64)
-    word = int(np.random.Philox(key=key, counter=counter).random_raw())
-    return (word >> 11) * 2.0**-53
+    counter = np.array([first_step, 0, 0, 0], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(4 * count)[::4]
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def softmax(logits: Logits) -> Float64s:

@@ -1,6 +1,7 @@
 """Text around the engine: prompts in, continuations out, stop texts, and characters never cut in a stream."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,20 @@ from tokenizers.decoders import DecodeStream
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Token
+from pipeline.engine.scheduler import FinishReason, Request
 from pipeline.errors import UserError
 from pipeline.tokens import load_tokenizer, prompt_ids
+
+
+@dataclass(frozen=True, slots=True)
+class TextCompletion:
+    """One continuation, without its prompt."""
+
+    text: str
+    """Up to the stop text that ended it, where one did."""
+    token_ids: list[int]
+    """All that were drawn; the last ones may spell the stop text."""
+    finish_reason: FinishReason
 
 
 class TextGenerator:
@@ -21,18 +34,43 @@ class TextGenerator:
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, folder: str | Path, *, precision: str = "auto", provider: str = "auto") -> "TextGenerator":
+    def load(
+        cls, folder: str | Path, *, precision: str = "auto", provider: str = "auto", threads: int | None = None
+    ) -> "TextGenerator":
         """Load an exported engine and the tokenizer beside it. Raises `UserError`."""
-        return cls(Engine.load(folder, precision=precision, provider=provider), load_tokenizer(Path(folder)))
+        engine = Engine.load(folder, precision=precision, provider=provider, threads=threads)
+        return cls(engine, load_tokenizer(Path(folder)))
 
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[str]:
         """The continuation of every prompt, without it; choice j of prompt i stands at `i * n + j`."""
-        ids = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
-        completions = self.engine.generate(ids, params)
-        return [
-            "".join(self._pieces((Token(token_id) for token_id in completion.token_ids), params.stop))
-            for completion in completions
+        return [done.text for done in self.complete(prompts, [params] * len(prompts))]
+
+    def complete(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> list[TextCompletion]:
+        """The continuation of every prompt by its own parameters; choice j of prompt i stands at `i * n + j`.
+
+        One that its stop text ends frees its place at once.
+        """
+        pairs = [(prompt_ids(self.tokenizer, prompt), own) for prompt, own in zip(prompts, params, strict=True)]
+        for ids, own in pairs:
+            self.engine.check(ids, _for_engine(own))
+        running = [
+            _Text(self.tokenizer, request, own.stop)
+            for ids, own in pairs
+            for request in self.engine.submit(ids, _for_engine(own))
         ]
+        scheduler = self.engine.scheduler
+        try:
+            while any(text.request.finish_reason is None for text in running):
+                scheduler.step(prefill_tokens=None)
+                for text in running:
+                    if text.take():
+                        scheduler.cancel(text.request)
+                    if text.request.error is not None:
+                        raise text.request.error
+        finally:
+            for text in running:
+                scheduler.cancel(text.request)
+        return [text.completion() for text in running]
 
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[str]:
         """The continuation in pieces of whole characters, as they come.
@@ -40,25 +78,76 @@ class TextGenerator:
         It ends before the stop text that is complete first. A last character of which some bytes are missing, as the
         last token may leave one, is no part of it.
         """
-        return self._pieces(self.engine.stream(prompt_ids(self.tokenizer, prompt), params), params.stop)
+        tokens = self.engine.stream(prompt_ids(self.tokenizer, prompt), _for_engine(params))
+        return self._pieces(tokens, params.stop)
 
     def _pieces(self, tokens: Iterator[Token], stop: Sequence[str]) -> Iterator[str]:
-        decoder = DecodeStream(skip_special_tokens=False)
-        held = ""
+        detokenizer = Detokenizer(self.tokenizer, stop)
         for token in tokens:
             if token.token_id is None:
                 break
-            held += decoder.step(self.tokenizer, token.token_id) or ""
-            if (end := _first_stop(held, stop)) is not None:
-                if end > 0:
-                    yield held[:end]
-                return
-            kept = _possible_stop(held, stop)
-            if piece := held[: len(held) - kept]:
+            if piece := detokenizer.feed(token.token_id):
                 yield piece
-            held = held[len(held) - kept :]
-        if held:
-            yield held
+            if detokenizer.stopped:
+                return
+        if rest := detokenizer.finish():
+            yield rest
+
+
+class Detokenizer:
+    """Token ids to text in pieces of whole characters, up to a stop text; what may begin one is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._decoder = DecodeStream(skip_special_tokens=False)
+        self._held = ""
+        self.stopped = False
+        """Whether a stop text was completed; nothing comes after it."""
+
+    def feed(self, token_id: int) -> str:
+        """The text that this token completes; often a word, sometimes nothing."""
+        self._held += self._decoder.step(self._tokenizer, token_id) or ""
+        end = _first_stop(self._held, self._stop)
+        self.stopped = end is not None
+        if end is None:
+            end = len(self._held) - _possible_stop(self._held, self._stop)
+        piece, self._held = self._held[:end], self._held[end:]
+        return piece
+
+    def finish(self) -> str:
+        """What was held back for a stop text that did not come."""
+        return "" if self.stopped else self._held
+
+
+class _Text:
+    """A request, and the text that it has given so far."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, stop: Sequence[str]) -> None:
+        self.request = request
+        self._detokenizer = Detokenizer(tokenizer, stop)
+        self._pieces: list[str] = []
+        self._token_ids: list[int] = []
+
+    def take(self) -> bool:
+        """Take the tokens that have come; whether a stop text is complete."""
+        while self.request.tokens and not self._detokenizer.stopped:
+            token_id = self.request.tokens.popleft().token_id
+            if token_id is not None:
+                self._token_ids.append(token_id)
+                self._pieces.append(self._detokenizer.feed(token_id))
+        return self._detokenizer.stopped
+
+    def completion(self) -> TextCompletion:
+        reason = "stop" if self._detokenizer.stopped else self.request.finish_reason
+        if reason is None:
+            raise ValueError("the request has not ended")
+        return TextCompletion("".join([*self._pieces, self._detokenizer.finish()]), self._token_ids, reason)
+
+
+def _for_engine(params: SamplingParams) -> SamplingParams:
+    """The parameters without the texts that the engine, which reads ids, does not know."""
+    return replace(params, stop=())
 
 
 def merge_decoding(defaults: SamplingParams, values: Mapping[str, Any]) -> SamplingParams:

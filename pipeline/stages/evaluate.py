@@ -26,7 +26,8 @@ from pipeline.quality.memorization import longest_copies
 from pipeline.quality.perplexity import bits_per_byte, perplexity, plan_windows
 from pipeline.quality.repetition import is_looping, mean_rep_n, share_looping
 from pipeline.restore import parent_run
-from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, prompt_ids, tokenizer_sha256
+from pipeline.serving.text import TextGenerator
+from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
 
 BATCH_SAMPLES = 16
 POSITION_BIN_TOKENS = 32
@@ -56,7 +57,7 @@ def main() -> None:
         parent = parent_run(tracking.connect(), arguments.finetune, parameters)
         with tracking.start_run("evaluate", parameters, parent_run_id=parent) as run:
             evaluate(arguments.export, arguments.documents, arguments.tokens, arguments.out, params)
-            log_evaluation(run, arguments.out)
+            log_evaluation(run, arguments.out, arguments.export / "parity.json")
 
 
 def evaluate(export: Path, documents: Path, tokens: Path, out: Path, params: EvaluateParams) -> None:
@@ -141,16 +142,14 @@ def generate(
 ) -> list[Sample]:
     """A continuation of every prompt; sample i is keyed by `params.seed + i`."""
     samples: list[Sample] = []
+    generator = TextGenerator(engine, tokenizer)
     batches = range(0, len(prompts), BATCH_SAMPLES)
     for start in tqdm(batches, desc=f"samples of {name}", disable=not sys.stderr.isatty()):
         batch = prompts[start : start + BATCH_SAMPLES]
-        completions = engine.generate(
-            [prompt_ids(tokenizer, prompt) for prompt in batch],
-            [replace(params.decoding, seed=params.seed + start + index) for index in range(len(batch))],
-        )
+        seeded = [replace(params.decoding, seed=params.seed + start + index) for index in range(len(batch))]
         samples += [
-            Sample(prompt, tokenizer.decode(done.token_ids), done.token_ids, done.finish_reason)
-            for prompt, done in zip(batch, completions, strict=True)
+            Sample(prompt, done.text, done.token_ids, done.finish_reason)
+            for prompt, done in zip(batch, generator.complete(batch, seeded), strict=True)
         ]
     return samples
 
@@ -217,8 +216,11 @@ def write_table(path: Path, header: list[str], rows: list[list[str]]) -> None:
         writer.writerows(rows)
 
 
-def log_evaluation(run: tracking.RunLog, out: Path) -> None:
-    """Scores, samples and plots of an evaluation into its run."""
+def log_evaluation(run: tracking.RunLog, out: Path, parity: Path) -> None:
+    """Scores, samples and plots of an evaluation, and the parity of what was evaluated, into its run."""
+    for precision, found in read_json(parity).items():
+        run.log_scores(f"parity.{precision}", found)
+    run.log_file(parity)
     metrics = read_json(out / "metrics.json")
     for group, values in metrics.items():
         run.log_scores(group, values)

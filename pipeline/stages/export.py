@@ -1,7 +1,6 @@
 """Export checkpoint and base to ONNX, and prove that the graph says what PyTorch says."""
 
 import argparse
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,16 +15,14 @@ from optimum.utils import logging as optimum_logging
 from transformers import GPT2LMHeadModel, logging
 
 from pipeline.checkpoint import load_checkpoint
+from pipeline.engine.build import build_engine
 from pipeline.engine.generator import Engine
-from pipeline.engine.manifest import GRAPH_FILE, write_manifest
 from pipeline.engine.parity import Parity, broken_promises, measure_parity
 from pipeline.errors import UserError, reported
 from pipeline.files import whole_folder, write_json
-from pipeline.params import ParityParams, load_params
-from pipeline.tokens import TOKENIZER_FILE, TokenArrays, end_of_text_id, load_tokenizer, load_tokens, tokenizer_sha256
+from pipeline.params import ExportParams, load_params
+from pipeline.tokens import TokenArrays, load_tokens, tokenizer_sha256
 from pipeline.training.packing import cut_windows
-
-PRECISION = "float32"
 
 
 def main() -> None:
@@ -38,62 +35,62 @@ def main() -> None:
     logging.set_verbosity_error()
     optimum_logging.set_verbosity_error()
     with reported():
-        export(arguments.checkpoint, arguments.base, arguments.tokens, arguments.out, load_params().export.parity)
+        export(arguments.checkpoint, arguments.base, arguments.tokens, arguments.out, load_params().export)
 
 
-def export(checkpoint: Path, base: Path, tokens: Path, out: Path, tolerance: ParityParams) -> None:
+def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: ExportParams) -> None:
     """Write `portable/`, `engine/`, the same of the base under `base/`, and `parity.json`.
 
     Raises `UserError` naming the promise that broke; nothing is left under `out` then.
     """
     with whole_folder(out) as partial:
-        export_checkpoint(checkpoint, partial)
-        parity = certify(checkpoint, partial / "engine", tokens, tolerance)
-        write_json(partial / "parity.json", asdict(parity))
-        export_checkpoint(base, partial / "base")
+        export_checkpoint(checkpoint, partial, params.precisions)
+        parity = certify(checkpoint, partial / "engine", tokens, params)
+        write_json(partial / "parity.json", {precision: asdict(found) for precision, found in parity.items()})
+        # The base is there to be compared with, in what is evaluated.
+        export_checkpoint(base, partial / "base", params.precisions[:1])
 
 
-def export_checkpoint(checkpoint: Path, out: Path) -> None:
+def export_checkpoint(checkpoint: Path, out: Path, precisions: Sequence[str]) -> None:
     """The standard ONNX graph through Optimum in `portable/`, and the engine in `engine/`."""
-    portable, engine = out / "portable", out / "engine"
     # The weights are checked first: a graph of NaNs exports without a word.
     model = load_checkpoint(checkpoint)
+    build_engine(model, checkpoint, out / "engine", precisions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        main_export(str(checkpoint), portable, task="text-generation-with-past", dtype="fp32", do_validation=False)
-    (engine / PRECISION).mkdir(parents=True)
-    for file in portable.glob(f"{GRAPH_FILE}*"):
-        shutil.copy(file, engine / PRECISION)
-    shutil.copy(checkpoint / TOKENIZER_FILE, engine)
-    write_manifest(
-        engine,
-        context_length=model.config.n_positions,
-        vocabulary_size=model.config.vocab_size,
-        layers=model.config.n_layer,
-        heads=model.config.n_head,
-        width=model.config.n_embd,
-        end_of_text_id=end_of_text_id(load_tokenizer(checkpoint)),
-        precisions=(PRECISION,),
-    )
+        main_export(
+            str(checkpoint), out / "portable", task="text-generation-with-past", dtype="fp32", do_validation=False
+        )
 
 
-def certify(checkpoint: Path, engine: Path, tokens: Path, tolerance: ParityParams) -> Parity:
-    """Compare engine and PyTorch on real text. Raises `UserError` naming each promise that broke."""
-    loaded = Engine.load(engine, provider="cpu")
+def certify(checkpoint: Path, engine: Path, tokens: Path, params: ExportParams) -> dict[str, Parity]:
+    """Compare every precision with PyTorch on real text. Raises `UserError` naming each promise that broke."""
+    engines: dict[str, Engine] = {
+        precision: Engine.load(engine, precision=precision, provider="cpu") for precision in params.precisions
+    }
+    context_length = engines[params.precisions[0]].context_length
     validation, train = (
-        texts_of(load_tokens(tokens / split, tokenizer_sha256(checkpoint)), loaded.context_length)
+        texts_of(load_tokens(tokens / split, tokenizer_sha256(checkpoint)), context_length)
         for split in ("validation", "train")
     )
     parity = measure_parity(
-        loaded,
+        engines,
         TorchReference(load_checkpoint(checkpoint)),
         list(validation),
         train,
-        positions=tolerance.positions,
+        positions=params.parity.positions,
         show_progress=sys.stderr.isatty(),
     )
-    if broken := broken_promises(parity, tolerance):
-        raise UserError(f"parity: {'; '.join(broken)}")
+    broken = [
+        f"{precision}: {promise}"
+        for precision, found in parity.items()
+        for promise in broken_promises(found, getattr(params.parity, precision))
+    ]
+    if broken:
+        raise UserError(
+            f"parity: {'; '.join(broken)} (export.parity holds the tolerances; a precision that is too coarse for "
+            "this model can be left out of export.precisions)"
+        )
     return parity
 
 

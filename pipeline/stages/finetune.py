@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2LMHeadModel, logging, set_seed
 
 from pipeline import tracking
-from pipeline.checkpoint import save_model
+from pipeline.checkpoint import attention_implementation, save_model
 from pipeline.errors import UserError, reported
 from pipeline.files import whole_file, whole_folder, write_json
 from pipeline.params import PARAMS_FILE, FinetuneParams, load_params, read_yaml
@@ -88,7 +88,9 @@ def load_base(base: Path, *, dropout: float | None, attention_dropout: float | N
     """The base's model in float32, with the dropout rates that are given in place of its own."""
     rates = {"embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": attention_dropout}
     changes = {name: rate for name, rate in rates.items() if rate is not None}
-    model: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(base, attn_implementation="sdpa", **changes)
+    model: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(
+        base, attn_implementation=attention_implementation(base), **changes
+    )
     return model
 
 

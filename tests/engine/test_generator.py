@@ -5,16 +5,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from pipeline.engine import Completion, Engine, SamplingParams, Token, generator
-from pipeline.engine.generator import BATCH_TOKENS, bounded_batches
 from pipeline.engine.sampling import log_softmax, sample
-from pipeline.engine.session import empty_cache, pad_left, positions, run_step
 from pipeline.errors import UserError
 
 TEXTS = ("The lamp", "The baker lit her second oven before the morning tide.", "N", "Nobody said so, nobody")
@@ -77,43 +73,41 @@ def likeliest_first(engine: Engine, prompt: list[int]) -> list[int]:
     return engine.generate([prompt], SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=12))[0].token_ids
 
 
-@given(st.lists(st.integers(1, 3000)))
-def test_batches_keep_order_and_bound(lengths: list[int]) -> None:
-    batches = list(bounded_batches(lengths))
-    assert [index for start, end in batches for index in range(start, end)] == list(range(len(lengths)))
-    for start, end in batches:
-        assert end - start == 1 or (end - start) * max(lengths[start:end]) <= BATCH_TOKENS
-
-
 def test_logits_with_empty_past_match_pytorch(
     tiny_engine: Engine, tiny_model: GPT2LMHeadModel, prompts: list[list[int]]
 ) -> None:
-    input_ids, mask = pad_left(prompts, tiny_engine.end_of_text_id)
-    cache = empty_cache(tiny_engine.session, len(prompts))
-    logits, _ = run_step(tiny_engine.session, input_ids, positions(mask), mask, cache)
-    for row, prompt in enumerate(prompts):
-        expected = torch_logits(tiny_model, prompt)
-        np.testing.assert_allclose(logits[row, -len(prompt) :], expected, atol=LOGIT_TOLERANCE, rtol=0)
+    for prompt in prompts:
+        logits = tiny_engine.session.score(prompt, 0)
+        np.testing.assert_allclose(logits, torch_logits(tiny_model, prompt), atol=LOGIT_TOLERANCE, rtol=0)
 
 
 def test_logits_with_real_past_match_pytorch(
     tiny_engine: Engine, tiny_model: GPT2LMHeadModel, prompts: list[list[int]]
 ) -> None:
-    input_ids, mask = pad_left(prompts, tiny_engine.end_of_text_id)
-    position_ids = positions(mask)
-    texts = [list(prompt) for prompt in prompts]
-    _, cache = run_step(
-        tiny_engine.session, input_ids, position_ids, mask, empty_cache(tiny_engine.session, len(prompts))
-    )
+    session, texts = tiny_engine.session, [list(prompt) for prompt in prompts]
+    for slot, text in enumerate(texts):
+        session.prefill(slot, text, 0)
     for step in range(6):
-        fed = np.array([[(7 * step + 11 * row) % 300] for row in range(len(prompts))])
-        position_ids = position_ids[:, -1:] + 1
-        mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
-        logits, cache = run_step(tiny_engine.session, fed, position_ids, mask, cache)
+        positions = [len(text) for text in texts]
         for row, text in enumerate(texts):
-            text.append(int(fed[row, 0]))
+            text.append((7 * step + 11 * row) % 300)
+        session.decode([text[-1] for text in texts], positions)
+        for row, text in enumerate(texts):
             expected = torch_logits(tiny_model, text)[-1]
-            np.testing.assert_allclose(logits[row, 0], expected, atol=LOGIT_TOLERANCE, rtol=0)
+            np.testing.assert_allclose(session.logits[row], expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("parts", [[20], [1, 19], [7, 7, 6], [1] * 20])
+def test_a_prompt_read_in_parts_is_the_prompt(
+    parts: list[int], tiny_engine: Engine, tiny_model: GPT2LMHeadModel
+) -> None:
+    text = [(13 * index) % 300 for index in range(sum(parts))]
+    read = 0
+    for part in parts:
+        tiny_engine.session.prefill(2, text[read : read + part], read)
+        read += part
+    expected = torch_logits(tiny_model, text)[-1]
+    np.testing.assert_allclose(tiny_engine.session.logits[2], expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 
 def test_greedy_tokens_match_transformers_generate(
@@ -257,7 +251,7 @@ def test_the_end_of_the_context_finishes_by_length_and_is_never_passed(
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_numbers(tiny_engine: Engine) -> None:
-    with pytest.raises(UserError, match=r"^prompt: 64 tokens leave no room in the context of 64; shorten it$"):
+    with pytest.raises(UserError, match=r"^prompt: 64 tokens leave no room in the context of 64; shorten it, or"):
         tiny_engine.generate([[1], [1] * 64], SamplingParams())
 
 
@@ -309,11 +303,11 @@ def test_logprobs_are_left_out_where_nobody_asks(tiny_engine: Engine) -> None:
     assert completion.top_logprobs is None
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 256])
 def test_score_is_pytorchs_cross_entropy_of_each_token(
-    tiny_engine: Engine, tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch, batch_tokens: int
+    tiny_engine: Engine, tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
 ) -> None:
-    monkeypatch.setattr(generator, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(generator, "SCORING_CHUNK_TOKENS", chunk_tokens)
     rng = np.random.default_rng(0)
     texts = [rng.integers(300, size=tokens).tolist() for tokens in (5, 64, 1, 2, 30, 31, 7)]
     scores = tiny_engine.score(texts)
@@ -336,6 +330,22 @@ def test_score_of_a_continuation_is_its_logprobs(tiny_engine: Engine, prompts: l
     completion = tiny_engine.generate([prompts[0]], params)[0]
     score = tiny_engine.score([prompts[0] + completion.token_ids])[0]
     assert completion.logprobs == pytest.approx(score[len(prompts[0]) - 1 :].tolist(), abs=LOGIT_TOLERANCE)
+
+
+def test_echo_gives_each_token_its_probability(tiny_engine: Engine, prompts: list[list[int]]) -> None:
+    tokens = tiny_engine.echo(prompts[1], 2)
+    assert [token.token_id for token in tokens] == prompts[1]
+    assert (tokens[0].logprob, tokens[0].top_logprobs) == (None, None)
+    assert [token.logprob for token in tokens[1:]] == pytest.approx(tiny_engine.score([prompts[1]])[0].tolist())
+    for token in tokens[1:]:
+        assert token.top_logprobs is not None
+        assert len(token.top_logprobs) == 2
+        assert max(token.top_logprobs.values()) >= (token.logprob or 0)
+
+
+def test_stop_texts_are_for_whoever_knows_the_tokenizer(tiny_engine: Engine) -> None:
+    with pytest.raises(UserError, match=r"^stop: holds texts, and the engine reads token ids; pipeline\.serving\.text"):
+        tiny_engine.generate([[5]], SamplingParams(stop=("x",)))
 
 
 def test_the_tiny_model_tells_positions_apart(tiny_model: GPT2LMHeadModel) -> None:

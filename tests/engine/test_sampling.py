@@ -31,11 +31,10 @@ from pipeline.engine.sampling import (
     Logits,
     apply_bans,
     apply_bias,
-    apply_frequency_penalty,
     apply_min_p,
     apply_minimum_length,
     apply_no_repeat_ngram,
-    apply_presence_penalty,
+    apply_output_penalties,
     apply_repetition_penalty,
     apply_temperature,
     apply_top_k,
@@ -123,15 +122,15 @@ def test_presence_and_frequency_penalties_follow_openai() -> None:
     # logit - count * frequency_penalty - (count > 0) * presence_penalty
     logits = row(3, 2, 1, 0)
     output = [0, 0, 0, 1]
-    np.testing.assert_allclose(apply_presence_penalty(logits, output, 0.5), row(2.5, 1.5, 1, 0))
-    np.testing.assert_allclose(apply_frequency_penalty(logits, output, 0.25), row(2.25, 1.75, 1, 0))
+    np.testing.assert_allclose(apply_output_penalties(logits, output, 0.5, 0), row(2.5, 1.5, 1, 0))
+    np.testing.assert_allclose(apply_output_penalties(logits, output, 0, 0.25), row(2.25, 1.75, 1, 0))
     both = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    np.testing.assert_allclose(filter_logits(logits, both, [2, 2], output, 3), row(1.75, 1.25, 1, 0))
+    np.testing.assert_allclose(filter_logits(logits, both, [2, 2], output, 3), row(0, -0.5, -0.75, -1.75))
 
 
 def test_negative_penalties_favour_what_was_said() -> None:
-    np.testing.assert_allclose(apply_presence_penalty(row(1, 1), [1, 1], -2), row(1, 3))
-    np.testing.assert_allclose(apply_frequency_penalty(row(1, 1), [1, 1], -2), row(1, 5))
+    np.testing.assert_allclose(apply_output_penalties(row(1, 1), [1, 1], -2, 0), row(1, 3))
+    np.testing.assert_allclose(apply_output_penalties(row(1, 1), [1, 1], 0, -2), row(1, 5))
 
 
 @pytest.mark.parametrize(
@@ -358,9 +357,9 @@ def test_chain_against_transformers(
     np.testing.assert_allclose(softmax(filtered), torch.tensor(expected).softmax(0).numpy(), rtol=1e-4, atol=1e-12)
 
 
-def test_neutral_parameters_change_nothing() -> None:
+def test_neutral_parameters_change_no_probability() -> None:
     logits = row(1, -INF, 3)
-    np.testing.assert_array_equal(filter_logits(logits, SamplingParams(), [0, 1], [2, 2], 0), logits)
+    np.testing.assert_array_equal(filter_logits(logits, SamplingParams(), [0, 1], [2, 2], 0), row(-2, -INF, 0))
 
 
 def test_no_filter_changes_its_input() -> None:
@@ -391,16 +390,16 @@ def test_no_filter_changes_its_input() -> None:
 def test_penalties_look_where_they_should() -> None:
     logits = row(2, 2, 2, 2)
     repetition = filter_logits(logits, SamplingParams(repetition_penalty=2), [0], [1], 3)
-    np.testing.assert_array_equal(repetition, row(1, 1, 2, 2))
+    np.testing.assert_array_equal(repetition, row(-1, -1, 0, 0))
     presence = filter_logits(logits, SamplingParams(presence_penalty=1), [0], [1], 3)
-    np.testing.assert_array_equal(presence, row(2, 1, 2, 2))
+    np.testing.assert_array_equal(presence, row(0, -1, 0, 0))
     ngram = filter_logits(logits, SamplingParams(no_repeat_ngram_size=2), [0, 1, 2], [0], 3)
-    np.testing.assert_array_equal(ngram, row(2, -INF, 2, 2))
+    np.testing.assert_array_equal(ngram, row(0, -INF, 0, 0))
 
 
 def test_ignore_eos_leaves_end_of_text_to_be_drawn() -> None:
     logits = row(1, 2)
-    np.testing.assert_array_equal(filter_logits(logits, SamplingParams(ignore_eos=True), [], [], 1), logits)
+    np.testing.assert_array_equal(filter_logits(logits, SamplingParams(ignore_eos=True), [], [], 1), row(-1, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,31 @@ def test_text_is_what_the_engine_gives_for_the_prompt_read_as_a_documents_beginn
     ids = [[tiny_engine.end_of_text_id, *tiny_tokenizer.encode(prompt).ids] for prompt in prompts]
     expected = [tiny_tokenizer.decode(completion.token_ids) for completion in tiny_engine.generate(ids, params)]
     assert generator.generate(prompts, params) == expected
+
+
+def test_a_stop_text_frees_the_place_of_its_continuation_at_once(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(seed=3, ignore_eos=True, max_new_tokens=40)
+    (whole,) = generator.generate(["The lamp"], params)
+    stop = whole[4:6]
+    fed: list[int] = []
+    decode = generator.engine.session.decode
+    monkeypatch.setattr(
+        generator.engine.session, "decode", lambda ids, places: (fed.append(len(ids)), decode(ids, places))
+    )
+    (done,) = generator.complete(["The lamp"], [replace(params, stop=(stop,))])
+    assert (done.text, done.finish_reason) == (whole[: whole.index(stop)], "stop")
+    assert len(fed) < 20
+    assert generator.engine.scheduler.running == 0
+
+
+def test_each_prompt_has_its_own_parameters(generator: TextGenerator) -> None:
+    each = [SamplingParams(seed=seed, max_new_tokens=4 + seed) for seed in (1, 2)]
+    found = generator.complete(["The lamp", "N"], each)
+    assert [done.text for done in found] == [
+        generator.generate([prompt], own)[0] for prompt, own in zip(["The lamp", "N"], each, strict=True)
+    ]
 
 
 def test_special_tokens_in_a_prompt_are_ordinary_characters(generator: TextGenerator) -> None:

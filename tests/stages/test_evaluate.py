@@ -195,7 +195,8 @@ def test_scores_and_samples_are_in_a_child_of_the_run(project: Project, metrics:
     for name in CHECKPOINTS:
         assert run.data.metrics[f"{name}/bits_per_byte"] == metrics[name]["bits_per_byte"]
     assert run.data.params["evaluate.seed"] == str(read_yaml(project.root / PARAMS_FILE)["evaluate"]["seed"])
-    assert artifacts == FILES | {"samples.json"}
+    assert artifacts == FILES | {"samples.json", "parity.json"}
+    assert run.data.metrics["parity.float32/next_token_agreement"] == 1.0
 
 
 @pytest.mark.parametrize(

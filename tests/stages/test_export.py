@@ -11,9 +11,10 @@ from toy_project import Project
 from transformers import GPT2LMHeadModel
 
 from pipeline.engine import Engine, SamplingParams
+from pipeline.engine.parity import Parity
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file
-from pipeline.params import ParityParams
+from pipeline.params import ExportParams
 from pipeline.stages.export import certify, export
 from pipeline.tokens import load_tokens, tokenizer_sha256
 
@@ -47,15 +48,19 @@ def continued(engine: Path, prompts: list[list[int]]) -> list[list[int]]:
     return [completion.token_ids for completion in completions]
 
 
-def tolerance(project: Project, **changes: float) -> ParityParams:
-    return project.params.export.parity.model_copy(update=changes)
+def tolerance(project: Project, **changes: float) -> ExportParams:
+    """The parameters of the stage, with other tolerances for float32."""
+    params = project.params.export
+    float32 = params.parity.float32.model_copy(update=changes)
+    return params.model_copy(update={"parity": params.parity.model_copy(update={"float32": float32})})
 
 
 def test_checkpoint_and_base_are_exported_in_both_forms(project: Project) -> None:
     out = project.out / "export"
     assert {file.name for file in out.iterdir()} == {"base", "engine", "parity.json", "portable"}
     for folder in (out, out / "base"):
-        assert {file.name for file in (folder / "engine").iterdir()} >= {"engine.json", "float32", "tokenizer.json"}
+        precisions = project.params.export.precisions if folder == out else ["float32"]
+        assert {file.name for file in (folder / "engine").iterdir()} == {"engine.json", "tokenizer.json", *precisions}
         assert (folder / "portable" / "model.onnx").is_file()
 
 
@@ -81,8 +86,8 @@ def test_fine_tuning_shows_in_the_engine(project: Project, prompts: list[list[in
 def test_the_same_checkpoint_gives_the_same_engine(project: Project, tiny_engine_folder: Path) -> None:
     # Otherwise DVC would run every later stage again, and register a new version.
     again = project.out / "export" / "base" / "engine"
-    files = {file.relative_to(again) for file in again.rglob("*") if file.is_file()}
-    assert files == {file.relative_to(tiny_engine_folder) for file in tiny_engine_folder.rglob("*") if file.is_file()}
+    files = {file.relative_to(again) for file in again.rglob("*") if file.is_file()} - {Path("engine.json")}
+    assert Path("float32/model.data") in files
     assert {file for file in files if sha256_file(again / file) != sha256_file(tiny_engine_folder / file)} == set()
 
 
@@ -93,15 +98,13 @@ def test_the_engine_holds_nothing_about_decoding(project: Project) -> None:
 
 
 def test_parity_is_recorded(project: Project) -> None:
-    parity = read_json(project.out / "export" / "parity.json")
-    allowed = project.params.export.parity
-    assert set(parity) == {
-        *("max_logit_difference_empty_past", "max_logit_difference_real_past", "positions", "next_token_agreement"),
-        *("perplexity_positions", "perplexity_pytorch", "perplexity_onnxruntime", "greedy_tokens", "greedy_identical"),
-    }
-    assert 0 < parity["max_logit_difference_empty_past"] <= allowed.max_logit_difference
-    assert 0 < parity["max_logit_difference_real_past"] <= allowed.max_logit_difference
-    assert parity["greedy_identical"] is True
+    parities = read_json(project.out / "export" / "parity.json")
+    assert list(parities) == project.params.export.precisions == ["float32", "int8"]
+    parity, allowed = parities["float32"], project.params.export.parity
+    assert set(parity) == set(Parity.__dataclass_fields__)
+    assert 0 < parity["max_logit_difference_empty_past"] <= allowed.float32.max_logit_difference
+    assert 0 < parity["max_logit_difference_real_past"] <= allowed.float32.max_logit_difference
+    assert parity["greedy_agreement_tokens"] == parity["greedy_tokens"]
     assert parity["perplexity_onnxruntime"] == pytest.approx(parity["perplexity_pytorch"], rel=1e-3)
     validation = load_tokens(project.out / "tokenize" / "validation", tokenizer_sha256(project.out / "base"))
     assert parity["perplexity_positions"] == len(validation.tokens) - 1
@@ -121,7 +124,9 @@ def test_a_weight_that_is_not_a_number_is_refused(project: Project, tmp_path: Pa
 
 def test_a_broken_promise_leaves_nothing(project: Project, tmp_path: Path) -> None:
     strict = tolerance(project, max_logit_difference=1e-12)
-    with pytest.raises(UserError, match=r"^parity: a logit is off by \S+ with empty past; at most 1e-12 is allowed"):
+    with pytest.raises(
+        UserError, match=r"^parity: float32: a logit is off by \S+ with empty past; at most 1e-12 is allowed"
+    ):
         export(
             project.out / "finetune" / "checkpoint",
             project.out / "base",
@@ -138,9 +143,9 @@ def test_the_engine_of_another_checkpoint_breaks_every_promise(project: Project)
             project.out / "finetune" / "checkpoint",
             project.out / "export" / "base" / "engine",
             project.out / "tokenize",
-            tolerance(project),
+            tolerance(project).model_copy(update={"precisions": ["float32"]}),
         )
     message = str(caught.value)
     assert "\n" not in message
-    for promise in ("with empty past", "with real past", "the next token agrees", "perplexity is", "greedy"):
+    for promise in ("with empty past", "with real past", "the next token agrees", "distributions diverge", "greedy"):
         assert promise in message

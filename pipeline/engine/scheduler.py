@@ -1,0 +1,231 @@
+"""Continuous batching: requests join and leave the running batch at any step, each with its own parameters and seed.
+
+A request has a slot of the session's cache while it runs. A step of the scheduler first gives free slots to waiting
+requests, then feeds a part of the prompts that are not yet read, then feeds every other running request one token and
+draws its next. What is drawn for a request does not depend on its neighbours but through rounding.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.decoding import SamplingParams
+from pipeline.engine.sampler import Continuation
+from pipeline.engine.sampling import token_logprobs
+from pipeline.engine.session import Session
+from pipeline.errors import UserError
+
+PREFILL_CHUNK_TOKENS = 128
+"""Tokens of prompts read in one step while others decode: a few steps' worth of time."""
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""`stop`: end-of-text or a stop id was drawn. `length`: `max_new_tokens` or the end of the context was reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A step of a continuation. The last one carries the finish reason; without a `token_id` nothing was added."""
+
+    token_id: int | None
+    logprob: float | None = None
+    """Natural log-probability before any filter, where `SamplingParams.logprobs` asks for it."""
+    top_logprobs: dict[int, float] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One continuation, from the moment it is submitted; `tokens` fills as it goes on."""
+
+    continuation: Continuation
+    context: list[int]
+    """What the model has been or is to be fed, the newest tokens last; never empty."""
+    group: int
+    """Requests of a group continue the same prompt."""
+    prompt_tokens: int
+    cached: int = 0
+    """How many of `context` its slot holds."""
+    slot: int | None = None
+    tokens: deque[Token] = field(default_factory=deque)
+    """Not yet taken by whoever asked."""
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    """What ended it, where the finish reason is `error`."""
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.continuation.params
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the context that are not in the cache; one is fed by decoding, more by prefill."""
+        return len(self.context) - self.cached
+
+
+class Scheduler:
+    """The requests that wait and run on one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request | None] = [None] * session.slots
+        self._groups = 0
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return sum(request is not None for request in self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have none yet."""
+        return len(self._waiting)
+
+    def submit(self, context: Sequence[int], params: SamplingParams, seed: int) -> list[Request]:
+        """Queue the `n` continuations of a prompt, which has at least one token and leaves room in the context."""
+        manifest = self._session.manifest
+        end_of_text = manifest.end_of_text_id
+        prompt = list(context[1:] if context[0] == end_of_text else context)
+        self._groups += 1
+        requests = [
+            Request(
+                Continuation(params, seed, choice, prompt, end_of_text, manifest.vocabulary_size),
+                list(context),
+                group=self._groups,
+                prompt_tokens=len(context),
+            )
+            for choice in range(params.n)
+        ]
+        self._waiting.extend(requests)
+        return requests
+
+    def cancel(self, request: Request) -> None:
+        """End a request, and free its slot at once; does nothing to one that has ended."""
+        if request.finish_reason is None:
+            self._finish(request, "cancelled")
+
+    def step(self, prefill_tokens: int | None = PREFILL_CHUNK_TOKENS) -> None:
+        """Let every running request go on by a token.
+
+        Of prompts at most `prefill_tokens` are read while others decode; all of them where it is None.
+        """
+        self._admit()
+        self._close_gaps()
+        self._prefill(prefill_tokens)
+        self._decode()
+
+    def _admit(self) -> None:
+        for slot, occupant in enumerate(self._running):
+            if occupant is not None:
+                continue
+            if not self._waiting:
+                return
+            request = self._waiting[0]
+            relatives = [other for other in self._active() if other.group == request.group]
+            shared = request.prompt_tokens - 1
+            source = next((other for other in relatives if other.cached >= shared and other.cached > 0), None)
+            if relatives and source is None and self._session.can_copy and shared > 0:
+                # The prompt is being read for another choice; this one takes it over from there.
+                return
+            self._waiting.popleft()
+            self._running[slot] = request
+            request.slot = slot
+            if source is not None and source.slot is not None and self._session.can_copy and shared > 0:
+                self._session.copy(source.slot, slot, shared)
+                request.cached = shared
+
+    def _close_gaps(self) -> None:
+        """Move the last running request into a free slot below it: rows up to the last one are computed."""
+        if not self._session.can_copy:
+            return
+        for gap in range(self._session.slots):
+            last = max((slot for slot, request in enumerate(self._running) if request is not None), default=-1)
+            if gap >= last:
+                return
+            request = self._running[last]
+            if self._running[gap] is None and request is not None:
+                self._session.copy(last, gap, request.cached)
+                self._running[gap], self._running[last] = request, None
+                request.slot = gap
+
+    def _prefill(self, prefill_tokens: int | None) -> None:
+        room = prefill_tokens if any(request.unread == 1 for request in self._active()) else None
+        for request in list(self._active()):
+            if request.unread == 1 or request.slot is None:
+                continue
+            if room == 0:
+                return
+            end = len(request.context) if room is None else min(len(request.context), request.cached + room)
+            self._session.prefill(request.slot, request.context[request.cached : end], request.cached)
+            room = None if room is None else room - (end - request.cached)
+            request.cached = end
+            if request.unread == 0:
+                self._draw(request, request.slot)
+                # From now on somebody waits for every step.
+                room = prefill_tokens if room is None else room
+
+    def _decode(self) -> None:
+        decoding = [request for request in self._active() if request.unread == 1]
+        if not decoding:
+            return
+        count = 1 + max(request.slot for request in decoding if request.slot is not None)
+        fed = [self._fed(request) for request in self._running[:count]]
+        self._session.decode([token_id for token_id, _ in fed], [position for _, position in fed])
+        for request in decoding:
+            request.cached += 1
+            if request.slot is not None:
+                self._draw(request, request.slot)
+
+    def _fed(self, request: Request | None) -> tuple[int, int]:
+        """Token and position of a row; one that has nothing to say writes where its next token will be written over."""
+        if request is None:
+            return 0, 0
+        return request.context[request.cached], request.cached
+
+    def _draw(self, request: Request, slot: int) -> None:
+        """Go on by the token that is drawn after what the slot was fed last."""
+        try:
+            token_id = request.continuation.draw(self._session.logits[slot])
+        except (UserError, ArithmeticError) as error:
+            # No token is left, or the model gave NaN: this request ends, the others go on.
+            request.error = error
+            self._finish(request, "error")
+        else:
+            self._go_on(request, slot, token_id)
+
+    def _go_on(self, request: Request, slot: int, token_id: int) -> None:
+        """Append what was drawn, or end the request."""
+        params, continuation = request.params, request.continuation
+        if token_id in continuation.ending_ids:
+            self._finish(request, "stop")
+            return
+        logprob, top = None, None
+        if params.logprobs is not None:
+            logprob, top = token_logprobs(self._session.logits[slot], token_id, params.logprobs)
+        continuation.append(token_id)
+        request.context.append(token_id)
+        full = len(request.context) == self._session.manifest.context_length
+        if len(continuation.output_ids) == params.max_new_tokens or (full and params.context_overflow == "end"):
+            request.tokens.append(Token(token_id, logprob, top, "length"))
+            self._finish(request, "length", told=True)
+            return
+        request.tokens.append(Token(token_id, logprob, top))
+        if full:
+            # The newest half is read again, from position 0.
+            request.context = request.context[-(len(request.context) // 2) :]
+            request.cached = 0
+            request.group = 0
+
+    def _finish(self, request: Request, reason: FinishReason, *, told: bool = False) -> None:
+        request.finish_reason = reason
+        if not told:
+            request.tokens.append(Token(None, finish_reason=reason))
+        if request.slot is None:
+            self._waiting.remove(request)
+            return
+        self._running[request.slot] = None
+        request.slot = None
+
+    def _active(self) -> Iterator[Request]:
+        return (request for request in self._running if request is not None)
