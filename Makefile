@@ -4,13 +4,14 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data repro medium test test-slow check ui clean
+.PHONY: help setup data repro medium test test-slow check bench ui clean
 
 help:
 	@echo 'make repro      run the whole pipeline: data to registered model'
 	@echo 'make test       run the tests'
 	@echo 'make test-slow  run the rehearsals on the true shape of GPT-2 Medium too'
 	@echo 'make check      lint, formatting and types'
+	@echo 'make bench      compare the speed of the engine with its peers (hours; see --help of benchmarks/decode.py)'
 	@echo 'make ui         browse the runs in MLflow'
 	@echo 'make medium     the pipeline on GPT-2 Medium, as a DVC experiment (fetches 1.5 GB)'
 	@echo 'make clean      remove stage outputs; data, runs and .venv stay'
@@ -53,6 +54,10 @@ check: setup
 	@ruff check .
 	@ruff format --check .
 	@mypy
+
+# CTranslate2 and llama.cpp take part where pip install '.[bench]' has brought them.
+bench: setup
+	@python benchmarks/decode.py --out benchmarks/results/decode.txt
 
 ui: setup
 	@python -m pipeline ui

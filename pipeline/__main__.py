@@ -101,6 +101,9 @@ def _add_export(commands: Any) -> None:
     parser.add_argument(
         "--precision", default="float32", help="float32, float16, int8, int4, joined by commas (default: %(default)s)"
     )
+    parser.add_argument(
+        "--cache-bits", type=int, choices=[8], help="keep the KV cache in 8 bits (default: as the precision's floats)"
+    )
     parser.set_defaults(run=_export)
 
 
@@ -113,7 +116,8 @@ def _export(arguments: argparse.Namespace) -> None:
     for name in ("config.json", TOKENIZER_FILE):
         if not (arguments.checkpoint / name).is_file():
             raise UserError(f"{arguments.checkpoint / name}: is missing; give a folder as save_pretrained writes it")
-    build_engine(load_checkpoint(arguments.checkpoint), arguments.checkpoint, arguments.out, precisions)
+    model = load_checkpoint(arguments.checkpoint)
+    build_engine(model, arguments.checkpoint, arguments.out, precisions, cache_bits=arguments.cache_bits)
     for precision in precisions:
         size = sum(file.stat().st_size for file in (arguments.out / precision).iterdir())
         print(f"{arguments.out / precision}: {size / 1e6:,.1f} MB")

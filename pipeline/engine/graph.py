@@ -15,7 +15,7 @@ past takes a single row.
 The operators are ONNX Runtime's own where those fuse what GPT-2 does (`com.microsoft`): CPU and CUDA have each of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,8 +51,8 @@ class Quantization:
 
 
 QUANTIZATIONS: dict[str, Quantization] = {
-    "int8": Quantization(bits=8, block=64, head_bits=8, head_block=64),
-    "int4": Quantization(bits=4, block=32, head_bits=8, head_block=64),
+    "int8": Quantization(bits=8, block=256, head_bits=8, head_block=256),
+    "int4": Quantization(bits=4, block=128, head_bits=8, head_block=256),
 }
 """Chosen by measurement: docs/engine.md has the figures."""
 
@@ -75,15 +75,28 @@ class Shape:
         return self.width // self.heads
 
 
+@dataclass(frozen=True)
+class CacheScales:
+    """Steps of a layer's keys and values in a cache of 8 bits, float32 `[heads, head width]` each."""
+
+    key: Floats
+    value: Floats
+
+
 def write_graph(
-    folder: Path, graph_file: str, weights: Mapping[str, Floats], shape: Shape, precision: Precision
+    folder: Path,
+    graph_file: str,
+    weights: Mapping[str, Floats],
+    shape: Shape,
+    precision: Precision,
+    cache_scales: Sequence[CacheScales] | None = None,
 ) -> None:
     """Write the graph and its weights to `folder`.
 
     `weights` are those of a `GPT2LMHeadModel` in float32 under transformers' names without `transformer.`; a head of
-    its own is `lm_head.weight`.
+    its own is `lm_head.weight`. `cache_scales`, one a layer, make the cache one of 8 bits.
     """
-    with GraphWriter(folder, precision, QUANTIZATIONS.get(precision)) as graph:
+    with GraphWriter(folder, precision, QUANTIZATIONS.get(precision), cache_scales) as graph:
         hidden, residual = embed(graph, weights)
         for layer in range(shape.layers):
             hidden, residual = block(graph, weights, shape, layer, hidden, residual)
@@ -102,7 +115,7 @@ def block(
 ) -> tuple[str, str]:
     """One transformer block; what it adds to the residual is returned unadded, for the next normalization to add."""
     name = f"h.{layer}"
-    # The bias of a linear map is added by the operator that follows it.
+    # The bias of a linear map is added by it where it can, else by the operator that follows.
     bias = f"h.{layer - 1}.mlp.c_proj.bias" if layer else None
     normed, residual = graph.normalize(f"{name}.ln_1", weights, shape, hidden, residual, bias)
     qkv = graph.linear(f"{name}.attn.c_attn", weights, normed, with_bias=True)
@@ -110,8 +123,7 @@ def block(
     projected = graph.linear(f"{name}.attn.c_proj", weights, attention)
     normed, residual = graph.normalize(f"{name}.ln_2", weights, shape, projected, residual, f"{name}.attn.c_proj.bias")
     expanded = graph.linear(f"{name}.mlp.c_fc", weights, normed)
-    expanded_bias = graph.weight(f"{name}.mlp.c_fc.bias", weights[f"{name}.mlp.c_fc.bias"])
-    activated = graph.add("FastGelu", [expanded, expanded_bias], f"{name}.mlp.gelu", domain=CONTRIB)
+    activated = graph.activate(f"{name}.mlp.gelu", weights, expanded, f"{name}.mlp.c_fc.bias")
     return graph.linear(f"{name}.mlp.c_proj", weights, activated), residual
 
 
@@ -126,13 +138,25 @@ def head(graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, hidd
 class GraphWriter:
     """Collects nodes, and writes each weight to the file of weights as it comes: memory holds one at a time."""
 
-    def __init__(self, folder: Path, precision: Precision, quantization: Quantization | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision,
+        quantization: Quantization | None,
+        cache_scales: Sequence[CacheScales] | None,
+    ) -> None:
         self.folder = folder
+        self.cache_scales = cache_scales
         self.quantization = quantization
         self.float_type = np.float16 if precision == "float16" else np.float32
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.file: BinaryIO = (folder / WEIGHTS_FILE).open("wb")
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether a linear map adds its bias itself, at no cost."""
+        return self.quantization is not None
 
     def __enter__(self) -> "GraphWriter":
         return self
@@ -191,9 +215,9 @@ class GraphWriter:
         )
 
     def linear(self, name: str, weights: Mapping[str, Floats], hidden: str, *, with_bias: bool = False) -> str:
-        """`hidden @ weight`, and the bias where it is wanted here."""
+        """`hidden @ weight`, with the bias where that costs nothing or is asked for."""
         weight = weights[f"{name}.weight"]
-        bias = self.weight(f"{name}.bias", weights[f"{name}.bias"]) if with_bias else None
+        bias = self.weight(f"{name}.bias", weights[f"{name}.bias"]) if with_bias or self.adds_bias else None
         if self.quantization is not None:
             kept = quantize(weight, self.quantization.bits, self.quantization.block)
             return self.multiply_quantized(name, kept, len(weight), hidden, name, bias)
@@ -225,27 +249,50 @@ class GraphWriter:
     def normalize(
         self, name: str, weights: Mapping[str, Floats], shape: Shape, hidden: str, residual: str, bias: str | None
     ) -> tuple[str, str]:
-        """Add `hidden` and its `bias` to the residual, and normalize: the normalized sum, and the sum."""
-        operands = [residual, hidden, *(self.weight(f"{name}.{part}", weights[f"{name}.{part}"])
-                                        for part in ("weight", "bias"))]  # fmt: skip
-        if bias is not None:
-            operands.append(self.weight(bias, weights[bias]))
-        outputs = [name, "", "", f"{name}.sum"]
+        """Add `hidden` and its `bias` to the residual, and normalize: the normalized sum, and the sum.
+
+        `SkipLayerNormalization` does all of it. On the processor it takes four times as long as the two that it fuses,
+        which CUDA sessions fuse themselves; it stays where it saves the addition of a bias.
+        """
+        scale, shift = (self.weight(f"{name}.{part}", weights[f"{name}.{part}"]) for part in ("weight", "bias"))
+        total = f"{name}.sum"
+        if bias is None or self.adds_bias:
+            self.add("Add", [residual, hidden], total)
+            return self.add("LayerNormalization", [total, scale, shift], name, epsilon=shape.epsilon), total
+        operands = [residual, hidden, scale, shift, self.weight(bias, weights[bias])]
         self.nodes.append(
             helper.make_node(
-                "SkipLayerNormalization", operands, outputs, name=name, domain=CONTRIB, epsilon=shape.epsilon
+                "SkipLayerNormalization",
+                operands,
+                [name, "", "", total],
+                name=name,
+                domain=CONTRIB,
+                epsilon=shape.epsilon,
             )
         )
-        return name, f"{name}.sum"
+        return name, total
+
+    def activate(self, name: str, weights: Mapping[str, Floats], hidden: str, bias: str) -> str:
+        operands = [hidden] if self.adds_bias else [hidden, self.weight(bias, weights[bias])]
+        return self.add("FastGelu", operands, name, domain=CONTRIB)
 
     def attention(self, name: str, shape: Shape, layer: int, qkv: str) -> str:
         """Causal attention over the cache, to which the new keys and values are written first."""
         cache = [f"past.{layer}.key", f"past.{layer}.value"]
         present = [f"present.{layer}.key", f"present.{layer}.value"]
+        operands = [qkv, "", "", *cache, "last_positions", "total_tokens"]
+        kind: dict[str, Any] = {}
+        if self.cache_scales is not None:
+            scales = self.cache_scales[layer]
+            # Between the positions and the scales lie what GPT-2 does not have: rotation, bias, sinks.
+            operands += ["", "", "", "", ""]
+            for part, values in (("key", scales.key), ("value", scales.value)):
+                operands.append(self.constant(f"{name}.{part}_scale", values[None, :, None, :].astype(np.float32)))
+            kind = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         self.nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
-                [qkv, "", "", *cache, "last_positions", "total_tokens"],
+                operands,
                 [f"{name}.attention", *present],
                 name=f"{name}.attention",
                 domain=CONTRIB,
@@ -253,6 +300,7 @@ class GraphWriter:
                 kv_num_heads=shape.heads,
                 do_rotary=0,
                 scale=shape.attention_scales[layer],
+                **kind,
             )
         )
         return f"{name}.attention"
@@ -273,9 +321,10 @@ class GraphWriter:
             self.add("Cast", ["logits.half"], "logits", to=TensorProto.FLOAT)
 
     def save(self, graph_file: str, shape: Shape) -> None:
-        float_type = helper.np_dtype_to_tensor_dtype(np.dtype(self.float_type))
+        cache_type = np.int8 if self.cache_scales is not None else self.float_type
+        element = helper.np_dtype_to_tensor_dtype(np.dtype(cache_type))
         cache = [
-            helper.make_tensor_value_info(f"{time}.{layer}.{part}", float_type,
+            helper.make_tensor_value_info(f"{time}.{layer}.{part}", element,
                                           ["rows", shape.heads, shape.context_length, shape.head_width])
             for time in ("past", "present") for layer in range(shape.layers) for part in ("key", "value")
         ]  # fmt: skip

@@ -22,6 +22,8 @@ class Manifest:
     heads: int
     width: int
     end_of_text_id: int
+    cache_bits: int | None
+    """Of a number in the cache; null is that of the precision's floats."""
     precisions: tuple[str, ...]
     """The first is the default; each is a folder that holds `GRAPH_FILE`."""
     files: dict[str, str]
@@ -41,6 +43,7 @@ def write_manifest(
     heads: int,
     width: int,
     end_of_text_id: int,
+    cache_bits: int | None,
     precisions: tuple[str, ...],
 ) -> None:
     """Describe the engine whose files stand in `folder`."""
@@ -56,6 +59,7 @@ def write_manifest(
         heads=heads,
         width=width,
         end_of_text_id=end_of_text_id,
+        cache_bits=cache_bits,
         precisions=precisions,
         files=files,
     )

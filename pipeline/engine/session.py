@@ -59,7 +59,8 @@ class Session:
         self.slots = slots
         self.logits = np.zeros((slots, manifest.vocabulary_size), np.float32)
         """Row i: the logits of what slot i was fed last, float32 `[slots, vocabulary]`."""
-        cache_type = np.float16 if precision == "float16" else np.float32
+        float_type = np.float16 if precision == "float16" else np.float32
+        cache_type = np.int8 if manifest.cache_bits == 8 else float_type
         # One more, in which texts are scored.
         shape = (slots + 1, manifest.heads, manifest.context_length, manifest.head_width)
         self._cache = {
@@ -196,7 +197,10 @@ def load_session(folder: Path, *, precision: str, provider: str, threads: int | 
         precision = manifest.precisions[0]
     check_files(folder, manifest, precision)
     file = str(folder / precision / GRAPH_FILE)
-    graph = ort.InferenceSession(file, session_options(threads), providers=[PROVIDERS["cpu"]])
+    options = session_options(threads)
+    # The graph is fused as it is to run: beyond this level, what is faster apart on the processor would be joined.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    graph = ort.InferenceSession(file, options, providers=[PROVIDERS["cpu"]])
     return Session(manifest, precision, "cpu", graph, slots)
 
 

@@ -44,18 +44,18 @@ def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: Export
     Raises `UserError` naming the promise that broke; nothing is left under `out` then.
     """
     with whole_folder(out) as partial:
-        export_checkpoint(checkpoint, partial, params.precisions)
+        export_checkpoint(checkpoint, partial, params.precisions, cache_bits=params.cache_bits)
         parity = certify(checkpoint, partial / "engine", tokens, params)
         write_json(partial / "parity.json", {precision: asdict(found) for precision, found in parity.items()})
         # The base is there to be compared with, in what is evaluated.
-        export_checkpoint(base, partial / "base", params.precisions[:1])
+        export_checkpoint(base, partial / "base", params.precisions[:1], cache_bits=params.cache_bits)
 
 
-def export_checkpoint(checkpoint: Path, out: Path, precisions: Sequence[str]) -> None:
+def export_checkpoint(checkpoint: Path, out: Path, precisions: Sequence[str], *, cache_bits: int | None = None) -> None:
     """The standard ONNX graph through Optimum in `portable/`, and the engine in `engine/`."""
     # The weights are checked first: a graph of NaNs exports without a word.
     model = load_checkpoint(checkpoint)
-    build_engine(model, checkpoint, out / "engine", precisions)
+    build_engine(model, checkpoint, out / "engine", precisions, cache_bits=cache_bits)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         main_export(

@@ -1,0 +1,78 @@
+"""Who is compared, and what every contender is asked to do."""
+
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+
+BITS = {"float32": 32, "f32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4}
+"""Of a weight, by precision; contenders of the same are compared with each other."""
+
+MODULES = {
+    "engine": ("pipeline.engine",),
+    "transformers": ("transformers",),
+    "optimum": ("optimum.onnxruntime",),
+    "ctranslate2": ("ctranslate2",),
+    "llama.cpp": ("llama_cpp", "gguf"),
+}
+"""What a family of contenders imports."""
+
+PACKAGES = {
+    "engine": "onnxruntime-gpu",
+    "transformers": "transformers",
+    "optimum": "optimum-onnx",
+    "ctranslate2": "ctranslate2",
+    "llama.cpp": "llama-cpp-python",
+}
+"""Whose version goes with a family's figures, and with the files that were made for it."""
+
+DEFAULT = (
+    "engine-float32",
+    "engine-int8",
+    "engine-int4",
+    "transformers-float32",
+    "transformers-bfloat16",
+    "optimum-float32",
+    "ctranslate2-float32",
+    "ctranslate2-int8",
+    "llama.cpp-f32",
+    "llama.cpp-q8_0",
+    "llama.cpp-q4_0",
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A library and the precision of its weights."""
+
+    family: str
+    precision: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{self.precision}"
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.precision]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, in the order penalty, temperature, top-k, top-p; temperature 0 takes the likeliest."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+
+
+SAMPLED = Sampling(temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.2)
+GREEDY = Sampling(temperature=0.0, top_k=1, top_p=1.0, repetition_penalty=1.0)
+
+
+def parse_contender(name: str) -> Contender:
+    """`engine-int8` and the like. Raises `UserError` where the family or the precision is unknown."""
+    family, _, precision = name.rpartition("-")
+    if family not in MODULES or precision not in BITS:
+        raise UserError(f"contenders: {name!r} is none of {', '.join(DEFAULT)}")
+    return Contender(family, precision)

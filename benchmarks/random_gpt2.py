@@ -1,0 +1,83 @@
+"""Write a GPT-2 with random weights and a stand-in tokenizer: speed does not depend on what a model has learnt."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+from pipeline.errors import UserError
+from pipeline.files import whole_folder
+from pipeline.tokens import END_OF_TEXT
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    width: int
+    heads: int
+    vocabulary_size: int
+    context_length: int
+    initializer_range: float
+
+
+SHAPES = {
+    "medium": Shape(24, 1024, 16, 50257, 1024, 0.08),
+    "tiny": Shape(2, 64, 2, 512, 1024, 0.5),
+}
+"""Weights are larger than a fresh GPT-2's, which repeats one token: a wrong conversion shows in the greedy tokens."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    with whole_folder(arguments.out) as partial:
+        write_checkpoint(partial, SHAPES[arguments.shape])
+
+
+def write_checkpoint(folder: Path, shape: Shape) -> None:
+    """Weights, config and tokenizer as `from_pretrained` reads them; the same on every call."""
+    end_of_text = shape.vocabulary_size - 1
+    config = GPT2Config(
+        vocab_size=shape.vocabulary_size,
+        n_positions=shape.context_length,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        initializer_range=shape.initializer_range,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    for name, weight in model.named_parameters():
+        # Fresh biases are 0 and fresh scales 1, which would hide whether they are applied. Large biases would hide the
+        # prompt: every layer adds the same ones at every position.
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, mean=float(name.endswith("weight")), std=shape.initializer_range / 5)
+    model.save_pretrained(folder)
+    tokenizer = stand_in_tokenizer(shape.vocabulary_size)
+    GPT2TokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(folder)
+
+
+def stand_in_tokenizer(vocabulary_size: int) -> Tokenizer:
+    """A byte-level BPE of this size: every byte, as many pairs of bytes as are needed, end-of-text as the last."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    count = vocabulary_size - len(characters) - 1
+    merges = [(first, second) for first in characters for second in characters][:count]
+    if not 0 <= count == len(merges):
+        raise UserError(f"vocabulary_size: no pairs of bytes make {vocabulary_size} tokens")
+    tokens = [*characters, *(first + second for first, second in merges)]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""A contender in a process of its own, so that its memory and its start are its own; both sides of the pipe.
+
+The parent writes one request a line as JSON and reads one answer a line; a worker that fails ends, with its reason as
+the last line of its log.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+from contenders import GREEDY, MODULES, SAMPLED, Contender, parse_contender
+from conversion import ROOT, last_line
+
+from pipeline.errors import UserError
+
+FIRST_PROMPT = (1, 2, 3, 4, 5, 6, 7, 8)
+"""Continued by one token when the model has been loaded."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a contender came up; times in seconds since its process was started."""
+
+    imported_s: float
+    first_token_s: float
+    build: str
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The new tokens of each row, the time that they took, and the high-water mark of memory meanwhile."""
+
+    token_ids: list[list[int]]
+    seconds: float
+    peak_bytes: int
+
+
+class Worker:
+    """The parent's end. Every method raises `UserError` where the process has ended; its reason is the message."""
+
+    def __init__(self, contender: Contender, folder: Path, threads: int, log: Path) -> None:
+        self.contender = contender
+        self._log = log
+        for file in sorted(folder.rglob("*")):
+            # From now on in the page cache, for everyone alike.
+            if file.is_file():
+                read_through(file)
+        started = time.time()
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, contender.name, str(folder.resolve()), str(threads), repr(started)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment(threads),
+            )
+        self.start = Start(**self._answer())
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the contender has used."""
+        return machine.cpu_seconds(self._process.pid)
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int, *, room: int, greedy: bool = False) -> Answer:
+        """Continue each prompt by exactly `new_tokens`, in rows of `room` tokens at most."""
+        request = {"prompts": prompts, "new_tokens": new_tokens, "room": room, "greedy": greedy}
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise UserError(self._reason()) from None
+        answer = Answer(**self._answer())
+        counts = [len(row) for row in answer.token_ids]
+        if counts != [new_tokens] * len(prompts):
+            raise UserError(f"gave {counts} tokens where {new_tokens} a row were asked for")
+        return answer
+
+    def stop(self) -> None:
+        """End the process, whatever it is at: it holds nothing that is worth keeping."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            raise UserError(self._reason())
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _reason(self) -> str:
+        code = self._process.wait()
+        return f"{last_line(self._log.read_text(errors='replace'))} (exit code {code})".strip()
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The same number of threads for every library that asks the environment, and no network."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def read_through(file: Path) -> None:
+    with file.open("rb", buffering=0) as content:
+        while content.read(2**24):
+            pass
+
+
+def main() -> None:
+    """The worker: load, answer with `Start`, then answer every request with `Answer`."""
+    name, folder, threads, started = sys.argv[1:]
+    # Libraries print to standard output; what they print goes where their errors go.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    contender = parse_contender(name)
+    for module in MODULES[contender.family]:
+        importlib.import_module(module)
+    imported_s = time.time() - float(started)
+    from runners import load_runner
+
+    runner = load_runner(contender, Path(folder), int(threads))
+    runner.reserve(1, len(FIRST_PROMPT) + 1)
+    runner.generate([FIRST_PROMPT], 1, SAMPLED, seed=0)
+    first_token_s = time.time() - float(started)
+    start = Start(imported_s, first_token_s, runner.build, machine.peak_memory())
+    print(json.dumps(asdict(start)), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        prompts, new_tokens = request["prompts"], request["new_tokens"]
+        runner.reserve(len(prompts), request["room"])
+        # While it was idle the system may have put threads to sleep and dropped mapped files: a token wakes all up.
+        runner.generate([prompt[-len(FIRST_PROMPT) :] for prompt in prompts], 1, SAMPLED, seed=0)
+        machine.reset_peak_memory()
+        begun = time.perf_counter()
+        token_ids = runner.generate(prompts, new_tokens, GREEDY if request["greedy"] else SAMPLED, seed=1)
+        seconds = time.perf_counter() - begun
+        answer = Answer(token_ids, seconds, machine.peak_memory())
+        print(json.dumps(asdict(answer)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The benchmark runs from end to end on a tiny model; what it measures there means nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory and processor time from /proc")
+def test_decode_compares_the_engine_with_its_peers(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/decode.py", "--checkpoint", "tiny", "--rounds", "1", "--new-tokens", "4"]
+    command += ["--contenders", "engine-float32,engine-int8,transformers-float32,optimum-float32"]
+    command += [
+        "--batch",
+        "1,2",
+        "--contexts",
+        "8",
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path / "result"),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    result = (tmp_path / "result").read_text()
+    assert result == done.stdout
+    for name in ("engine-float32", "engine-int8", "transformers-float32", "optimum-float32"):
+        assert name in result
+    assert str(tmp_path) not in result
