@@ -198,8 +198,7 @@ class GraphWriter:
         """Rows of the table `[entries, width]`."""
         if self.quantization is None:
             return self.add("Gather", [self.weight(name, table), indices], f"{name}.rows")
-        kept = quantize(table.T, self.quantization.head_bits, self.quantization.head_block)
-        self.store_quantized(name, kept)
+        kept = self.store_quantized(name, table.T, self.quantization.head_bits, self.quantization.head_block)
         # The same bytes once more in the shape that the embedding wants.
         flat = self.store(f"{name}.table", kept.values.reshape(len(table), -1), same_as=f"{name}.values")
         scales = self.store(f"{name}.table_scales", kept.scales, same_as=f"{name}.scales")
@@ -219,30 +218,32 @@ class GraphWriter:
         weight = weights[f"{name}.weight"]
         bias = self.weight(f"{name}.bias", weights[f"{name}.bias"]) if with_bias or self.adds_bias else None
         if self.quantization is not None:
-            kept = quantize(weight, self.quantization.bits, self.quantization.block)
-            return self.multiply_quantized(name, kept, len(weight), hidden, name, bias)
+            self.store_quantized(name, weight, self.quantization.bits, self.quantization.block)
+            return self.multiply_quantized(name, self.quantization.bits, hidden, name, bias)
         product = self.add("MatMul", [hidden, self.weight(f"{name}.weight", weight)], f"{name}.product")
         return self.add("Add", [product, bias], name) if bias else product
 
-    def store_quantized(self, name: str, kept: Quantized) -> None:
+    def store_quantized(self, name: str, weight: Floats, bits: int, largest_block: int) -> Quantized:
+        """Round a weight `[inputs, outputs]`, and store its values and scales."""
+        kept = quantize(weight, bits, largest_block)
         self.store(f"{name}.values", kept.values)
         self.store(f"{name}.scales", kept.scales)
+        return kept
 
-    def multiply_quantized(
-        self, name: str, kept: Quantized, inputs: int, hidden: str, output: str, bias: str | None
-    ) -> str:
-        if f"{name}.values" not in self.initializers:
-            self.store_quantized(name, kept)
+    def multiply_quantized(self, name: str, bits: int, hidden: str, output: str, bias: str | None) -> str:
+        """`hidden` times a weight that `store_quantized` has stored."""
+        outputs, blocks, block_bytes = self.initializers[f"{name}.values"].dims
+        block = block_bytes * 8 // bits
         operands = [hidden, f"{name}.values", f"{name}.scales", *(["", "", bias] if bias else [])]
         return self.add(
             "MatMulNBits",
             operands,
             output,
             domain=CONTRIB,
-            K=inputs,
-            N=len(kept.values),
-            bits=kept.bits,
-            block_size=kept.block,
+            K=blocks * block,
+            N=outputs,
+            bits=bits,
+            block_size=block,
             accuracy_level=INT8_ACTIVATIONS,
         )
 
@@ -309,8 +310,9 @@ class GraphWriter:
         """Logits in float32: the table `[vocabulary, width]` times `hidden`."""
         name = "wte" if tied else "lm_head"
         if self.quantization is not None:
-            kept = quantize(table.T, self.quantization.head_bits, self.quantization.head_block)
-            self.multiply_quantized(name, kept, table.shape[1], hidden, "logits", None)
+            if not tied:
+                self.store_quantized(name, table.T, self.quantization.head_bits, self.quantization.head_block)
+            self.multiply_quantized(name, self.quantization.head_bits, hidden, "logits", None)
             return
         if not tied:
             self.weight(name, table)

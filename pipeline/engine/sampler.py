@@ -1,6 +1,6 @@
 """Draws the next token of a continuation as `pipeline.engine.sampling` says, without sorting the vocabulary.
 
-The reference in `sampling` is written to be read; this is written to take a hundredth of a step's time. Two things make
+The reference in `sampling` is written to be read; this is written to be small beside a step. Two things make
 it so. Penalties and bans change the logits of few tokens, which a continuation keeps as it goes on: a token more a
 step. And thresholds are looked for among the tokens that may reach them: the k-th largest of the largest logits of
 chunks of the vocabulary is a bound that at least k tokens reach, so all tokens that top-k keeps are at or above it. No

@@ -17,7 +17,7 @@ The order is fixed; each filter sees the distribution that the earlier ones left
 Filters and order are those of `transformers` where it has them, but for one thing: of equally likely tokens at the edge
 of a filter all are kept, so that the outcome hangs on no sorting order.
 
-`pipeline.engine.sampler` says the same in a tenth of the time, and is what runs; where it cannot, this is asked. Both
+`pipeline.engine.sampler` says the same in less time, and is what runs; where it cannot, this is asked. Both
 compute logits in float32, so that ties and thresholds fall alike, and sum probabilities in float64.
 
 A row of logits is float32 [vocabulary]. A removed token has the logit -inf. No function changes its input; one that
