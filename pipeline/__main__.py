@@ -9,7 +9,6 @@ from typing import Any
 from pipeline.decoding import SamplingParams, list_types, scalar_types
 from pipeline.errors import UserError, reported
 from pipeline.params import load_params
-from pipeline.tokens import TOKENIZER_FILE
 
 OUT = Path("out")
 
@@ -102,7 +101,11 @@ def _add_export(commands: Any) -> None:
         "--precision", default="float32", help="float32, float16, int8, int4, joined by commas (default: %(default)s)"
     )
     parser.add_argument(
-        "--cache-bits", type=int, choices=[8], help="keep the KV cache in 8 bits (default: as the precision's floats)"
+        "--cache-bits",
+        type=int,
+        choices=[8, 32],
+        default=8,
+        help="of a number in the KV cache of int8 and int4 (default: %(default)s)",
     )
     parser.set_defaults(run=_export)
 
@@ -113,9 +116,6 @@ def _export(arguments: argparse.Namespace) -> None:
 
     precisions = arguments.precision.split(",")
     check_precisions(precisions)
-    for name in ("config.json", TOKENIZER_FILE):
-        if not (arguments.checkpoint / name).is_file():
-            raise UserError(f"{arguments.checkpoint / name}: is missing; give a folder as save_pretrained writes it")
     model = load_checkpoint(arguments.checkpoint)
     build_engine(model, arguments.checkpoint, arguments.out, precisions, cache_bits=arguments.cache_bits)
     for precision in precisions:

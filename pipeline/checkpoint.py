@@ -1,5 +1,6 @@
 """Checkpoints: a GPT-2 as transformers reads it, its weights in one safetensors file."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +9,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import UserError
+from pipeline.files import read_json
+from pipeline.tokens import TOKENIZER_FILE, load_tokenizer
+
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 
 
 def save_model(model: GPT2LMHeadModel, folder: Path) -> None:
@@ -28,18 +35,85 @@ def weights_written(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: weights cannot be written ({error}); free space on the disk") from error
 
 
-def load_checkpoint(folder: Path) -> GPT2LMHeadModel:
-    """The checkpoint in float32, ready to be asked. Raises `UserError` where a weight is NaN or infinite."""
-    model: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention_implementation(folder)
-    ).eval()
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise UserError(f"{folder}: weight {name} holds NaN or infinity; fine-tune again, with a lower rate")
-    return model
+def check_checkpoint(folder: Path, name: str) -> None:
+    """Raise `UserError`, led by `name`, where a GPT-2's config, weights or tokenizer are missing."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{name}: holds no config.json; a checkpoint is a GPT-2 as save_pretrained writes it")
+    try:
+        config = read_json(config_file)
+    except ValueError as error:
+        raise UserError(f"{name}: config.json is not JSON: {error}; fetch it again") from error
+    if (model_type := config.get("model_type")) != "gpt2":
+        raise UserError(f"{name}: is a {model_type} model; the checkpoint must be of a GPT-2")
+    if "quantization_config" in config:
+        raise UserError(
+            f"{name}: is quantized; the checkpoint must hold plain weights, from which precision follows later"
+        )
+    if not (folder / WEIGHTS_FILE).is_file() and not (folder / WEIGHTS_INDEX_FILE).is_file():
+        raise UserError(
+            f"{name}: holds no {WEIGHTS_FILE}, and pickled weights are not read; convert them with python -c "
+            "\"from transformers import GPT2LMHeadModel as M; M.from_pretrained('IN').save_pretrained('OUT')\""
+        )
+    if not (folder / TOKENIZER_FILE).is_file() and not all(
+        (folder / file).is_file() for file in ("vocab.json", "merges.txt")
+    ):
+        raise UserError(f"{name}: holds no tokenizer: neither {TOKENIZER_FILE} nor vocab.json with merges.txt")
+    if (folder / TOKENIZER_FILE).is_file():
+        load_tokenizer(folder)
+
+
+def load_checkpoint(folder: Path, name: str | None = None) -> GPT2LMHeadModel:
+    """The checkpoint in float32, ready to be asked.
+
+    Raises `UserError`, led by `name` or the folder, where a file is missing, it is no GPT-2, or a weight is missing,
+    misshapen or not finite.
+    """
+    name = name or str(folder)
+    check_checkpoint(folder, name)
+    model: GPT2LMHeadModel
+    with _only_errors_logged():
+        try:
+            model, loading = GPT2LMHeadModel.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=attention_implementation(folder),
+                use_safetensors=True,
+                output_loading_info=True,
+                # Without it a wrong shape is told in many lines; it is an error all the same, below.
+                ignore_mismatched_sizes=True,
+            )
+        except (SafetensorError, FileNotFoundError) as error:
+            raise UserError(f"{name}: its weights are cut off or lack a file: {error}; fetch them again") from error
+    if misshapen := sorted(loading["mismatched_keys"]):
+        raise UserError(f"{name}: weights have another shape than config.json says: {_some(misshapen)}")
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{name}: weights are missing: {_some(missing)}; fetch the model again")
+    if not_finite := [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+        raise UserError(f"{name}: weights hold NaN or infinity: {_some(not_finite)}; take another checkpoint")
+    if unknown := sorted(loading["unexpected_keys"]):
+        print(f"{name}: left out what a GPT2LMHeadModel does not have: {_some(unknown)}")
+    return model.eval()
 
 
 def attention_implementation(folder: Path) -> str:
     """`sdpa`, or `eager` where a config scales attention otherwise: transformers 4.57 leaves that out of its SDPA."""
     config = GPT2Config.from_pretrained(folder)
     return "sdpa" if config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx else "eager"
+
+
+@contextmanager
+def _only_errors_logged() -> Iterator[None]:
+    """Keep quiet what `transformers` says of odd weights: it is told here as an error, or counted."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    shown, rest = names[:3], len(names) - 3
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")

@@ -27,11 +27,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_export_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`portable/` and `engine/` of `tiny_checkpoint`. Do not write to it."""
-    from pipeline.engine.build import PRECISIONS
+    from pipeline.engine.build import CACHE_BITS, PRECISIONS
     from pipeline.stages.export import export_checkpoint
 
     folder = tmp_path_factory.mktemp("export")
-    export_checkpoint(tiny_checkpoint, folder, PRECISIONS)
+    export_checkpoint(tiny_checkpoint, folder, PRECISIONS, CACHE_BITS)
     return folder
 
 

@@ -214,7 +214,11 @@ def test_export_names_what_is_wrong(tiny_checkpoint: Path, tmp_path: Path, capsy
         "error: precision: 'int3' is none of float32, float16, int8, int4"
     )
     missing = refused(capsys, "export", str(tmp_path), out)
-    assert missing == f"error: {tmp_path / 'config.json'}: is missing; give a folder as save_pretrained writes it\n"
+    assert missing.startswith(f"error: {tmp_path}: holds no config.json; a checkpoint is a GPT-2 as save_pretrained")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert refused(capsys, "export", str(tmp_path), out).startswith(f"error: {tmp_path}: is a llama model; ")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert refused(capsys, "export", str(tmp_path), out).startswith(f"error: {tmp_path}: holds no model.safetensors")
     assert not Path(out).exists()
 
 

@@ -18,6 +18,8 @@ from pipeline.files import whole_folder
 from pipeline.tokens import TOKENIZER_FILE, end_of_text_id, load_tokenizer
 
 PRECISIONS = ("float32", "float16", *QUANTIZATIONS)
+CACHE_BITS = 8
+FLOAT_BITS = {"float32": 32, "float16": 16}
 CALIBRATION_TEXTS, CALIBRATION_TOKENS = 4, 256
 CACHE_HEADROOM = 1.1
 """Over the largest key or value that was seen; beyond it, they are clipped."""
@@ -31,22 +33,25 @@ def build_engine(
     folder: Path,
     precisions: Sequence[str],
     *,
-    cache_bits: int | None = None,
+    cache_bits: int = CACHE_BITS,
 ) -> None:
     """Write the engine of a model, in float32 and ready to be asked, to `folder`.
 
-    The first precision is the default. `cache_bits` of 8 keep keys and values in a quarter of the memory. Raises
-    `UserError` for a precision that is none, or a GPT-2 that is unlike OpenAI's in what the graph cannot say.
+    The first precision is the default. `cache_bits`, 8 or 32, are those of a key's or value's number in `int8` and
+    `int4`; the floats keep them as they are. Raises `UserError` for a precision that is none, or a GPT-2 that is unlike
+    OpenAI's in what the graph cannot say.
     """
     check_precisions(precisions)
     shape = shape_of(model.config)
     weights = weights_of(model)
     end_of_text = end_of_text_id(load_tokenizer(tokenizer_folder))
-    scales = calibrate_cache(model, end_of_text) if cache_bits == 8 else None
+    bits = {precision: cache_bits if precision in QUANTIZATIONS else FLOAT_BITS[precision] for precision in precisions}
+    scales = calibrate_cache(model, end_of_text) if 8 in bits.values() else None
     with whole_folder(folder) as partial:
         for precision in tqdm(precisions, desc="engine", unit="precision", disable=not sys.stderr.isatty()):
             (partial / precision).mkdir()
-            write_graph(partial / precision, GRAPH_FILE, weights, shape, precision, scales)
+            cache_scales = scales if bits[precision] == 8 else None
+            write_graph(partial / precision, GRAPH_FILE, weights, shape, precision, cache_scales)
         shutil.copy(tokenizer_folder / TOKENIZER_FILE, partial)
         write_manifest(
             partial,
@@ -56,8 +61,8 @@ def build_engine(
             heads=shape.heads,
             width=shape.width,
             end_of_text_id=end_of_text,
-            cache_bits=cache_bits,
             precisions=tuple(precisions),
+            cache_bits=bits,
         )
 
 
@@ -96,7 +101,8 @@ def shape_of(config: GPT2Config) -> Shape:
 def calibrate_cache(model: GPT2LMHeadModel, end_of_text: int) -> list[CacheScales]:
     """The steps of an 8-bit cache, a channel, from keys and values of texts that the model itself writes.
 
-    What it writes is near what it will be asked to read, and there is always some of it.
+    What it writes is near what it will be asked to read, and there is always some of it. The texts are read once more
+    one after the other, so that later positions are seen.
     """
     start = torch.full((CALIBRATION_TEXTS, 1), end_of_text)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
@@ -113,11 +119,18 @@ def calibrate_cache(model: GPT2LMHeadModel, end_of_text: int) -> list[CacheScale
             eos_token_id=end_of_text,
             use_cache=True,
         )
-        cache = model(texts, use_cache=True).past_key_values
+        readings = (texts, texts.reshape(1, -1)[:, : model.config.n_positions])
+        caches = [model(reading, use_cache=True).past_key_values for reading in readings]
     return [
-        CacheScales(*(values.abs().amax(dim=(0, 2)).numpy() * CACHE_HEADROOM / 127 for values in layer[:2]))
-        for layer in cache
+        CacheScales(*(_cache_steps([layer[part] for layer in layers]) for part in (0, 1)))
+        for layers in zip(*caches, strict=True)
     ]
+
+
+def _cache_steps(readings: Sequence[torch.Tensor]) -> Floats:
+    """The step of each channel, `[heads, head width]`, of keys or values, `[texts, heads, tokens, head width]` each."""
+    largest = torch.stack([values.abs().amax(dim=(0, 2)) for values in readings]).amax(dim=0)
+    return np.asarray(largest.numpy() * CACHE_HEADROOM / 127, np.float32)
 
 
 def weights_of(model: GPT2LMHeadModel) -> dict[str, Floats]:

@@ -1,7 +1,7 @@
 """The engine: token ids in, token ids out."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,10 +78,15 @@ class Engine:
         no room in the context, or ids outside the vocabulary.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        pairs = list(zip(prompts, each, strict=True))
-        for prompt, own in pairs:
-            self.check(prompt, own)
-        requests = [request for prompt, own in pairs for request in self.submit(prompt, own)]
+        requests = self.submit_all(zip(prompts, each, strict=True))
+        self.run(requests, lambda _: False)
+        return [_completion(request) for request in requests]
+
+    def run(self, requests: Sequence[Request], is_done: Callable[[Request], bool]) -> None:
+        """Run requests to their end, or until `is_done`, asked of each after every step, says that it has enough.
+
+        Raises the error of the first that fails; none of them runs on then.
+        """
         try:
             while any(request.finish_reason is None for request in requests):
                 # Nobody waits for the first of them: prompts are read as slots come free.
@@ -89,10 +94,11 @@ class Engine:
                 for request in requests:
                     if request.error is not None:
                         raise request.error
+                    if is_done(request):
+                        self.scheduler.cancel(request)
         finally:
             for request in requests:
                 self.scheduler.cancel(request)
-        return [_completion(request) for request in requests]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Token]:
         """Continue one prompt, a token at a time; closing the iterator cancels. `params.n` must be 1.
@@ -101,14 +107,19 @@ class Engine:
         """
         if params.n != 1:
             raise UserError(f"n: a stream is one continuation, got {params.n}")
-        self.check(prompt, params)
-        return self._stream(prompt, params)
+        # Refused at once, but queued only when it is read: an iterator that nobody begins cannot clean up.
+        return self._stream(self._context(prompt, params), params)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
         """Queue the continuations of a prompt, to be run by `scheduler.step`. Raises `UserError` as `generate` does."""
-        context = self.check(prompt, params)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        return self.scheduler.submit(context, params, seed)
+        return self.submit_all([(prompt, params)])
+
+    def submit_all(self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
+        """Queue the continuations of prompts in their order; none where one of them is refused."""
+        checked = [(self._context(prompt, params), params) for prompt, params in prompts]
+        return [
+            request for context, params in checked for request in self.scheduler.submit(context, params, _seed(params))
+        ]
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
         """Natural log-probability of each token of each text but its first: float64 `[tokens - 1]` a text.
@@ -139,8 +150,8 @@ class Engine:
                 tokens.append(Token(token_id, *token_logprobs(row, token_id, top_count)))
         return tokens
 
-    def _stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Token]:
-        (request,) = self.submit(prompt, params)
+    def _stream(self, context: Sequence[int], params: SamplingParams) -> Iterator[Token]:
+        (request,) = self.scheduler.submit(context, params, _seed(params))
         try:
             while request.finish_reason is None or request.tokens:
                 while request.tokens:
@@ -157,8 +168,8 @@ class Engine:
         for start in range(0, len(ids), SCORING_CHUNK_TOKENS):
             yield start, self.session.score(ids[start : start + SCORING_CHUNK_TOKENS], start)
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
-        """The context that a prompt gives. Raises `UserError` where `submit` would."""
+    def _context(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+        """The context that a prompt gives. Raises `UserError` where either will not do."""
         self._check_ids("prompt", prompt)
         check_token_ids(params, self.manifest.vocabulary_size)
         if params.stop:
@@ -184,6 +195,10 @@ class Engine:
         for token_id in ids:
             if not 0 <= token_id < self.manifest.vocabulary_size:
                 raise UserError(f"{name}: token id {token_id} is not in [0, {self.manifest.vocabulary_size})")
+
+
+def _seed(params: SamplingParams) -> int:
+    return secrets.randbits(63) if params.seed is None else params.seed
 
 
 def _completion(request: Request) -> Completion:

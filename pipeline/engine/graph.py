@@ -8,9 +8,10 @@ Inputs, of `rows` sequences of `tokens` new tokens each:
 - `logit_rows`: int64 `[wanted]`, which of the `rows * tokens` new tokens logits are wanted of;
 - `past.N.key`, `past.N.value`: `[rows, heads, context, head width]`, the whole buffer of layer N.
 
-Outputs: `logits`, float32 `[wanted, vocabulary]`, and `present.N.key`, `present.N.value`, which are bound to the memory
-of `past`: a step writes its tokens' keys and values into it, and nothing is copied. More than one new token after a
-past takes a single row.
+Outputs: `logits`, float32 `[wanted, vocabulary]`; `top_logits` and `top_ids`, float32 and int64 `[wanted, listed]`, the
+likeliest of them in descending order; and `present.N.key`, `present.N.value`, which are bound to the memory of `past`:
+a step writes its tokens' keys and values into it, and nothing is copied. More than one new token after a past takes a
+single row.
 
 The operators are ONNX Runtime's own where those fuse what GPT-2 does (`com.microsoft`): CPU and CUDA have each of them.
 """
@@ -26,6 +27,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from pipeline.engine.manifest import listed_tokens
 from pipeline.engine.quantization import Quantized, quantize
 
 WEIGHTS_FILE = "model.data"
@@ -115,7 +117,6 @@ def block(
 ) -> tuple[str, str]:
     """One transformer block; what it adds to the residual is returned unadded, for the next normalization to add."""
     name = f"h.{layer}"
-    # The bias of a linear map is added by it where it can, else by the operator that follows.
     bias = f"h.{layer - 1}.mlp.c_proj.bias" if layer else None
     normed, residual = graph.normalize(f"{name}.ln_1", weights, shape, hidden, residual, bias)
     qkv = graph.linear(f"{name}.attn.c_attn", weights, normed, with_bias=True)
@@ -133,6 +134,8 @@ def head(graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, hidd
     flat = graph.add("Reshape", [normed, graph.constant("flat", np.array([-1, shape.width]))], "ln_f.flat")
     rows = graph.add("Gather", [flat, "logit_rows"], "ln_f.rows")
     graph.unembed(rows, weights.get("lm_head.weight", weights["wte.weight"]), tied="lm_head.weight" not in weights)
+    listed = graph.constant("listed", np.array([listed_tokens(shape.vocabulary_size)]))
+    graph.nodes.append(helper.make_node("TopK", ["logits", listed], ["top_logits", "top_ids"], name="top_logits"))
 
 
 class GraphWriter:
@@ -154,9 +157,9 @@ class GraphWriter:
         self.file: BinaryIO = (folder / WEIGHTS_FILE).open("wb")
 
     @property
-    def adds_bias(self) -> bool:
-        """Whether a linear map adds its bias itself, at no cost."""
-        return self.quantization is not None
+    def leaves_bias(self) -> bool:
+        """Whether the operator after a linear map adds its bias: on CUDA they are fused, on the processor slower so."""
+        return self.float_type is np.float16
 
     def __enter__(self) -> "GraphWriter":
         return self
@@ -214,9 +217,9 @@ class GraphWriter:
         )
 
     def linear(self, name: str, weights: Mapping[str, Floats], hidden: str, *, with_bias: bool = False) -> str:
-        """`hidden @ weight`, with the bias where that costs nothing or is asked for."""
+        """`hidden @ weight`, with the bias unless it is left to the next operator, which `with_bias` forbids."""
         weight = weights[f"{name}.weight"]
-        bias = self.weight(f"{name}.bias", weights[f"{name}.bias"]) if with_bias or self.adds_bias else None
+        bias = None if self.leaves_bias and not with_bias else self.weight(f"{name}.bias", weights[f"{name}.bias"])
         if self.quantization is not None:
             self.store_quantized(name, weight, self.quantization.bits, self.quantization.block)
             return self.multiply_quantized(name, self.quantization.bits, hidden, name, bias)
@@ -252,12 +255,11 @@ class GraphWriter:
     ) -> tuple[str, str]:
         """Add `hidden` and its `bias` to the residual, and normalize: the normalized sum, and the sum.
 
-        `SkipLayerNormalization` does all of it. On the processor it takes four times as long as the two that it fuses,
-        which CUDA sessions fuse themselves; it stays where it saves the addition of a bias.
+        `SkipLayerNormalization` does all of it; on the processor it takes four times as long as the two that it fuses.
         """
         scale, shift = (self.weight(f"{name}.{part}", weights[f"{name}.{part}"]) for part in ("weight", "bias"))
         total = f"{name}.sum"
-        if bias is None or self.adds_bias:
+        if bias is None or not self.leaves_bias:
             self.add("Add", [residual, hidden], total)
             return self.add("LayerNormalization", [total, scale, shift], name, epsilon=shape.epsilon), total
         operands = [residual, hidden, scale, shift, self.weight(bias, weights[bias])]
@@ -274,7 +276,7 @@ class GraphWriter:
         return name, total
 
     def activate(self, name: str, weights: Mapping[str, Floats], hidden: str, bias: str) -> str:
-        operands = [hidden] if self.adds_bias else [hidden, self.weight(bias, weights[bias])]
+        operands = [hidden, self.weight(bias, weights[bias])] if self.leaves_bias else [hidden]
         return self.add("FastGelu", operands, name, domain=CONTRIB)
 
     def attention(self, name: str, shape: Shape, layer: int, qkv: str) -> str:
@@ -339,7 +341,16 @@ class GraphWriter:
             *cache[: len(cache) // 2],
         ]
         logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["wanted", shape.vocabulary_size])
-        outputs = [logits, *cache[len(cache) // 2 :]]
+        outputs = [
+            logits,
+            helper.make_tensor_value_info(
+                "top_logits", TensorProto.FLOAT, ["wanted", listed_tokens(shape.vocabulary_size)]
+            ),
+            helper.make_tensor_value_info(
+                "top_ids", TensorProto.INT64, ["wanted", listed_tokens(shape.vocabulary_size)]
+            ),
+            *cache[len(cache) // 2 :],
+        ]
         graph = helper.make_graph(self.nodes, "gpt2", inputs, outputs, list(self.initializers.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="gpt2-pipeline")

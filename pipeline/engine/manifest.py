@@ -7,9 +7,11 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.tokens import TOKENIZER_FILE
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
+LISTED_TOKENS = 128
+"""How many of the likeliest tokens the graph lists beside the logits: room for a top-k and what penalties change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +24,21 @@ class Manifest:
     heads: int
     width: int
     end_of_text_id: int
-    cache_bits: int | None
-    """Of a number in the cache; null is that of the precision's floats."""
     precisions: tuple[str, ...]
     """The first is the default; each is a folder that holds `GRAPH_FILE`."""
+    cache_bits: dict[str, int]
+    """Of a number in the cache, a precision."""
     files: dict[str, str]
     format_version: int = FORMAT_VERSION
 
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+
+def listed_tokens(vocabulary_size: int) -> int:
+    """How many tokens a row of the list holds: all of a small vocabulary."""
+    return min(LISTED_TOKENS, vocabulary_size)
 
 
 def write_manifest(
@@ -43,8 +50,8 @@ def write_manifest(
     heads: int,
     width: int,
     end_of_text_id: int,
-    cache_bits: int | None,
     precisions: tuple[str, ...],
+    cache_bits: dict[str, int],
 ) -> None:
     """Describe the engine whose files stand in `folder`."""
     files = {
@@ -59,8 +66,8 @@ def write_manifest(
         heads=heads,
         width=width,
         end_of_text_id=end_of_text_id,
-        cache_bits=cache_bits,
         precisions=precisions,
+        cache_bits=cache_bits,
         files=files,
     )
     write_json(folder / MANIFEST_FILE, asdict(manifest))

@@ -1,16 +1,21 @@
 """Draws the next token of a continuation as `pipeline.engine.sampling` says, without sorting the vocabulary.
 
-The reference in `sampling` is written to be read; this is written to be small beside a step. Two things make
-it so. Penalties and bans change the logits of few tokens, which a continuation keeps as it goes on: a token more a
-step. And thresholds are looked for among the tokens that may reach them: the k-th largest of the largest logits of
-chunks of the vocabulary is a bound that at least k tokens reach, so all tokens that top-k keeps are at or above it. No
-candidate is left out by number: where the bound does not suffice, as for a nucleus wider than it, the reference draws
-from the same logits with the same uniform.
+The reference in `sampling` is written to be read; this is written to be small beside a step, whose weights have pushed
+all else out of the caches: to read few numbers and to call few operations is what counts. Penalties and bans change the
+logits of few tokens, which a continuation keeps as it goes on: a token more a step. The graph lists the likeliest
+tokens. Every other has at most the logit of the last of them, so a token above that which the changes leave alone is in
+the list, and top-k is decided by the list and the changes, if what it keeps is above it.
+
+Where it is not, and for a nucleus of the whole vocabulary, the row is read. The k-th largest of the largest logits of
+parts of the vocabulary is a bound that at least k tokens reach, so all tokens that top-k keeps are at or above it, and
+in parts whose largest logit is. No candidate is left out by number: where the bound does not suffice either, as for a
+nucleus wider than it, the reference draws from the same logits with the same uniform.
 """
 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +25,16 @@ from pipeline.engine import sampling
 
 UNIFORMS_AHEAD = 64
 """Random numbers are made for so many steps at a time."""
-CHUNK = 64
-"""Tokens of the vocabulary whose largest logit is taken together."""
+PART = 64
+"""Tokens of the vocabulary whose largest logit is taken together: every n-th, as those are compared side by side."""
 NUCLEUS_CANDIDATES = 256
 """Where top-k does not say how many tokens may be kept, a nucleus is looked for among at least so many."""
 ROUNDING = np.float32(1e-6)
 """Relative; the temperature's division may round two logits to one, which then are both kept."""
 
 Logits = NDArray[np.float32]
+TokenIds = NDArray[np.int64]
+AnyLogits = TypeVar("AnyLogits", NDArray[np.float32], np.float32)
 
 
 class Continuation:
@@ -55,6 +62,8 @@ class Continuation:
         self._removed: set[int] = set()
         # The tokens whose logits are changed, and by what: logit + bias, then the penalty, then less the offset.
         self._changes: dict[int, int] = {}
+        self._is_changed = np.zeros(vocabulary_size, np.bool_)
+        self._has_offsets = False
         self._ids = np.zeros(min(vocabulary_size, 256), np.int64)
         self._bias, self._factor, self._offset = (np.zeros(len(self._ids), np.float32) for _ in range(3))
         for token_id, bias in params.logit_bias.items():
@@ -73,32 +82,36 @@ class Continuation:
         params = self.params
         return params.stop_token_ids if params.ignore_eos else (self.end_of_text_id, *params.stop_token_ids)
 
-    def draw(self, logits: Logits) -> int:
+    @np.errstate(over="ignore")  # of cooled logits to -inf, where the probability is 0 as well
+    def draw(self, logits: Logits, top_logits: Logits, top_ids: TokenIds) -> int:
         """The next token after these logits, float32 `[vocabulary]`, which are left as they are.
 
+        `top_logits` and `top_ids` are some of the largest of them, in descending order, and whose they are.
         Raises what `sampling.sample` raises.
         """
-        token_id = None
-        if self.params.typical_p == 1 and not self.params.allowed_token_ids:
-            used = len(self._changes)
-            ids = self._ids[:used]
-            own = logits[ids]
-            biased, factor = own + self._bias[:used], self._factor[:used]
-            penalized = np.where(biased > 0, biased / factor, biased * factor)
-            logits[ids] = penalized - self._offset[:used]
-            token_id = draw_fast(logits, self.params, self._uniform())
-            logits[ids] = own
-        if token_id is None:
-            return sampling.sample(
-                logits,
-                self.params,
-                self.prompt_ids,
-                self.output_ids,
-                self.end_of_text_id,
-                self._seed,
-                self._choice,
+        params = self.params
+        if params.typical_p == 1 and not params.allowed_token_ids:
+            ids = self._ids[: len(self._changes)]
+            own = logits.take(ids)
+            changed = self._changed(own)
+            others = ~self._is_changed.take(top_ids)
+            token_id = draw_listed(
+                np.concatenate([ids, top_ids[others]]),
+                np.concatenate([changed, top_logits[others]]),
+                top_logits[-1] if len(top_ids) < len(logits) else np.float32(-np.inf),
+                params,
+                self._uniform(),
             )
-        return token_id
+            if token_id is not None:
+                return token_id
+            logits[ids] = changed
+            token_id = draw_fast(logits, params, self._uniform())
+            logits[ids] = own
+            if token_id is not None:
+                return token_id
+        return sampling.sample(
+            logits, params, self.prompt_ids, self.output_ids, self.end_of_text_id, self._seed, self._choice
+        )
 
     def append(self, token_id: int) -> None:
         """Go on with this token."""
@@ -107,6 +120,15 @@ class Continuation:
         self._see(token_id)
         self._set_offset(token_id)
         self._update_removed()
+
+    def _changed(self, own: Logits) -> Logits:
+        """What becomes of the logits of the tokens that are changed."""
+        params, used = self.params, len(own)
+        values = own + self._bias[:used] if params.logit_bias or params.banned_token_ids else own
+        if params.repetition_penalty != 1:
+            factor = self._factor[:used]
+            values = np.where(values > 0, values / factor, values * factor)
+        return values - self._offset[:used] if self._has_offsets else values
 
     def _see(self, token_id: int) -> None:
         """Note a token of prompt or output."""
@@ -137,6 +159,7 @@ class Continuation:
         if count and (params.presence_penalty or params.frequency_penalty):
             offset += params.presence_penalty + params.frequency_penalty * count
         if offset or token_id in self._changes:
+            self._has_offsets = self._has_offsets or offset != 0
             place = self._change(token_id)
             self._offset[place] = offset
 
@@ -151,6 +174,7 @@ class Continuation:
                 for values in (self._ids, self._bias, self._factor, self._offset)
             )
         self._changes[token_id] = place
+        self._is_changed[token_id] = True
         self._ids[place], self._factor[place] = token_id, 1
         return place
 
@@ -162,57 +186,121 @@ class Continuation:
         return float(self._uniforms[step])
 
 
-@np.errstate(over="ignore")  # to -inf, where the probability is 0 as well
+def draw_listed(ids: TokenIds, logits: Logits, floor: np.float32, params: SamplingParams, u: float) -> int | None:
+    """The token that temperature, top-k, top-p and min-p leave to the uniform `u`; None where the list does not say.
+
+    `logits` are those of the tokens `ids`, every other token has at most `floor`.
+    """
+    if params.top_k == 0 and (params.top_p < 1 or params.min_p == 0) and params.temperature != 0:
+        return None
+    peak = logits.max()
+    if not floor < peak < np.inf:
+        return None
+    if params.temperature == 0:
+        return int(ids[logits == peak].min())
+    return _draw_among(
+        ids,
+        _cool(logits, peak, params.temperature),
+        params,
+        u,
+        floor=_cool(floor, peak, params.temperature),
+    )
+
+
 def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
     """The token that temperature, top-k, top-p and min-p leave to the uniform `u`; None where the reference is needed.
 
     That is where no token is left, the logits are not finite, or the nucleus is wider than was looked.
     """
-    peak = logits.max()
+    peaks = logits[: logits.size // PART * PART].reshape(PART, -1).max(axis=0)
+    peak = np.maximum(peaks.max(initial=-np.inf), logits[len(peaks) * PART :].max(initial=-np.inf))
     if not np.isfinite(peak):
         return None
     if params.temperature == 0:
         return int(logits.argmax())
-    cooling = sampling.cooling(params.temperature)
     if params.top_k == 0 and params.top_p == 1:
-        return _draw_from_all((logits - peak) / cooling, params.min_p, u)
-    bound = _bound(logits, params.top_k or NUCLEUS_CANDIDATES)
-    ids = np.flatnonzero(logits >= bound - ROUNDING * (peak - bound) if bound > -np.inf else logits > bound)
-    values = (logits[ids] - peak) / cooling
-    if 0 < params.top_k < len(values):
-        kept = values >= np.partition(values, len(values) - params.top_k)[len(values) - params.top_k]
-        ids, values = ids[kept], values[kept]
-    if params.top_p < 1:
-        ordered = np.sort(values)[::-1]
-        weights = np.exp(ordered.astype(np.float64))
-        mass = weights.sum() if params.top_k else np.exp((logits - peak) / cooling).sum(dtype=np.float64)
-        reached = np.cumsum(weights / mass)
-        if params.top_k == 0 and reached[-1] < params.top_p:
+        return _draw_from_all(_cool(logits, peak, params.temperature), params.min_p, u)
+    ids = _candidates(logits, peaks, peak, params.top_k or NUCLEUS_CANDIDATES)
+    mass = None
+    if params.top_k == 0:
+        cooled = _cool(logits, peak, params.temperature)
+        mass = np.exp(cooled - cooled.max()).sum(dtype=np.float64)
+    return _draw_among(ids, _cool(logits.take(ids), peak, params.temperature), params, u, mass=mass)
+
+
+def _draw_among(
+    ids: TokenIds,
+    logits: Logits,
+    params: SamplingParams,
+    u: float,
+    *,
+    floor: np.float32 | None = None,
+    mass: np.float64 | None = None,
+) -> int | None:
+    """The token that top-k, top-p and min-p leave of candidates with these cooled logits.
+
+    None where a token at or below `floor` would be kept, as others than the candidates may be there, or where the
+    nucleus of a vocabulary whose weights relative to the likeliest's sum to `mass` holds more than the candidates.
+    """
+    order = logits.argsort()[::-1]
+    ordered = logits[order]
+    kept = _with_equals(ordered, params.top_k) if params.top_k else len(ordered)
+    least = np.float32(float(ordered[0]) + math.log(params.min_p)) if params.min_p else np.float32(-np.inf)
+    if floor is not None:
+        edge = ordered[kept - 1] if 0 < params.top_k <= len(ordered) else np.float32(-np.inf)
+        # A nucleus is one of what top-k keeps.
+        if not floor < (edge if params.top_p < 1 else max(edge, least)):
             return None
-        edge = ordered[min(int(np.searchsorted(reached, params.top_p)), len(ordered) - 1)]
-        kept = values >= edge
-        ids, values = ids[kept], values[kept]
+    weights = np.exp(np.subtract(ordered[:kept], ordered[0], dtype=np.float64))
+    if params.top_p < 1:
+        reached = np.cumsum(weights / (weights.sum() if mass is None else mass))
+        if mass is not None and reached[-1] < params.top_p:
+            return None
+        kept = _with_equals(ordered[:kept], int(reached.searchsorted(params.top_p)) + 1)
     if params.min_p:
-        kept = values >= np.float32(math.log(params.min_p))
-        ids, values = ids[kept], values[kept]
-    cdf = np.cumsum(np.exp(values.astype(np.float64)))
-    return int(ids[np.searchsorted(cdf, u * cdf[-1], side="right")])
+        kept = int(np.count_nonzero(ordered[:kept] >= least))
+    # The CDF goes through the vocabulary, not from the likeliest down.
+    chosen = ids[order[:kept]]
+    rising = chosen.argsort()
+    cdf = weights[rising].cumsum()
+    return int(chosen[rising[cdf.searchsorted(u * cdf[-1], side="right")]])
+
+
+def _cool(logits: AnyLogits, peak: np.float32, temperature: float) -> AnyLogits:
+    """As `sampling.apply_temperature` does it, `peak` being the largest of all logits."""
+    return logits if temperature == 1 else (logits - peak) / sampling.cooling(temperature)
+
+
+def _with_equals(ordered: Logits, count: int) -> int:
+    """How many logits are among the first `count`, or equal to the last of those."""
+    if count >= len(ordered):
+        return len(ordered)
+    while count < len(ordered) and ordered[count] == ordered[count - 1]:
+        count += 1
+    return count
 
 
 def _draw_from_all(values: Logits, min_p: float, u: float) -> int:
     """The draw from a whole row: the CDF of its weights in float64."""
-    weights = np.exp(values)
+    peak = values.max()
+    weights = np.exp(values - peak)
     if min_p:
-        weights[values < np.float32(math.log(min_p))] = 0
+        weights[values < np.float32(float(peak) + math.log(min_p))] = 0
     cdf = np.cumsum(weights, dtype=np.float64)
     return int(np.searchsorted(cdf, u * cdf[-1], side="right"))
 
 
-def _bound(logits: Logits, count: int) -> np.float32:
-    """A logit that at least `count` tokens reach; -inf where the chunks are too few to tell."""
-    chunks = logits.size // CHUNK
-    if chunks <= count:
-        return np.float32(-np.inf)
-    peaks = logits[: chunks * CHUNK].reshape(chunks, CHUNK).max(axis=1)
-    bound: np.float32 = np.partition(peaks, chunks - count)[chunks - count]
-    return bound
+def _candidates(logits: Logits, peaks: Logits, peak: np.float32, count: int) -> TokenIds:
+    """The ids of the `count` largest logits and of what equals the least of them, and it may be of some more; rising.
+
+    `peaks` are the largest logits of the parts, `peak` of all.
+    """
+    if len(peaks) <= count:
+        return np.flatnonzero(logits > -np.inf)
+    bound = np.partition(peaks, len(peaks) - count)[len(peaks) - count]
+    if bound == -np.inf:
+        return np.flatnonzero(logits > bound)
+    bound -= ROUNDING * (peak - bound)
+    ids = np.arange(0, len(peaks) * PART, len(peaks))[:, None] + np.flatnonzero(peaks >= bound)
+    ids = np.concatenate([ids.ravel(), np.arange(len(peaks) * PART, logits.size)])
+    return ids[logits.take(ids) >= bound]

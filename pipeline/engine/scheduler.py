@@ -41,8 +41,8 @@ class Request:
     continuation: Continuation
     context: list[int]
     """What the model has been or is to be fed, the newest tokens last; never empty."""
-    group: int
-    """Requests of a group continue the same prompt."""
+    group: int | None
+    """Requests of a group continue the same prompt; none once the cache no longer begins with it."""
     prompt_tokens: int
     cached: int = 0
     """How many of `context` its slot holds."""
@@ -122,17 +122,18 @@ class Scheduler:
             if not self._waiting:
                 return
             request = self._waiting[0]
-            relatives = [other for other in self._active() if other.group == request.group]
-            shared = request.prompt_tokens - 1
-            source = next((other for other in relatives if other.cached >= shared and other.cached > 0), None)
-            if relatives and source is None and self._session.can_copy and shared > 0:
+            # The last token of a prompt is fed anew: the first draw needs its logits.
+            shared = request.prompt_tokens - 1 if self._session.can_copy else 0
+            relatives = [other for other in self._active() if other.group == request.group] if shared else []
+            source = next((other.slot for other in relatives if other.cached >= shared), None)
+            if relatives and source is None:
                 # The prompt is being read for another choice; this one takes it over from there.
                 return
             self._waiting.popleft()
             self._running[slot] = request
             request.slot = slot
-            if source is not None and source.slot is not None and self._session.can_copy and shared > 0:
-                self._session.copy(source.slot, slot, shared)
+            if source is not None:
+                self._session.copy(source, slot, shared)
                 request.cached = shared
 
     def _close_gaps(self) -> None:
@@ -186,7 +187,8 @@ class Scheduler:
     def _draw(self, request: Request, slot: int) -> None:
         """Go on by the token that is drawn after what the slot was fed last."""
         try:
-            token_id = request.continuation.draw(self._session.logits[slot])
+            session = self._session
+            token_id = request.continuation.draw(session.logits[slot], session.top_logits[slot], session.top_ids[slot])
         except (UserError, ArithmeticError) as error:
             # No token is left, or the model gave NaN: this request ends, the others go on.
             request.error = error
@@ -215,7 +217,7 @@ class Scheduler:
             # The newest half is read again, from position 0.
             request.context = request.context[-(len(request.context) // 2) :]
             request.cached = 0
-            request.group = 0
+            request.group = None
 
     def _finish(self, request: Request, reason: FinishReason, *, told: bool = False) -> None:
         request.finish_reason = reason

@@ -10,6 +10,7 @@ import ctypes
 import io
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pipeline.engine.manifest import GRAPH_FILE, Manifest, check_files, read_manifest
+from pipeline.engine.manifest import GRAPH_FILE, Manifest, check_files, listed_tokens, read_manifest
 from pipeline.errors import UserError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CUDA_PRECISION = "float16"
 """The only one whose attention runs on CUDA."""
+CACHE_TYPES: dict[int, type[np.generic]] = {8: np.int8, 16: np.float16, 32: np.float32}
 WARNING, FATAL = 2, 4  # levels of onnxruntime's log
 DRIVER_LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
 NO_DRIVER = "no NVIDIA driver (libcuda) is installed"
@@ -59,8 +61,11 @@ class Session:
         self.slots = slots
         self.logits = np.zeros((slots, manifest.vocabulary_size), np.float32)
         """Row i: the logits of what slot i was fed last, float32 `[slots, vocabulary]`."""
-        float_type = np.float16 if precision == "float16" else np.float32
-        cache_type = np.int8 if manifest.cache_bits == 8 else float_type
+        self.top_logits = np.zeros((slots, listed_tokens(manifest.vocabulary_size)), np.float32)
+        """The largest of each row of `logits`, in descending order, float32 `[slots, listed]`."""
+        self.top_ids = np.zeros(self.top_logits.shape, np.int64)
+        """Whose they are."""
+        cache_type = CACHE_TYPES[manifest.cache_bits[precision]]
         # One more, in which texts are scored.
         shape = (slots + 1, manifest.heads, manifest.context_length, manifest.head_width)
         self._cache = {
@@ -93,7 +98,7 @@ class Session:
     def prefill(self, slot: int, token_ids: Sequence[int], past_tokens: int) -> None:
         """Feed tokens to a slot that holds `past_tokens`, in one pass; `logits[slot]` are then those of the last."""
         binding = self._bind_prefill(slot, token_ids, past_tokens, np.array([len(token_ids) - 1]))
-        bind(binding.bind_output, "logits", place(self.logits[slot : slot + 1]))
+        self._bind_logits(binding, slot, 1)
         self.graph.run_with_iobinding(binding)
 
     def score(self, token_ids: Sequence[int], past_tokens: int) -> NDArray[np.float32]:
@@ -125,7 +130,7 @@ class Session:
         bind(binding.bind_input, "last_positions", place(self._last_positions[:count]))
         bind(binding.bind_input, "total_tokens", place(self._total_tokens))
         bind(binding.bind_input, "logit_rows", place(self._every_row[:count]))
-        bind(binding.bind_output, "logits", place(self.logits[:count]))
+        self._bind_logits(binding, 0, count)
         self._bind_cache(binding, 0, count)
         return binding
 
@@ -144,6 +149,10 @@ class Session:
         binding.bind_cpu_input("total_tokens", np.array(end, np.int32))
         binding.bind_cpu_input("logit_rows", rows.astype(np.int64))
         return binding
+
+    def _bind_logits(self, binding: ort.IOBinding, start: int, count: int) -> None:
+        for name in ("logits", "top_logits", "top_ids"):
+            bind(binding.bind_output, name, place(getattr(self, name)[start : start + count]))
 
     def _bind_cache(self, binding: ort.IOBinding, start: int, count: int) -> None:
         for name, buffer in self._cache.items():
@@ -195,13 +204,26 @@ def load_session(folder: Path, *, precision: str, provider: str, threads: int | 
             logger.info("provider: cpu (%s)", str(error).removeprefix("provider: "))
     if precision == "auto":
         precision = manifest.precisions[0]
-    check_files(folder, manifest, precision)
-    file = str(folder / precision / GRAPH_FILE)
     options = session_options(threads)
     # The graph is fused as it is to run: beyond this level, what is faster apart on the processor would be joined.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    graph = ort.InferenceSession(file, options, providers=[PROVIDERS["cpu"]])
+    graph = _open(folder, manifest, precision, options, [PROVIDERS["cpu"]])
     return Session(manifest, precision, "cpu", graph, slots)
+
+
+def _open(
+    folder: Path, manifest: Manifest, precision: str, options: ort.SessionOptions, providers: list[str]
+) -> ort.InferenceSession:
+    """Open the graph while the digests of its files are taken: both read all of them, and either takes a second.
+
+    Raises `UserError` where a file is not what the manifest says, whatever the graph came to.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(check_files, folder, manifest, precision)
+        try:
+            return ort.InferenceSession(str(folder / precision / GRAPH_FILE), options, providers=providers)
+        finally:
+            checked.result()
 
 
 def session_options(threads: int | None) -> ort.SessionOptions:
@@ -234,19 +256,17 @@ def _load_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int
             + (f"was asked for {precision}" if CUDA_PRECISION in manifest.precisions else "does not hold it")
             + f"; add {CUDA_PRECISION} to export.precisions, and ask for it"
         )
-    check_files(folder, manifest, CUDA_PRECISION)
     said = io.StringIO()
     # onnxruntime prints what is missing, and goes on without CUDA.
     ort.set_default_logger_severity(FATAL)
-    with redirect_stdout(said):
-        ort.preload_dlls()
-        graph = ort.InferenceSession(
-            str(folder / CUDA_PRECISION / GRAPH_FILE),
-            session_options(threads),
+    try:
+        with redirect_stdout(said):
+            ort.preload_dlls()
             # The processor stays on the list for what is read from its memory.
-            providers=[PROVIDERS["cuda"], PROVIDERS["cpu"]],
-        )
-    ort.set_default_logger_severity(WARNING)
+            providers = [PROVIDERS["cuda"], PROVIDERS["cpu"]]
+            graph = _open(folder, manifest, CUDA_PRECISION, session_options(threads), providers)
+    finally:
+        ort.set_default_logger_severity(WARNING)
     if graph.get_providers()[0] != PROVIDERS["cuda"]:
         reason = said.getvalue().strip().partition("\n")[0] or "onnxruntime could not start it"
         raise UserError(

@@ -51,26 +51,11 @@ class TextGenerator:
         One that its stop text ends frees its place at once.
         """
         pairs = [(prompt_ids(self.tokenizer, prompt), own) for prompt, own in zip(prompts, params, strict=True)]
-        for ids, own in pairs:
-            self.engine.check(ids, _for_engine(own))
-        running = [
-            _Text(self.tokenizer, request, own.stop)
-            for ids, own in pairs
-            for request in self.engine.submit(ids, _for_engine(own))
-        ]
-        scheduler = self.engine.scheduler
-        try:
-            while any(text.request.finish_reason is None for text in running):
-                scheduler.step(prefill_tokens=None)
-                for text in running:
-                    if text.take():
-                        scheduler.cancel(text.request)
-                    if text.request.error is not None:
-                        raise text.request.error
-        finally:
-            for text in running:
-                scheduler.cancel(text.request)
-        return [text.completion() for text in running]
+        requests = self.engine.submit_all((ids, _for_engine(own)) for ids, own in pairs)
+        stops = [own.stop for _, own in pairs for _ in range(own.n)]
+        texts = {request: _Text(self.tokenizer, request, stop) for request, stop in zip(requests, stops, strict=True)}
+        self.engine.run(requests, lambda request: texts[request].take())
+        return [text.completion() for text in texts.values()]
 
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[str]:
         """The continuation in pieces of whole characters, as they come.

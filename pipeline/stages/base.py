@@ -1,11 +1,8 @@
 """Lay out the model to be fine-tuned: a GPT-2 from a folder or the hub, or a small new one, checked and in float32."""
 
 import argparse
-import logging
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import requests
@@ -21,18 +18,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
-from transformers.utils import logging as transformers_logging
 
-from pipeline.checkpoint import save_model
+from pipeline.checkpoint import WEIGHTS_FILE, WEIGHTS_INDEX_FILE, check_checkpoint, load_checkpoint, save_model
 from pipeline.errors import UserError, reported
-from pipeline.files import read_json, read_jsonl, whole_folder, write_json
+from pipeline.files import read_jsonl, whole_folder, write_json
 from pipeline.params import BaseParams, ScratchParams, load_params
 from pipeline.tokens import (
     END_OF_TEXT,
-    TOKENIZER_FILE,
     TOKENIZER_FILES,
     end_of_text_id,
     load_tokenizer,
@@ -40,8 +34,6 @@ from pipeline.tokens import (
 )
 
 SCRATCH = "scratch"
-WEIGHTS_FILE = "model.safetensors"
-WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 HUB_FILES = ("config.json", "generation_config.json", WEIGHTS_FILE, WEIGHTS_INDEX_FILE, "model-*.safetensors",
              *TOKENIZER_FILES)  # fmt: skip
 """What is fetched; a repository of GPT-2 holds its weights four times more, for other frameworks."""
@@ -72,9 +64,8 @@ def make_base(training_split: Path, out: Path, params: BaseParams) -> None:
             tokenizer = train_tokenizer(training_split, params.scratch)
             model = initialize_model(params.scratch, end_of_text=tokenizer.eos_token_id)
         else:
-            check_files(folder, params.source)
+            model = load_checkpoint(folder, params.source)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = load_model(folder, params.source)
         tokenizer.save_pretrained(partial)
         fit_vocabulary(model, load_tokenizer(partial), params.source)
         save_model(model, partial)
@@ -153,62 +144,10 @@ def find_cached(repository: str, revision: str) -> Path | None:
     """The folder that the hub's cache holds of a commit; none where it lacks files, as after a broken transfer."""
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        check_files(folder, repository)
+        check_checkpoint(folder, repository)
     except (LocalEntryNotFoundError, UserError):
         return None
     return folder
-
-
-def check_files(folder: Path, name: str) -> None:
-    """Raise `UserError`, led by `name`, where a GPT-2's config, weights or tokenizer are missing."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"{name}: holds no config.json; the base must be a GPT-2 as save_pretrained writes it")
-    try:
-        config = read_json(config_file)
-    except ValueError as error:
-        raise UserError(f"{name}: config.json is not JSON: {error}; fetch it again") from error
-    if (model_type := config.get("model_type")) != "gpt2":
-        raise UserError(f"{name}: is a {model_type} model; the base must be a GPT-2")
-    if "quantization_config" in config:
-        raise UserError(f"{name}: is quantized; the base must hold plain weights, from which precision follows later")
-    if not (folder / WEIGHTS_FILE).is_file() and not (folder / WEIGHTS_INDEX_FILE).is_file():
-        raise UserError(
-            f"{name}: holds no {WEIGHTS_FILE}, and pickled weights are not read; convert them with python -c "
-            "\"from transformers import GPT2LMHeadModel as M; M.from_pretrained('IN').save_pretrained('OUT')\""
-        )
-    if not (folder / TOKENIZER_FILE).is_file() and not all(
-        (folder / file).is_file() for file in ("vocab.json", "merges.txt")
-    ):
-        raise UserError(f"{name}: holds no tokenizer: neither {TOKENIZER_FILE} nor vocab.json with merges.txt")
-    if (folder / TOKENIZER_FILE).is_file():
-        load_tokenizer(folder)
-
-
-def load_model(folder: Path, name: str) -> GPT2LMHeadModel:
-    """The weights in float32. Raises `UserError`, led by `name`, where one is missing, misshapen or not finite."""
-    model: GPT2LMHeadModel
-    with _only_errors_logged():
-        try:
-            model, loading = GPT2LMHeadModel.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                # Without it a wrong shape is told in many lines; it is an error all the same, below.
-                ignore_mismatched_sizes=True,
-            )
-        except (SafetensorError, FileNotFoundError) as error:
-            raise UserError(f"{name}: its weights are cut off or lack a file: {error}; fetch them again") from error
-    if misshapen := sorted(loading["mismatched_keys"]):
-        raise UserError(f"{name}: weights have another shape than config.json says: {_some(misshapen)}")
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"{name}: weights are missing: {_some(missing)}; fetch the model again")
-    if not_finite := [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
-        raise UserError(f"{name}: weights hold NaN or infinity: {_some(not_finite)}; take another model")
-    if unknown := sorted(loading["unexpected_keys"]):
-        print(f"{name}: left out what a GPT2LMHeadModel does not have: {_some(unknown)}")
-    return model
 
 
 def fit_vocabulary(model: GPT2LMHeadModel, tokenizer: Tokenizer, name: str) -> None:
@@ -268,23 +207,6 @@ def initialize_model(params: ScratchParams, end_of_text: int) -> GPT2LMHeadModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
         return GPT2LMHeadModel(config)
-
-
-@contextmanager
-def _only_errors_logged() -> Iterator[None]:
-    """Keep quiet what `transformers` says of odd weights: it is told here as an error, or counted."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    shown, rest = names[:3], len(names) - 3
-    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
 if __name__ == "__main__":

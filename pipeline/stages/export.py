@@ -44,14 +44,14 @@ def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: Export
     Raises `UserError` naming the promise that broke; nothing is left under `out` then.
     """
     with whole_folder(out) as partial:
-        export_checkpoint(checkpoint, partial, params.precisions, cache_bits=params.cache_bits)
+        export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits)
         parity = certify(checkpoint, partial / "engine", tokens, params)
         write_json(partial / "parity.json", {precision: asdict(found) for precision, found in parity.items()})
         # The base is there to be compared with, in what is evaluated.
-        export_checkpoint(base, partial / "base", params.precisions[:1], cache_bits=params.cache_bits)
+        export_checkpoint(base, partial / "base", params.precisions[:1], params.cache_bits)
 
 
-def export_checkpoint(checkpoint: Path, out: Path, precisions: Sequence[str], *, cache_bits: int | None = None) -> None:
+def export_checkpoint(checkpoint: Path, out: Path, precisions: Sequence[str], cache_bits: int) -> None:
     """The standard ONNX graph through Optimum in `portable/`, and the engine in `engine/`."""
     # The weights are checked first: a graph of NaNs exports without a word.
     model = load_checkpoint(checkpoint)

@@ -96,21 +96,21 @@ def test_tied_weights_stand_once_in_the_file(tiny_engine_folder: Path, tmp_path:
         assert sizes["untied"] - sizes["tied"] >= table_bytes * bytes_per_weight
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "int4"])
+@pytest.mark.parametrize(("precision", "kernels"), [("float32", 14), ("float16", 10), ("int8", 10), ("int4", 10)])
 def test_each_layer_is_few_kernels_and_none_that_only_the_processor_has(
-    precision: str, tiny_engine_folder: Path
+    precision: str, kernels: int, tiny_engine_folder: Path
 ) -> None:
     graph = onnx.load(tiny_engine_folder / precision / "model.onnx", load_external_data=False).graph
     layer = [node.op_type for node in graph.node if node.name.startswith("h.1.")]
-    assert len(layer) <= 10
+    assert len(layer) <= kernels
     assert layer.count("GroupQueryAttention") == 1
     assert not {node.op_type for node in graph.node} & {"If", "Loop", "Scan", "Shape", "Range", "NonZero"}
 
 
 def test_a_cache_of_8_bits_says_nearly_the_same_in_a_quarter_of_the_memory(tokenizer: Path, tmp_path: Path) -> None:
     model = make_model()
-    for name, bits in (("full", None), ("small", 8)):
-        build_engine(model, tokenizer, tmp_path / name, ["float32"], cache_bits=bits)
+    for name, bits in (("full", 32), ("small", 8)):
+        build_engine(model, tokenizer, tmp_path / name, ["int8"], cache_bits=bits)
     full, small = (Engine.load(tmp_path / name, provider="cpu", threads=1) for name in ("full", "small"))
     expected, found = (engine.session.score(TEXT, 0) for engine in (full, small))
     assert 0 < np.abs(found - expected).mean() < 0.05 * expected.std()

@@ -48,6 +48,12 @@ def continued(params: SamplingParams, prompt: list[int], output: list[int], choi
     return continuation
 
 
+def draw(continuation: Continuation, logits: Logits, listed: int = 20) -> int:
+    """The next token, the graph having listed so many."""
+    top_ids = np.argsort(-logits, kind="stable")[:listed]
+    return continuation.draw(logits, logits[top_ids], top_ids)
+
+
 def outcome(draw: Callable[[], int]) -> Any:
     try:
         return draw()
@@ -79,6 +85,7 @@ def near_an_edge(logits: Logits, params: SamplingParams, prompt: list[int], outp
     st.sampled_from([0.1, 2.0, 6.0]),
     st.sampled_from([2, 16, 2**16]),
     st.integers(0, 3),
+    st.sampled_from([1, 20, 128, VOCABULARY]),
 )
 def test_the_same_token_as_the_reference(
     params: SamplingParams,
@@ -88,12 +95,13 @@ def test_the_same_token_as_the_reference(
     spread: float,
     steps: int,
     choice: int,
+    listed: int,
 ) -> None:
     logits = make_logits(seed, spread, steps)
     before = logits.copy()
     assert params.seed is not None
     continuation = continued(params, prompt, output, choice)
-    drawn = outcome(lambda: continuation.draw(logits))
+    drawn = outcome(lambda: draw(continuation, logits, listed))
     arguments = (params, prompt, output, END_OF_TEXT, params.seed, choice)
     expected = outcome(lambda: sample(before, *arguments))
     np.testing.assert_array_equal(logits, before)
@@ -111,14 +119,17 @@ def test_a_nucleus_wider_than_was_looked_for_is_the_references(monkeypatch: pyte
     assert sampler.draw_fast(logits, params, 0.5) is None
     for seed in range(50):
         params = SamplingParams(top_p=0.95, seed=seed)
-        assert continued(params, [], []).draw(logits) == sample(logits, params, [], [], END_OF_TEXT, seed, 0)
+        assert draw(continued(params, [], []), logits) == sample(logits, params, [], [], END_OF_TEXT, seed, 0)
 
 
-def test_few_candidates_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = make_logits(0, 3.0, 2**16)
-    bound = sampler._bound(np.tile(logits, 80), 50)
-    count = int((np.tile(logits, 80) >= bound).sum())
-    assert 50 <= count < 2000
+def test_few_candidates_are_looked_at() -> None:
+    logits = np.tile(make_logits(0, 3.0, 2**16), 80)
+    logits = logits + np.linspace(0, 1e-3, logits.size, dtype=np.float32)
+    peaks = logits.reshape(sampler.PART, -1).max(axis=0)
+    ids = sampler._candidates(logits, peaks, peaks.max(), 50)
+    assert 50 <= len(ids) < 2000
+    assert set(np.argsort(logits)[-50:]) <= set(ids)
+    assert (np.diff(ids) > 0).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -126,7 +137,7 @@ def test_logits_that_are_no_numbers_are_the_models_fault(bad: float) -> None:
     logits = make_logits(0, 1.0, 16)
     logits[5] = bad
     with pytest.raises(ArithmeticError, match="logits hold"):
-        continued(SamplingParams(seed=1), [], []).draw(logits)
+        draw(continued(SamplingParams(seed=1), [], []), logits)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +160,7 @@ def test_frequencies_are_those_of_the_filtered_distribution(params: SamplingPara
     continuation = continued(params, prompt, output)
     for choice in range(draws):
         continuation._choice, continuation._uniforms = choice, np.zeros(0)
-        counts[continuation.draw(logits)] += 1
+        counts[draw(continuation, logits)] += 1
     assert counts[expected == 0].sum() == 0
     # Tokens too rare for the approximation count as one.
     common = expected >= 8
@@ -164,11 +175,11 @@ def test_choices_draw_different_numbers_and_a_step_does_not_depend_on_the_last()
     params = SamplingParams(seed=5)
     logits = make_logits(2, 0.1, 2**16)
     first, second = (continued(params, [], [], choice) for choice in (0, 1))
-    assert [first.draw(logits), second.draw(logits)] == [
+    assert [draw(first, logits), draw(second, logits)] == [
         sample(logits, params, [], [], END_OF_TEXT, 5, choice) for choice in (0, 1)
     ]
     later = continued(params, [], [7] * 200)
-    assert later.draw(logits) == sample(logits, params, [], [7] * 200, END_OF_TEXT, 5, 0)
+    assert draw(later, logits) == sample(logits, params, [], [7] * 200, END_OF_TEXT, 5, 0)
 
 
 def test_memory_of_what_was_said_grows_with_it() -> None:
@@ -176,4 +187,4 @@ def test_memory_of_what_was_said_grows_with_it() -> None:
     logits = np.zeros(VOCABULARY, np.float32)
     logits[: VOCABULARY - 1] = 1
     continuation = continued(params, [], list(range(VOCABULARY - 1)))
-    assert continuation.draw(logits) == sample(logits, params, [], list(range(VOCABULARY - 1)), END_OF_TEXT, 0, 0)
+    assert draw(continuation, logits) == sample(logits, params, [], list(range(VOCABULARY - 1)), END_OF_TEXT, 0, 0)

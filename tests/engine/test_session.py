@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from pipeline.engine import Engine, SamplingParams
-from pipeline.engine.manifest import GRAPH_FILE, MANIFEST_FILE
+from pipeline.engine.manifest import FORMAT_VERSION, GRAPH_FILE, MANIFEST_FILE
 from pipeline.engine.session import NO_DRIVER, cuda_obstacle
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
@@ -133,7 +133,7 @@ def test_a_folder_without_an_engine_is_refused(tmp_path: Path) -> None:
 
 def test_a_foreign_format_version_is_refused(engine_folder: Path) -> None:
     change_manifest(engine_folder, format_version=1, something_new=True)
-    with pytest.raises(UserError, match=r"format version 1 is not the 2 that this code reads; export"):
+    with pytest.raises(UserError, match=rf"format version 1 is not the {FORMAT_VERSION} that this code reads; export"):
         Engine.load(engine_folder)
 
 

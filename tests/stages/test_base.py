@@ -240,7 +240,7 @@ def add_token(folder: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "another architecture": (
         lambda folder: LlamaConfig().save_pretrained(folder),
-        "is a llama model; the base must be a GPT-2",
+        "is a llama model; the checkpoint must be of a GPT-2",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json"),
     "config cut off": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not JSON"),
