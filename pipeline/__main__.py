@@ -98,7 +98,9 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
     parser.add_argument("out", type=Path, help="folder of the engine; one that is there is replaced")
     parser.add_argument(
-        "--precision", default="float32", help="float32, float16, int8, int4, joined by commas (default: %(default)s)"
+        "--precision",
+        default="float32",
+        help="float32, float16, int8, int4, int8_float16, joined by commas (default: %(default)s)",
     )
     parser.add_argument(
         "--cache-bits",

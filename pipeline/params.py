@@ -196,12 +196,13 @@ class PrecisionsParityParams(Section):
     float16: ParityParams
     int8: ParityParams
     int4: ParityParams
+    int8_float16: ParityParams
 
 
 class ExportParams(Section):
     """How the checkpoint becomes an engine."""
 
-    precisions: Annotated[list[Literal["float32", "float16", "int8", "int4"]], Field(min_length=1)]
+    precisions: Annotated[list[Literal["float32", "float16", "int8", "int4", "int8_float16"]], Field(min_length=1)]
     """What the engine holds; the first is what is evaluated, and what runs where nobody asks for another."""
     cache_bits: Literal[8, 32]
     """Of a number in the KV cache of int8 and int4; 8 take a quarter of the memory and less time to read."""

@@ -211,7 +211,7 @@ def test_export_makes_an_engine_that_generate_reads(
 def test_export_names_what_is_wrong(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "engine")
     assert refused(capsys, "export", str(tiny_checkpoint), out, "--precision", "int3").startswith(
-        "error: precision: 'int3' is none of float32, float16, int8, int4"
+        "error: precision: 'int3' is none of float32, float16, int8, int4, int8_float16"
     )
     missing = refused(capsys, "export", str(tmp_path), out)
     assert missing.startswith(f"error: {tmp_path}: holds no config.json; a checkpoint is a GPT-2 as save_pretrained")

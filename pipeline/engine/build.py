@@ -12,14 +12,14 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.engine.graph import QUANTIZATIONS, CacheScales, Floats, Shape, write_graph
-from pipeline.engine.manifest import GRAPH_FILE, write_manifest
+from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, SAMPLER_FILE, write_manifest
+from pipeline.engine.sampler_graph import write_sampler
 from pipeline.errors import UserError
 from pipeline.files import whole_folder
 from pipeline.tokens import TOKENIZER_FILE, end_of_text_id, load_tokenizer
 
 PRECISIONS = ("float32", "float16", *QUANTIZATIONS)
 CACHE_BITS = 8
-FLOAT_BITS = {"float32": 32, "float16": 16}
 CALIBRATION_TEXTS, CALIBRATION_TOKENS = 4, 256
 CACHE_HEADROOM = 1.1
 """Over the largest key or value that was seen; beyond it, they are clipped."""
@@ -45,13 +45,15 @@ def build_engine(
     shape = shape_of(model.config)
     weights = weights_of(model)
     end_of_text = end_of_text_id(load_tokenizer(tokenizer_folder))
-    bits = {precision: cache_bits if precision in QUANTIZATIONS else FLOAT_BITS[precision] for precision in precisions}
+    bits = {precision: _cache_bits(precision, cache_bits) for precision in precisions}
     scales = calibrate_cache(model, end_of_text) if 8 in bits.values() else None
     with whole_folder(folder) as partial:
         for precision in tqdm(precisions, desc="engine", unit="precision", disable=not sys.stderr.isatty()):
             (partial / precision).mkdir()
             cache_scales = scales if bits[precision] == 8 else None
             write_graph(partial / precision, GRAPH_FILE, weights, shape, precision, cache_scales)
+            if precision in CUDA_PRECISIONS:
+                write_sampler(partial / precision / SAMPLER_FILE, shape.vocabulary_size, shape.context_length)
         shutil.copy(tokenizer_folder / TOKENIZER_FILE, partial)
         write_manifest(
             partial,
@@ -64,6 +66,12 @@ def build_engine(
             precisions=tuple(precisions),
             cache_bits=bits,
         )
+
+
+def _cache_bits(precision: str, quantized: int) -> int:
+    if precision in CUDA_PRECISIONS:
+        return 16
+    return quantized if precision in QUANTIZATIONS else 32
 
 
 def check_precisions(precisions: Sequence[str]) -> None:

@@ -8,10 +8,10 @@ Inputs, of `rows` sequences of `tokens` new tokens each:
 - `logit_rows`: int64 `[wanted]`, which of the `rows * tokens` new tokens logits are wanted of;
 - `past.N.key`, `past.N.value`: `[rows, heads, context, head width]`, the whole buffer of layer N.
 
-Outputs: `logits`, float32 `[wanted, vocabulary]`; `top_logits` and `top_ids`, float32 and int64 `[wanted, listed]`, the
-likeliest of them in descending order; and `present.N.key`, `present.N.value`, which are bound to the memory of `past`:
-a step writes its tokens' keys and values into it, and nothing is copied. More than one new token after a past takes a
-single row.
+Outputs: `logits`, float32 `[wanted, vocabulary]`; where the host draws, `top_logits` and `top_ids`, float32 and int64
+`[wanted, listed]`, the likeliest of them in descending order; and `present.N.key`, `present.N.value`, which are bound
+to the memory of `past`: a step writes its tokens' keys and values into it, and nothing is copied. More than one new
+token after a past takes a single row.
 
 The operators are ONNX Runtime's own where those fuse what GPT-2 does (`com.microsoft`): CPU and CUDA have each of them.
 """
@@ -27,7 +27,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from pipeline.engine.manifest import listed_tokens
+from pipeline.engine.manifest import CUDA_PRECISIONS, listed_tokens
 from pipeline.engine.quantization import Quantized, quantize
 
 WEIGHTS_FILE = "model.data"
@@ -38,25 +38,27 @@ ALIGNMENT = 4096
 INT8_ACTIVATIONS = 4
 """`accuracy_level` of MatMulNBits: products of whole numbers, activations rounded to 8 bits a block."""
 
-Precision = Literal["float32", "float16", "int8", "int4"]
+Precision = Literal["float32", "float16", "int8", "int4", "int8_float16"]
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Bits and block of the layers' weights, and of the head's, which is the token embedding where they are tied."""
+    """Bits and block of the layers' weights, and of the head's; whether it is the token embedding too if tied."""
 
     bits: int
     block: int
     head_bits: int
     head_block: int
+    embeds: bool = True
 
 
 QUANTIZATIONS: dict[str, Quantization] = {
     "int8": Quantization(bits=8, block=256, head_bits=8, head_block=256),
     "int4": Quantization(bits=4, block=128, head_bits=8, head_block=256),
+    "int8_float16": Quantization(bits=8, block=128, head_bits=8, head_block=128, embeds=False),
 }
-"""Chosen by measurement: docs/engine.md has the figures."""
+"""Those of the processor chosen by measurement: docs/engine.md has the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +136,9 @@ def head(graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, hidd
     flat = graph.add("Reshape", [normed, graph.constant("flat", np.array([-1, shape.width]))], "ln_f.flat")
     rows = graph.add("Gather", [flat, "logit_rows"], "ln_f.rows")
     graph.unembed(rows, weights.get("lm_head.weight", weights["wte.weight"]), tied="lm_head.weight" not in weights)
-    listed = graph.constant("listed", np.array([listed_tokens(shape.vocabulary_size)]))
-    graph.nodes.append(helper.make_node("TopK", ["logits", listed], ["top_logits", "top_ids"], name="top_logits"))
+    if graph.precision not in CUDA_PRECISIONS:
+        listed = graph.constant("listed", np.array([listed_tokens(shape.vocabulary_size)]))
+        graph.nodes.append(helper.make_node("TopK", ["logits", listed], ["top_logits", "top_ids"], name="top_logits"))
 
 
 class GraphWriter:
@@ -151,7 +154,8 @@ class GraphWriter:
         self.folder = folder
         self.cache_scales = cache_scales
         self.quantization = quantization
-        self.float_type = np.float16 if precision == "float16" else np.float32
+        self.precision = precision
+        self.float_type = np.float16 if precision in CUDA_PRECISIONS else np.float32
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.file: BinaryIO = (folder / WEIGHTS_FILE).open("wb")
@@ -199,7 +203,7 @@ class GraphWriter:
 
     def embedding(self, name: str, table: Floats, indices: str) -> str:
         """Rows of the table `[entries, width]`."""
-        if self.quantization is None:
+        if self.quantization is None or not self.quantization.embeds:
             return self.add("Gather", [self.weight(name, table), indices], f"{name}.rows")
         kept = self.store_quantized(name, table.T, self.quantization.head_bits, self.quantization.head_block)
         # The same bytes once more in the shape that the embedding wants.
@@ -220,17 +224,21 @@ class GraphWriter:
         """`hidden @ weight`, with the bias unless it is left to the next operator, which `with_bias` forbids."""
         weight = weights[f"{name}.weight"]
         bias = None if self.leaves_bias and not with_bias else self.weight(f"{name}.bias", weights[f"{name}.bias"])
-        if self.quantization is not None:
+        product = f"{name}.product" if bias else name
+        if self.quantization is None:
+            self.add("MatMul", [hidden, self.weight(f"{name}.weight", weight)], product)
+        else:
             self.store_quantized(name, weight, self.quantization.bits, self.quantization.block)
-            return self.multiply_quantized(name, self.quantization.bits, hidden, name, bias)
-        product = self.add("MatMul", [hidden, self.weight(f"{name}.weight", weight)], f"{name}.product")
+            if not self.leaves_bias:
+                return self.multiply_quantized(name, self.quantization.bits, hidden, name, bias)
+            self.multiply_quantized(name, self.quantization.bits, hidden, product, None)
         return self.add("Add", [product, bias], name) if bias else product
 
     def store_quantized(self, name: str, weight: Floats, bits: int, largest_block: int) -> Quantized:
         """Round a weight `[inputs, outputs]`, and store its values and scales."""
         kept = quantize(weight, bits, largest_block)
         self.store(f"{name}.values", kept.values)
-        self.store(f"{name}.scales", kept.scales)
+        self.store(f"{name}.scales", kept.scales.astype(self.float_type))
         return kept
 
     def multiply_quantized(self, name: str, bits: int, hidden: str, output: str, bias: str | None) -> str:
@@ -310,19 +318,19 @@ class GraphWriter:
 
     def unembed(self, hidden: str, table: Floats, *, tied: bool) -> None:
         """Logits in float32: the table `[vocabulary, width]` times `hidden`."""
-        name = "wte" if tied else "lm_head"
+        is_shared = tied and (self.quantization is None or self.quantization.embeds)
+        name = "wte" if is_shared else "lm_head"
+        logits = "logits" if self.float_type is np.float32 else "logits.half"
         if self.quantization is not None:
-            if not tied:
+            if not is_shared:
                 self.store_quantized(name, table.T, self.quantization.head_bits, self.quantization.head_block)
-            self.multiply_quantized(name, self.quantization.head_bits, hidden, "logits", None)
-            return
-        if not tied:
-            self.weight(name, table)
-        if self.float_type is np.float32:
-            self.add("Gemm", [hidden, name], "logits", transB=1)
+            self.multiply_quantized(name, self.quantization.head_bits, hidden, logits, None)
         else:
-            self.add("Gemm", [hidden, name], "logits.half", transB=1)
-            self.add("Cast", ["logits.half"], "logits", to=TensorProto.FLOAT)
+            if not is_shared:
+                self.weight(name, table)
+            self.add("Gemm", [hidden, name], logits, transB=1)
+        if logits != "logits":
+            self.add("Cast", [logits], "logits", to=TensorProto.FLOAT)
 
     def save(self, graph_file: str, shape: Shape) -> None:
         cache_type = np.int8 if self.cache_scales is not None else self.float_type
@@ -341,16 +349,12 @@ class GraphWriter:
             *cache[: len(cache) // 2],
         ]
         logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["wanted", shape.vocabulary_size])
-        outputs = [
-            logits,
-            helper.make_tensor_value_info(
-                "top_logits", TensorProto.FLOAT, ["wanted", listed_tokens(shape.vocabulary_size)]
-            ),
-            helper.make_tensor_value_info(
-                "top_ids", TensorProto.INT64, ["wanted", listed_tokens(shape.vocabulary_size)]
-            ),
-            *cache[len(cache) // 2 :],
+        listed: list[str | int] = ["wanted", listed_tokens(shape.vocabulary_size)]
+        top = [
+            helper.make_tensor_value_info("top_logits", TensorProto.FLOAT, listed),
+            helper.make_tensor_value_info("top_ids", TensorProto.INT64, listed),
         ]
+        outputs = [logits, *(top if self.precision not in CUDA_PRECISIONS else []), *cache[len(cache) // 2 :]]
         graph = helper.make_graph(self.nodes, "gpt2", inputs, outputs, list(self.initializers.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="gpt2-pipeline")

@@ -86,7 +86,7 @@ class Continuation:
     def draw(self, logits: Logits, top_logits: Logits, top_ids: TokenIds) -> int:
         """The next token after these logits, float32 `[vocabulary]`, which are left as they are.
 
-        `top_logits` and `top_ids` are some of the largest of them, in descending order, and whose they are.
+        `top_logits` and `top_ids` are the largest of them in descending order, any number, and whose they are.
         Raises what `sampling.sample` raises.
         """
         params = self.params
@@ -94,16 +94,17 @@ class Continuation:
             ids = self._ids[: len(self._changes)]
             own = logits.take(ids)
             changed = self._changed(own)
-            others = ~self._is_changed.take(top_ids)
-            token_id = draw_listed(
-                np.concatenate([ids, top_ids[others]]),
-                np.concatenate([changed, top_logits[others]]),
-                top_logits[-1] if len(top_ids) < len(logits) else np.float32(-np.inf),
-                params,
-                self._uniform(),
-            )
-            if token_id is not None:
-                return token_id
+            if len(top_ids) > 0:
+                others = ~self._is_changed.take(top_ids)
+                token_id = draw_listed(
+                    np.concatenate([ids, top_ids[others]]),
+                    np.concatenate([changed, top_logits[others]]),
+                    top_logits[-1] if len(top_ids) < len(logits) else np.float32(-np.inf),
+                    params,
+                    self._uniform(),
+                )
+                if token_id is not None:
+                    return token_id
             logits[ids] = changed
             token_id = draw_fast(logits, params, self._uniform())
             logits[ids] = own
@@ -120,6 +121,31 @@ class Continuation:
         self._see(token_id)
         self._set_offset(token_id)
         self._update_removed()
+
+    def dense_changes(self) -> tuple[Logits, Logits, Logits, NDArray[np.float64]]:
+        """What becomes of every logit, `[vocabulary]` each: bias, then penalty, then offset; and what was drawn.
+
+        A bias of -inf removes a token. The penalty divides a logit above 0, and multiplies one below.
+        """
+        vocabulary_size = len(self._is_changed)
+        ids = self._ids[: len(self._changes)]
+        rows = []
+        for kept, unchanged in ((self._bias, 0), (self._factor, 1), (self._offset, 0)):
+            row = np.full(vocabulary_size, unchanged, np.float32)
+            row[ids] = kept[: len(ids)]
+            rows.append(row)
+        bias, penalty, offset = rows
+        if self.params.allowed_token_ids:
+            kept_ids = (*self.params.allowed_token_ids, self.end_of_text_id, *self.params.stop_token_ids)
+            is_allowed = np.isin(np.arange(vocabulary_size), kept_ids)
+            bias[~is_allowed] = -np.inf
+        counts = np.zeros(vocabulary_size)
+        counts[list(self._counts.keys())] = list(self._counts.values())
+        return bias, penalty, offset, counts
+
+    def uniforms(self, count: int) -> NDArray[np.float64]:
+        """The uniforms of the next `count` draws."""
+        return sampling.uniforms(self._seed, self._choice, len(self.output_ids), count)
 
     def _changed(self, own: Logits) -> Logits:
         """What becomes of the logits of the tokens that are changed."""
@@ -223,8 +249,7 @@ def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
     ids = _candidates(logits, peaks, peak, params.top_k or NUCLEUS_CANDIDATES)
     mass = None
     if params.top_k == 0:
-        cooled = _cool(logits, peak, params.temperature)
-        mass = np.exp(cooled - cooled.max()).sum(dtype=np.float64)
+        mass = np.exp(_cool(logits, peak, params.temperature)).sum(dtype=np.float64)
     return _draw_among(ids, _cool(logits.take(ids), peak, params.temperature), params, u, mass=mass)
 
 
@@ -245,13 +270,13 @@ def _draw_among(
     order = logits.argsort()[::-1]
     ordered = logits[order]
     kept = _with_equals(ordered, params.top_k) if params.top_k else len(ordered)
-    least = np.float32(float(ordered[0]) + math.log(params.min_p)) if params.min_p else np.float32(-np.inf)
+    least = np.float32(math.log(params.min_p)) if params.min_p else np.float32(-np.inf)
     if floor is not None:
         edge = ordered[kept - 1] if 0 < params.top_k <= len(ordered) else np.float32(-np.inf)
         # A nucleus is one of what top-k keeps.
         if not floor < (edge if params.top_p < 1 else max(edge, least)):
             return None
-    weights = np.exp(np.subtract(ordered[:kept], ordered[0], dtype=np.float64))
+    weights = np.exp(ordered[:kept], dtype=np.float64)
     if params.top_p < 1:
         reached = np.cumsum(weights / (weights.sum() if mass is None else mass))
         if mass is not None and reached[-1] < params.top_p:
@@ -267,8 +292,8 @@ def _draw_among(
 
 
 def _cool(logits: AnyLogits, peak: np.float32, temperature: float) -> AnyLogits:
-    """As `sampling.apply_temperature` does it, `peak` being the largest of all logits."""
-    return logits if temperature == 1 else (logits - peak) / sampling.cooling(temperature)
+    """The largest of all, `peak`, taken off, and divided by the temperature, as the reference does it."""
+    return (logits - peak) / sampling.cooling(temperature)
 
 
 def _with_equals(ordered: Logits, count: int) -> int:
@@ -282,10 +307,9 @@ def _with_equals(ordered: Logits, count: int) -> int:
 
 def _draw_from_all(values: Logits, min_p: float, u: float) -> int:
     """The draw from a whole row: the CDF of its weights in float64."""
-    peak = values.max()
-    weights = np.exp(values - peak)
+    weights = np.exp(values)
     if min_p:
-        weights[values < np.float32(float(peak) + math.log(min_p))] = 0
+        weights[values < np.float32(math.log(min_p))] = 0
     cdf = np.cumsum(weights, dtype=np.float64)
     return int(np.searchsorted(cdf, u * cdf[-1], side="right"))
 

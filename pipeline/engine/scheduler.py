@@ -11,11 +11,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.decoding import SamplingParams
+from pipeline.engine.device_loop import DeviceLoop
+from pipeline.engine.rows import ASKS_HOST, TAG_STEP, can_be_drawn, row_of
 from pipeline.engine.sampler import Continuation
 from pipeline.engine.sampling import token_logprobs
 from pipeline.engine.session import Session
 from pipeline.errors import UserError
 
+STEPS_AHEAD = 4
+"""Steps that a device may be asked for before the token of the first is taken: the host's work hides behind them."""
+POLLS = 100_000
+"""Looks at the log, some ten microseconds each, before waiting for all that is queued."""
 PREFILL_CHUNK_TOKENS = 128
 """Tokens of prompts read in one step while others decode: a few steps' worth of time."""
 
@@ -47,6 +53,12 @@ class Request:
     cached: int = 0
     """How many of `context` its slot holds."""
     slot: int | None = None
+    read: int | None = None
+    """How many of the tokens that the device draws by itself were taken; none where the host draws."""
+    tag: int = 0
+    """What is added to them in the log."""
+    queued: int = 0
+    """Steps that were queued for it meanwhile."""
     tokens: deque[Token] = field(default_factory=deque)
     """Not yet taken by whoever asked."""
     finish_reason: FinishReason | None = None
@@ -71,6 +83,8 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request | None] = [None] * session.slots
         self._groups = 0
+        self._tag = 0
+        self._loop = None if session.sampler is None else DeviceLoop(session, session.sampler)
 
     @property
     def running(self) -> int:
@@ -123,7 +137,7 @@ class Scheduler:
                 return
             request = self._waiting[0]
             # The last token of a prompt is fed anew: the first draw needs its logits.
-            shared = request.prompt_tokens - 1 if self._session.can_copy else 0
+            shared = request.prompt_tokens - 1
             relatives = [other for other in self._active() if other.group == request.group] if shared else []
             source = next((other.slot for other in relatives if other.cached >= shared), None)
             if relatives and source is None:
@@ -138,14 +152,15 @@ class Scheduler:
 
     def _close_gaps(self) -> None:
         """Move the last running request into a free slot below it: rows up to the last one are computed."""
-        if not self._session.can_copy:
-            return
         for gap in range(self._session.slots):
             last = max((slot for slot, request in enumerate(self._running) if request is not None), default=-1)
             if gap >= last:
                 return
             request = self._running[last]
             if self._running[gap] is None and request is not None:
+                self._recall([request])
+                if request.finish_reason is not None:
+                    continue
                 self._session.copy(last, gap, request.cached)
                 self._running[gap], self._running[last] = request, None
                 request.slot = gap
@@ -170,6 +185,14 @@ class Scheduler:
         decoding = [request for request in self._active() if request.unread == 1]
         if not decoding:
             return
+        if self._loop is not None:
+            if all(can_be_drawn(request.continuation) for request in decoding):
+                self._decode_on_device(self._loop, decoding)
+                return
+            self._recall(decoding)
+            decoding = [request for request in decoding if request.finish_reason is None and request.unread == 1]
+            if not decoding:
+                return
         count = 1 + max(request.slot for request in decoding if request.slot is not None)
         fed = [self._fed(request) for request in self._running[:count]]
         self._session.decode([token_id for token_id, _ in fed], [position for _, position in fed])
@@ -177,6 +200,63 @@ class Scheduler:
             request.cached += 1
             if request.slot is not None:
                 self._draw(request, request.slot)
+
+    def _decode_on_device(self, loop: DeviceLoop, decoding: list[Request]) -> None:
+        """Queue a step, and take the tokens that have come by now: they may lag some steps behind."""
+        context_length = self._session.manifest.context_length
+        for slot, request in enumerate(self._running):
+            if request is None or request.read is not None:
+                continue
+            if request.unread != 1:
+                # Its prompt is being read: its row must not write over that.
+                loop.park(slot, request.cached)
+                continue
+            left = context_length - len(request.context)
+            if request.params.max_new_tokens is not None:
+                left = min(left, request.params.max_new_tokens - len(request.continuation.output_ids))
+            self._tag += TAG_STEP
+            request.tag = self._tag
+            token_id = request.context[-1]
+            loop.join(slot, row_of(request.continuation, token_id, request.cached, left, request.tag, context_length))
+            request.read = request.queued = 0
+        loop.step(1 + max(request.slot for request in decoding if request.slot is not None))
+        for request in decoding:
+            request.queued += 1
+        for poll in range(POLLS):
+            self._take(loop, decoding, wait=poll == POLLS - 1)
+            if not any(
+                request.read is not None and request.queued > request.read + STEPS_AHEAD for request in decoding
+            ):
+                return
+
+    def _take(self, loop: DeviceLoop, requests: list[Request], *, wait: bool) -> None:
+        """Go on by what the device has logged of these requests, by now or at the end of all that is queued."""
+        log = loop.log(self._session.slots, wait=wait)
+        for request in requests:
+            while request.slot is not None and request.read is not None:
+                slot, entry = request.slot, int(log[request.slot, request.read]) - request.tag
+                if not 0 <= entry <= ASKS_HOST:
+                    break
+                request.cached += 1
+                if entry == ASKS_HOST:
+                    # The row rests: its logits are those of any step since.
+                    request.read = None
+                    self._session.logits[slot] = loop.logits(slot)
+                    self._draw(request, slot)
+                    break
+                request.read += 1
+                self._go_on(request, slot, entry)
+
+    def _recall(self, requests: list[Request]) -> None:
+        """Let the host draw for these requests from now on; some may have ended by then."""
+        recalled = [request for request in requests if request.read is not None]
+        if self._loop is None or not recalled:
+            return
+        self._take(self._loop, recalled, wait=True)
+        for request in recalled:
+            if request.slot is not None and request.read is not None:
+                self._loop.rest(request.slot)
+                request.read = None
 
     def _fed(self, request: Request | None) -> tuple[int, int]:
         """Token and position of a row; one that has nothing to say writes where its next token will be written over."""
@@ -186,8 +266,8 @@ class Scheduler:
 
     def _draw(self, request: Request, slot: int) -> None:
         """Go on by the token that is drawn after what the slot was fed last."""
+        session = self._session
         try:
-            session = self._session
             token_id = request.continuation.draw(session.logits[slot], session.top_logits[slot], session.top_ids[slot])
         except (UserError, ArithmeticError) as error:
             # No token is left, or the model gave NaN: this request ends, the others go on.
@@ -218,6 +298,7 @@ class Scheduler:
             request.context = request.context[-(len(request.context) // 2) :]
             request.cached = 0
             request.group = None
+            request.read = None
 
     def _finish(self, request: Request, reason: FinishReason, *, told: bool = False) -> None:
         request.finish_reason = reason
@@ -226,6 +307,8 @@ class Scheduler:
         if request.slot is None:
             self._waiting.remove(request)
             return
+        if self._loop is not None and request.read is not None:
+            self._loop.rest(request.slot)
         self._running[request.slot] = None
         request.slot = None
 

@@ -6,13 +6,9 @@ the buffers, prefill a single slot; each has a binding that is made once. Only n
 to step.
 """
 
-import ctypes
-import io
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +16,50 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pipeline.engine.manifest import GRAPH_FILE, Manifest, check_files, listed_tokens, read_manifest
+from pipeline.engine import cuda
+from pipeline.engine.manifest import (
+    CUDA_PRECISIONS,
+    GRAPH_FILE,
+    SAMPLER_FILE,
+    Manifest,
+    check_files,
+    listed_tokens,
+    read_manifest,
+)
+from pipeline.engine.memory import CudaMemory, HostMemory, Memory, Place
 from pipeline.errors import UserError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-CUDA_PRECISION = "float16"
-"""The only one whose attention runs on CUDA."""
+PROVIDERS = ("cpu", "cuda")
 CACHE_TYPES: dict[int, type[np.generic]] = {8: np.int8, 16: np.float16, 32: np.float32}
-WARNING, FATAL = 2, 4  # levels of onnxruntime's log
-DRIVER_LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
-NO_DRIVER = "no NVIDIA driver (libcuda) is installed"
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Buffer:
-    """Memory at a fixed place, on the host or on a GPU."""
-
-    device: str
-    dtype: type[np.generic]
-    shape: tuple[int, ...]
-    address: int
-    owner: NDArray[np.generic] | ort.OrtValue
-
-    def rows(self, start: int, count: int) -> "Place":
-        """Rows of the first dimension, as a binding takes them."""
-        row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(self.dtype).itemsize
-        return self.device, 0, self.dtype, [count, *self.shape[1:]], self.address + start * row_bytes
 
 
 class Session:
     """A graph and its cache of `slots` continuations. Not safe to use from two threads at once."""
 
-    def __init__(self, manifest: Manifest, precision: str, provider: str, graph: ort.InferenceSession, slots: int):
+    def __init__(
+        self,
+        manifest: Manifest,
+        precision: str,
+        provider: str,
+        graphs: Sequence[ort.InferenceSession],
+        memory: Memory,
+        slots: int,
+    ):
         self.manifest = manifest
         self.precision = precision
         self.provider = provider
-        self.graph = graph
-        self.slots = slots
+        self.graph = graphs[0]
+        self.sampler = graphs[1] if len(graphs) > 1 else None
+        """What draws from the logits on the device, where the precision is one for GPUs."""
+        self.memory = memory
+        # Such steps run as many rows as the next power of two.
+        self.slots = slots = 1 << (slots - 1).bit_length() if self.sampler else slots
         self.logits = np.zeros((slots, manifest.vocabulary_size), np.float32)
         """Row i: the logits of what slot i was fed last, float32 `[slots, vocabulary]`."""
-        self.top_logits = np.zeros((slots, listed_tokens(manifest.vocabulary_size)), np.float32)
+        listed = 0 if self.sampler else listed_tokens(manifest.vocabulary_size)
+        self.top_logits = np.zeros((slots, listed), np.float32)
         """The largest of each row of `logits`, in descending order, float32 `[slots, listed]`."""
         self.top_ids = np.zeros(self.top_logits.shape, np.int64)
         """Whose they are."""
@@ -69,7 +67,7 @@ class Session:
         # One more, in which texts are scored.
         shape = (slots + 1, manifest.heads, manifest.context_length, manifest.head_width)
         self._cache = {
-            f"{layer}.{part}": _allocate(provider, cache_type, shape)
+            f"{layer}.{part}": memory.zeros(shape, cache_type)
             for layer in range(manifest.layers)
             for part in ("key", "value")
         }
@@ -78,6 +76,8 @@ class Session:
         self._last_positions = np.zeros(slots, np.int32)
         self._total_tokens = np.zeros((), np.int32)
         self._every_row = np.arange(slots)
+        self._uncaptured = _run_options(provider, capture=None)
+        self._captured: dict[int, ort.RunOptions] = {}
         self._decoding: dict[int, ort.IOBinding] = {}
         self._filling: dict[int, ort.IOBinding] = {}
 
@@ -93,13 +93,13 @@ class Session:
         self._total_tokens[...] = max(positions) + 1
         if count not in self._decoding:
             self._decoding[count] = self._bind_decoding(count)
-        self.graph.run_with_iobinding(self._decoding[count])
+        self.graph.run_with_iobinding(self._decoding[count], self._uncaptured)
 
     def prefill(self, slot: int, token_ids: Sequence[int], past_tokens: int) -> None:
         """Feed tokens to a slot that holds `past_tokens`, in one pass; `logits[slot]` are then those of the last."""
         binding = self._bind_prefill(slot, token_ids, past_tokens, np.array([len(token_ids) - 1]))
         self._bind_logits(binding, slot, 1)
-        self.graph.run_with_iobinding(binding)
+        self.graph.run_with_iobinding(binding, self._uncaptured)
 
     def score(self, token_ids: Sequence[int], past_tokens: int) -> NDArray[np.float32]:
         """Feed tokens of a text after its first `past_tokens`; the logits of each, float32 `[tokens, vocabulary]`.
@@ -109,19 +109,25 @@ class Session:
         logits = np.empty((len(token_ids), self.manifest.vocabulary_size), np.float32)
         binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(len(token_ids)))
         bind(binding.bind_output, "logits", place(logits))
-        self.graph.run_with_iobinding(binding)
+        self.graph.run_with_iobinding(binding, self._uncaptured)
         return logits
-
-    @property
-    def can_copy(self) -> bool:
-        """Whether slots can be copied: where the cache is the host's."""
-        return self.provider == "cpu"
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Give a slot the first `tokens` of another's."""
         for buffer in self._cache.values():
-            values = buffer.owner
-            values[target, :, :tokens] = values[source, :, :tokens]
+            self.memory.copy_tokens(buffer, source, target, tokens)
+
+    def run_captured(self, graph: ort.InferenceSession, binding: ort.IOBinding, rows: int) -> None:
+        """Queue a run that reads and writes device memory alone; on CUDA the first for so many rows is captured."""
+        if rows not in self._captured:
+            self._captured[rows] = _run_options(self.provider, capture=rows)
+        graph.run_with_iobinding(binding, self._captured[rows])
+
+    def bind_cache(self, binding: ort.IOBinding, start: int, count: int) -> None:
+        """Bind the cache of some slots, as what is read and what is written."""
+        for name, buffer in self._cache.items():
+            bind(binding.bind_input, f"past.{name}", buffer.rows(start, count))
+            bind(binding.bind_output, f"present.{name}", buffer.rows(start, count))
 
     def _bind_decoding(self, count: int) -> ort.IOBinding:
         binding = self.graph.io_binding()
@@ -131,7 +137,7 @@ class Session:
         bind(binding.bind_input, "total_tokens", place(self._total_tokens))
         bind(binding.bind_input, "logit_rows", place(self._every_row[:count]))
         self._bind_logits(binding, 0, count)
-        self._bind_cache(binding, 0, count)
+        self.bind_cache(binding, 0, count)
         return binding
 
     def _bind_prefill(
@@ -139,7 +145,7 @@ class Session:
     ) -> ort.IOBinding:
         if slot not in self._filling:
             self._filling[slot] = self.graph.io_binding()
-            self._bind_cache(self._filling[slot], slot, 1)
+            self.bind_cache(self._filling[slot], slot, 1)
         binding = self._filling[slot]
         end = past_tokens + len(token_ids)
         # ONNX Runtime copies what is bound so.
@@ -151,26 +157,8 @@ class Session:
         return binding
 
     def _bind_logits(self, binding: ort.IOBinding, start: int, count: int) -> None:
-        for name in ("logits", "top_logits", "top_ids"):
+        for name in ("logits",) if self.sampler else ("logits", "top_logits", "top_ids"):
             bind(binding.bind_output, name, place(getattr(self, name)[start : start + count]))
-
-    def _bind_cache(self, binding: ort.IOBinding, start: int, count: int) -> None:
-        for name, buffer in self._cache.items():
-            bind(binding.bind_input, f"past.{name}", buffer.rows(start, count))
-            bind(binding.bind_output, f"present.{name}", buffer.rows(start, count))
-
-
-def _allocate(provider: str, dtype: type[np.generic], shape: tuple[int, ...]) -> _Buffer:
-    """Zeros. Those of the host take memory only once a slot is used."""
-    if provider == "cpu":
-        array = np.zeros(shape, dtype)
-        return _Buffer("cpu", dtype, shape, array.ctypes.data, array)
-    value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, provider, 0)
-    return _Buffer(provider, dtype, shape, value.data_ptr(), value)
-
-
-Place = tuple[str, int, type[np.generic], list[int], int]
-"""Device, its number, dtype, shape and address: memory as a binding takes it."""
 
 
 def place(array: NDArray[Any]) -> Place:
@@ -207,21 +195,24 @@ def load_session(folder: Path, *, precision: str, provider: str, threads: int | 
     options = session_options(threads)
     # The graph is fused as it is to run: beyond this level, what is faster apart on the processor would be joined.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    graph = _open(folder, manifest, precision, options, [PROVIDERS["cpu"]])
-    return Session(manifest, precision, "cpu", graph, slots)
+    graphs = _open(folder, manifest, precision, options, [cuda.PROCESSOR])
+    return Session(manifest, precision, "cpu", graphs, HostMemory(), slots)
 
 
 def _open(
-    folder: Path, manifest: Manifest, precision: str, options: ort.SessionOptions, providers: list[str]
-) -> ort.InferenceSession:
-    """Open the graph while the digests of its files are taken: both read all of them, and either takes a second.
+    folder: Path, manifest: Manifest, precision: str, options: ort.SessionOptions, providers: list[Any]
+) -> list[ort.InferenceSession]:
+    """Open the graphs while the digests of their files are taken: both read all of them, and either takes a second.
 
     Raises `UserError` where a file is not what the manifest says, whatever the graph came to.
     """
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check_files, folder, manifest, precision)
         try:
-            return ort.InferenceSession(str(folder / precision / GRAPH_FILE), options, providers=providers)
+            files = [GRAPH_FILE, *([SAMPLER_FILE] if f"{precision}/{SAMPLER_FILE}" in manifest.files else [])]
+            return [
+                ort.InferenceSession(str(folder / precision / file), options, providers=providers) for file in files
+            ]
         finally:
             checked.result()
 
@@ -234,44 +225,51 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     return options
 
 
-def cuda_obstacle() -> str | None:
-    """Why CUDA cannot run here, or None where nothing is known to stand in the way."""
-    if PROVIDERS["cuda"] not in ort.get_available_providers():
-        return "this build of onnxruntime has no CUDA provider; install onnxruntime-gpu, and no onnxruntime beside it"
-    for library in DRIVER_LIBRARIES:
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            continue
-        return None
-    return NO_DRIVER
-
-
 def _load_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int | None, slots: int) -> Session:
-    if obstacle := cuda_obstacle():
-        raise UserError(f"provider: CUDA does not run here: {obstacle}")
-    if CUDA_PRECISION not in manifest.precisions or precision not in ("auto", CUDA_PRECISION):
+    if found := cuda.obstacles():
+        raise UserError(f"provider: CUDA does not run here: {found[0]}")
+    held = [name for name in manifest.precisions if name in CUDA_PRECISIONS]
+    if not held or precision not in ("auto", *held):
         raise UserError(
-            f"provider: CUDA runs {CUDA_PRECISION}, and {folder} "
-            + (f"was asked for {precision}" if CUDA_PRECISION in manifest.precisions else "does not hold it")
-            + f"; add {CUDA_PRECISION} to export.precisions, and ask for it"
+            f"provider: CUDA runs {' or '.join(CUDA_PRECISIONS)}, and {folder} "
+            + (f"was asked for {precision}; ask for {held[0]}" if held else "holds neither")
+            + ("" if held else f"; add {CUDA_PRECISIONS[0]} to export.precisions")
         )
-    said = io.StringIO()
-    # onnxruntime prints what is missing, and goes on without CUDA.
-    ort.set_default_logger_severity(FATAL)
-    try:
-        with redirect_stdout(said):
-            ort.preload_dlls()
-            # The processor stays on the list for what is read from its memory.
-            providers = [PROVIDERS["cuda"], PROVIDERS["cpu"]]
-            graph = _open(folder, manifest, CUDA_PRECISION, session_options(threads), providers)
-    finally:
-        ort.set_default_logger_severity(WARNING)
-    if graph.get_providers()[0] != PROVIDERS["cuda"]:
-        reason = said.getvalue().strip().partition("\n")[0] or "onnxruntime could not start it"
-        raise UserError(
-            f"provider: CUDA does not run here: {reason}; onnxruntime-gpu needs the CUDA 13 libraries and cuDNN 9 "
-            "(pip install onnxruntime-gpu[cuda,cudnn])"
-        )
-    logger.info("provider: cuda")
-    return Session(manifest, CUDA_PRECISION, "cuda", graph, slots)
+    precision = held[0] if precision == "auto" else precision
+    memory = CudaMemory()
+    options = session_options(threads)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # One stream for both graphs and all copies: their order is that of the calls. Memory that grows in powers of two
+    # would take twice what the weights need.
+    settings = {
+        "enable_cuda_graph": "1",
+        "user_compute_stream": str(memory.stream),
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    with cuda.quiet() as said:
+        # The processor stays on the list for what is read from its memory.
+        graphs = _open(folder, manifest, precision, options, [(cuda.PROVIDER, settings), cuda.PROCESSOR])
+    for graph in graphs:
+        if graph.get_providers()[0] != cuda.PROVIDER:
+            reason = said.getvalue().strip().partition("\n")[0] or "onnxruntime could not start it"
+            raise UserError(
+                f"provider: CUDA does not run here: {reason}; `python -m pipeline doctor` says what is missing"
+            )
+        if elsewhere := cuda.nodes_elsewhere(graph):
+            raise UserError(
+                f"provider: CUDA does not run {len(elsewhere)} nodes of {folder}, such as {elsewhere[0]}; "
+                "export the checkpoint again with this version, or report it"
+            )
+    logger.info("provider: cuda (%s)", precision)
+    return Session(manifest, precision, "cuda", graphs, memory, slots)
+
+
+def _run_options(provider: str, *, capture: int | None) -> ort.RunOptions:
+    """How a graph runs: as the CUDA graph of this number, without waiting for it, or by itself."""
+    options = ort.RunOptions()
+    if provider == "cuda":
+        options.add_run_config_entry("gpu_graph_id", str(-1 if capture is None else capture))
+        if capture is not None:
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options

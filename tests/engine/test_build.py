@@ -118,7 +118,7 @@ def test_a_cache_of_8_bits_says_nearly_the_same_in_a_quarter_of_the_memory(token
     small.session.prefill(1, TEXT[:5], 0)
     small.session.decode([TEXT[10], TEXT[5]], [10, 5])
     assert np.abs(small.session.logits[:2] - found[[10, 5]]).mean() < 0.05 * expected.std()
-    sizes = [sum(buffer.owner.nbytes for buffer in engine.session._cache.values()) for engine in (full, small)]
+    sizes = [sum(buffer.array.nbytes for buffer in engine.session._cache.values()) for engine in (full, small)]
     assert sizes[0] == 4 * sizes[1]
     params = SamplingParams(seed=1, n=3, max_new_tokens=6)
     assert small.generate([TEXT[:8]], params)[:1] == small.generate([TEXT[:8]], replace(params, n=1))

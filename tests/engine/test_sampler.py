@@ -85,7 +85,7 @@ def near_an_edge(logits: Logits, params: SamplingParams, prompt: list[int], outp
     st.sampled_from([0.1, 2.0, 6.0]),
     st.sampled_from([2, 16, 2**16]),
     st.integers(0, 3),
-    st.sampled_from([1, 20, 128, VOCABULARY]),
+    st.sampled_from([0, 1, 20, 128, VOCABULARY]),
 )
 def test_the_same_token_as_the_reference(
     params: SamplingParams,

@@ -3,18 +3,19 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from pipeline.engine import Engine, SamplingParams
-from pipeline.engine.manifest import FORMAT_VERSION, GRAPH_FILE, MANIFEST_FILE
-from pipeline.engine.session import NO_DRIVER, cuda_obstacle
+from pipeline.engine import Engine, SamplingParams, cuda
+from pipeline.engine.manifest import FORMAT_VERSION, GRAPH_FILE, MANIFEST_FILE, SAMPLER_FILE
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.tokens import TOKENIZER_FILE
 
-OBSTACLE = cuda_obstacle()
+OBSTACLES = cuda.obstacles()
+HAS_DRIVER = any(map(cuda._loads, cuda.DRIVER_LIBRARIES))
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def change_manifest(folder: Path, **values: object) -> None:
 def test_auto_takes_the_first_precision_and_a_provider_that_runs(tiny_engine_folder: Path) -> None:
     engine = Engine.load(tiny_engine_folder)
     assert engine.session.precision == "float32"
-    assert engine.session.provider == ("cuda" if OBSTACLE is None else "cpu")
+    assert engine.session.provider == ("cpu" if OBSTACLES else "cuda")
     assert (engine.context_length, engine.end_of_text_id) == (64, 0)
 
 
@@ -40,7 +41,9 @@ def test_a_path_may_be_a_string(tiny_engine_folder: Path) -> None:
 
 
 def test_an_unknown_precision_is_refused(tiny_engine_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"^precision: .* holds float32, float16, int8, int4, not 'int3'$"):
+    with pytest.raises(
+        UserError, match=r"^precision: .* holds float32, float16, int8, int4, int8_float16, not 'int3'$"
+    ):
         Engine.load(tiny_engine_folder, precision="int3")
 
 
@@ -49,13 +52,13 @@ def test_an_unknown_provider_is_refused(tiny_engine_folder: Path) -> None:
         Engine.load(tiny_engine_folder, provider="tpu")
 
 
-@pytest.mark.skipif(OBSTACLE is None, reason="CUDA runs here")
+@pytest.mark.skipif(not OBSTACLES, reason="CUDA runs here")
 def test_cuda_that_cannot_run_is_an_error_that_says_why(tiny_engine_folder: Path) -> None:
     with pytest.raises(UserError, match=r"^provider: CUDA does not run here: .*(driver|CUDA provider)"):
         Engine.load(tiny_engine_folder, provider="cuda")
 
 
-@pytest.mark.skipif(OBSTACLE is None, reason="CUDA runs here")
+@pytest.mark.skipif(not OBSTACLES, reason="CUDA runs here")
 def test_auto_takes_the_processor_and_says_why(tiny_engine_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="pipeline"):
         assert Engine.load(tiny_engine_folder, provider="auto").session.provider == "cpu"
@@ -63,20 +66,41 @@ def test_auto_takes_the_processor_and_says_why(tiny_engine_folder: Path, caplog:
     assert line.startswith("provider: cpu (CUDA does not run here: ")
 
 
-@pytest.mark.skipif(OBSTACLE != NO_DRIVER, reason="needs the CUDA build of onnxruntime, and no driver")
+@pytest.mark.skipif(HAS_DRIVER, reason="has a driver")
 def test_a_driver_without_the_libraries_is_no_cuda(
     tiny_engine_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.engine.session.cuda_obstacle", lambda: None)
+    # A library that is always there stands in for the driver.
+    monkeypatch.setattr(cuda, "DRIVER_LIBRARIES", ("libc.so.6",))
+    monkeypatch.setattr(cuda.ort, "get_available_providers", lambda: [cuda.PROVIDER, cuda.PROCESSOR])
     with caplog.at_level(logging.INFO, logger="pipeline"):
         assert Engine.load(tiny_engine_folder, provider="auto").session.provider == "cpu"
-    assert "needs the CUDA 13 libraries and cuDNN 9" in caplog.messages[0]
-    with pytest.raises(UserError, match=r"^provider: CUDA does not run here: .*needs the CUDA 13 libraries"):
+    assert "libraries of CUDA 13 are missing: " in caplog.messages[0]
+    assert "libcublasLt.so.13" in caplog.messages[0]
+    with pytest.raises(UserError, match=r"^provider: CUDA does not run here: .*; pip install '\.\[cuda\]' brings"):
         Engine.load(tiny_engine_folder, provider="cuda")
 
 
+def test_a_package_that_hides_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda.ort, "get_available_providers", lambda: [cuda.PROCESSOR])
+    monkeypatch.setattr(cuda, "_installed", lambda: {"onnxruntime", "onnxruntime-gpu", "numpy"})
+    assert str(cuda.obstacles()[0]).startswith("onnxruntime is installed over onnxruntime-gpu, and hides its CUDA")
+    monkeypatch.setattr(cuda, "_installed", lambda: {"onnxruntime"})
+    assert str(cuda.obstacles()[0]).startswith(
+        "this build of onnxruntime has no CUDA provider; install onnxruntime-gpu"
+    )
+
+
+def test_where_each_node_runs_is_known(tiny_engine_folder: Path) -> None:
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    file = tiny_engine_folder / "float16" / SAMPLER_FILE
+    graph = ort.InferenceSession(str(file), options, providers=[cuda.PROCESSOR])
+    assert "TopK TopK" in " ".join(cuda.nodes_elsewhere(graph))
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(OBSTACLE is not None, reason=f"CUDA does not run here: {OBSTACLE}")
+@pytest.mark.skipif(bool(OBSTACLES), reason=f"CUDA does not run here: {', '.join(map(str, OBSTACLES[:1]))}")
 def test_cuda_gives_the_logits_of_the_processor(tiny_engine_folder: Path) -> None:
     found = []
     for provider in ("cpu", "cuda"):
@@ -89,12 +113,16 @@ def test_cuda_gives_the_logits_of_the_processor(tiny_engine_folder: Path) -> Non
 
 
 def test_cuda_wants_its_own_precision(tiny_engine_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.engine.session.cuda_obstacle", lambda: None)
-    with pytest.raises(UserError, match=r"^provider: CUDA runs float16, and .* was asked for int8; add float16 to"):
+    monkeypatch.setattr(cuda, "obstacles", list)
+    with pytest.raises(
+        UserError, match=r"^provider: CUDA runs float16 or int8_float16, and .* was asked for int8; ask"
+    ):
         Engine.load(tiny_engine_folder, provider="cuda", precision="int8")
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("float16", 0.5), ("int8", 4), ("int4", 15)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("float32", 1e-4), ("float16", 0.5), ("int8", 4), ("int4", 15), ("int8_float16", 4)]
+)
 def test_every_precision_runs_here_and_says_nearly_the_same(
     precision: str, tolerance: float, tiny_engine_folder: Path, tiny_model: GPT2LMHeadModel
 ) -> None:

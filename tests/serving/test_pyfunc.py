@@ -108,5 +108,7 @@ def test_a_wrong_type_is_refused_by_the_signature(model: Any) -> None:
 
 
 def test_model_config_chooses_the_precision(saved: Path) -> None:
-    with pytest.raises(UserError, match=r"^precision: .* holds float32, float16, int8, int4, not 'int3'$"):
+    with pytest.raises(
+        UserError, match=r"^precision: .* holds float32, float16, int8, int4, int8_float16, not 'int3'$"
+    ):
         mlflow.pyfunc.load_model(str(saved), model_config={"precision": "int3"})

@@ -11,8 +11,7 @@ from toy_project import Project
 from transformers import GPT2LMHeadModel
 
 from pipeline import tracking
-from pipeline.engine import Engine
-from pipeline.engine.session import cuda_obstacle
+from pipeline.engine import Engine, cuda
 from pipeline.files import read_json, read_jsonl, sha256_file
 from pipeline.params import PARAMS_FILE, read_yaml
 from pipeline.stages import evaluate as stage
@@ -91,7 +90,7 @@ def test_the_protocol_says_how_the_figures_were_taken(
         "window_tokens": 64,
         "stride_tokens": project.params.evaluate.stride_tokens,
         "tokenizer_sha256": tokenizer_sha256(project.out / "base"),
-        "provider": "cpu" if cuda_obstacle() else "cuda",
+        "provider": "cpu" if cuda.obstacles() else "cuda",
         "precision": "float32",
         "samples": project.params.evaluate.samples,
     }

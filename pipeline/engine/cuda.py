@@ -1,0 +1,94 @@
+"""What CUDA needs on this machine, and what of it is missing."""
+
+import ctypes
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import distributions
+
+import onnxruntime as ort
+
+PROVIDER = "CUDAExecutionProvider"
+PROCESSOR = "CPUExecutionProvider"
+DRIVER_LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
+LIBRARIES = {
+    "libcudart.so.13": "nvidia-cuda-runtime",
+    "libcublas.so.13": "nvidia-cublas",
+    "libcublasLt.so.13": "nvidia-cublas",
+    "libcurand.so.10": "nvidia-curand",
+    "libcudnn.so.9": "nvidia-cudnn-cu13",
+}
+"""What onnxruntime-gpu 1.31 loads besides the driver, and the packages that bring it."""
+WARNING, FATAL = 2, 4  # levels of onnxruntime's log
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Something that CUDA lacks, and what to do about it."""
+
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}"
+
+
+def obstacles() -> list[Obstacle]:
+    """What stands in the way of CUDA, the first thing to mend first; nothing where it should run."""
+    found = []
+    installed = {name for name in _installed() if name.startswith("onnxruntime")} & {"onnxruntime", "onnxruntime-gpu"}
+    if PROVIDER not in ort.get_available_providers():
+        if installed == {"onnxruntime", "onnxruntime-gpu"}:
+            problem = "onnxruntime is installed over onnxruntime-gpu, and hides its CUDA provider"
+            remedy = "pip uninstall onnxruntime onnxruntime-gpu, then install the project again"
+        else:
+            problem = "this build of onnxruntime has no CUDA provider"
+            remedy = "install onnxruntime-gpu, and no onnxruntime beside it"
+        found.append(Obstacle(problem, remedy))
+    if not any(_loads(library) for library in DRIVER_LIBRARIES):
+        found.append(Obstacle("no NVIDIA driver (libcuda) is installed", "install one of version 580 or later"))
+    if sys.platform == "linux":
+        with quiet():
+            ort.preload_dlls()
+        missing = {library: package for library, package in LIBRARIES.items() if not _loads(library)}
+        if missing:
+            packages = " ".join(sorted(set(missing.values())))
+            remedy = f"pip install '.[cuda]' brings them ({packages}), and so does a PyTorch built for CUDA 13"
+            found.append(Obstacle(f"libraries of CUDA 13 are missing: {', '.join(missing)}", remedy))
+    return found
+
+
+@contextmanager
+def quiet() -> Iterator[io.StringIO]:
+    """Gather what onnxruntime prints where CUDA does not start; it would go on without."""
+    said = io.StringIO()
+    ort.set_default_logger_severity(FATAL)
+    try:
+        with redirect_stdout(said):
+            yield said
+    finally:
+        ort.set_default_logger_severity(WARNING)
+
+
+def nodes_elsewhere(graph: ort.InferenceSession) -> list[str]:
+    """The nodes of a graph that do not run on CUDA, as `operator name`; its session recorded where each went."""
+    return [
+        f"{node.op_type} {node.name}"
+        for part in graph.get_provider_graph_assignment_info()
+        if part.ep_name != PROVIDER
+        for node in part.get_nodes()
+    ]
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _installed() -> set[str]:
+    return {(distribution.metadata["Name"] or "").lower() for distribution in distributions()}

@@ -1,0 +1,99 @@
+"""Steps that the device takes by itself: the model's graph, then the sampler's, the token of one fed to the next.
+
+Everything that a step reads and writes stays on the device at fixed addresses, so that a step is a replay of two CUDA
+graphs, one for each number of rows; nothing of it waits for the host, and the host reads the log of drawn tokens when
+it likes. Rows are the session's slots. The same loop runs on the processor, graph for graph, where it is tested.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from pipeline.engine.memory import Buffer
+from pipeline.engine.rows import STATE, widths
+from pipeline.engine.session import Session, bind, place
+
+FED = ("input_ids", "position_ids", "last_positions")
+"""What of the state the model's graph reads too."""
+
+
+class DeviceLoop:
+    """The rows that a session's device draws by itself. A row rests until `join`."""
+
+    def __init__(self, session: Session, sampler: ort.InferenceSession) -> None:
+        manifest = session.manifest
+        self._session = session
+        self._sampler = sampler
+        self._memory = session.memory
+        sizes = widths(manifest.vocabulary_size, manifest.context_length)
+        self._state: dict[str, Buffer] = {
+            name: self._memory.zeros((session.slots, *sizes[field.width]), field.dtype) for name, field in STATE.items()
+        }
+        self._logits = self._memory.zeros((session.slots, manifest.vocabulary_size), np.float32)
+        self._logit_rows = self._memory.zeros((session.slots,), np.int64)
+        self._memory.write(self._logit_rows, 0, np.arange(session.slots))
+        # Read by the host when the step is captured: the largest there is, so that it holds for all.
+        self._total_tokens = np.array(manifest.context_length, np.int32)
+        self._bindings: dict[int, tuple[ort.IOBinding, ort.IOBinding]] = {}
+        for slot in range(session.slots):
+            # A temperature of 0 would be divided by.
+            self._write(slot, "temperature", [1])
+
+    def join(self, slot: int, row: dict[str, NDArray[Any]]) -> None:
+        """Let a row go on from this state."""
+        for name, values in row.items():
+            self._write(slot, name, values)
+
+    def rest(self, slot: int) -> None:
+        """Let a row draw no more."""
+        self._write(slot, "left", [0])
+
+    def park(self, slot: int, position: int) -> None:
+        """Let a row rest where the token that it is fed all the same does no harm: at a position yet to be written."""
+        self.rest(slot)
+        self._write(slot, "position_ids", [position])
+        self._write(slot, "last_positions", position)
+
+    def step(self, slots: int) -> None:
+        """Queue a step of the first `slots` rows, and of those up to the next power of two."""
+        rows = 1 << (slots - 1).bit_length()
+        if rows not in self._bindings:
+            self._bindings[rows] = self._bind_model(rows), self._bind_sampler(rows)
+        model, sampler = self._bindings[rows]
+        self._session.run_captured(self._session.graph, model, rows)
+        self._session.run_captured(self._sampler, sampler, rows)
+
+    def log(self, slots: int, *, wait: bool) -> NDArray[np.int64]:
+        """The log of the first rows, int64 `[slots, context]`: as it is by now, or once all that is queued is done."""
+        read = self._memory.read if wait else self._memory.peek
+        return read(self._state["log"], 0, slots)
+
+    def logits(self, slot: int) -> NDArray[np.float32]:
+        """The logits of the last step of a row, float32 `[vocabulary]`."""
+        row: NDArray[np.float32] = self._memory.read(self._logits, slot, 1)[0]
+        return row
+
+    def _write(self, slot: int, name: str, values: Any) -> None:
+        buffer = self._state[name]
+        self._memory.write(buffer, slot, np.asarray(values, buffer.dtype)[None])
+
+    def _bind_model(self, rows: int) -> ort.IOBinding:
+        binding = self._session.graph.io_binding()
+        for name in FED:
+            bind(binding.bind_input, name, self._state[name].rows(0, rows))
+        bind(binding.bind_input, "total_tokens", place(self._total_tokens))
+        bind(binding.bind_input, "logit_rows", self._logit_rows.rows(0, rows))
+        bind(binding.bind_output, "logits", self._logits.rows(0, rows))
+        self._session.bind_cache(binding, 0, rows)
+        return binding
+
+    def _bind_sampler(self, rows: int) -> ort.IOBinding:
+        binding = self._sampler.io_binding()
+        bind(binding.bind_input, "logits", self._logits.rows(0, rows))
+        for name, field in STATE.items():
+            bind(binding.bind_input, name, self._state[name].rows(0, rows))
+            if field.changes:
+                bind(binding.bind_output, f"next.{name}", self._state[name].rows(0, rows))
+        return binding

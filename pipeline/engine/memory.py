@@ -1,0 +1,180 @@
+"""Memory at fixed places, on the host or on a GPU, as bindings of ONNX Runtime take it; and how it is moved.
+
+What is done to a GPU's memory is queued on one stream, on which the graphs run too: it comes in the order in which it
+was asked for, and the host does not wait for it.
+"""
+
+import ctypes
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+
+CUDA_RUNTIME = "cudart64_13.dll" if sys.platform == "win32" else "libcudart.so.13"
+OUT_OF_MEMORY = 2
+TO_DEVICE, TO_HOST, ON_DEVICE = 1, 2, 3
+NON_BLOCKING = 1
+
+Place = tuple[str, int, type[np.generic], list[int], int]
+"""Device, its number, dtype, shape and address: memory as a binding takes it."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An array at a fixed place."""
+
+    device: str
+    dtype: type[np.generic]
+    shape: tuple[int, ...]
+    address: int
+    array: NDArray[Any] | None
+    """The host's own; none where it lies on a GPU."""
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    def rows(self, start: int, count: int) -> Place:
+        """Rows of the first dimension, as a binding takes them."""
+        return self.device, 0, self.dtype, [count, *self.shape[1:]], self.address + start * self.row_bytes
+
+
+class Memory(Protocol):
+    """A device's memory."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
+        """Memory that holds zeros; it lasts as long as this object does."""
+
+    def write(self, buffer: Buffer, row: int, values: NDArray[Any]) -> None:
+        """Write rows of a buffer from `row` on."""
+
+    def read(self, buffer: Buffer, row: int, count: int) -> NDArray[Any]:
+        """Rows of a buffer once all that was queued before is done."""
+
+    def peek(self, buffer: Buffer, row: int, count: int) -> NDArray[Any]:
+        """Rows of a buffer as they are by now, whatever is still queued."""
+
+    def copy_row(self, buffer: Buffer, source: int, target: int) -> None:
+        """Give a row another's values."""
+
+    def copy_tokens(self, cache: Buffer, source: int, target: int, tokens: int) -> None:
+        """Give a slot of a cache, `[slots, heads, context, head width]`, the first tokens of another's."""
+
+
+class HostMemory:
+    """The memory of the processor. Zeros take room only once they are written to."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
+        array = np.zeros(shape, dtype)
+        return Buffer("cpu", dtype, shape, array.ctypes.data, array)
+
+    def write(self, buffer: Buffer, row: int, values: NDArray[Any]) -> None:
+        _array(buffer)[row : row + len(values)] = values
+
+    def read(self, buffer: Buffer, row: int, count: int) -> NDArray[Any]:
+        return _array(buffer)[row : row + count].copy()
+
+    def peek(self, buffer: Buffer, row: int, count: int) -> NDArray[Any]:
+        return self.read(buffer, row, count)
+
+    def copy_row(self, buffer: Buffer, source: int, target: int) -> None:
+        _array(buffer)[target] = _array(buffer)[source]
+
+    def copy_tokens(self, cache: Buffer, source: int, target: int, tokens: int) -> None:
+        _array(cache)[target, :, :tokens] = _array(cache)[source, :, :tokens]
+
+
+class CudaMemory:
+    """The memory of the first GPU, through CUDA's runtime, which must be loaded."""
+
+    def __init__(self) -> None:
+        self._runtime = ctypes.CDLL(CUDA_RUNTIME)
+        self._runtime.cudaGetErrorString.restype = ctypes.c_char_p
+        self.stream = self._new_stream()
+        """The address of the stream on which everything runs, in the order in which it is queued."""
+        # What is peeked at must not wait for what is queued.
+        self._peeking = self._new_stream()
+
+    def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        address = ctypes.c_void_p()
+        self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(size))
+        weakref.finalize(self, self._runtime.cudaFree, address)
+        self._call("cudaMemsetAsync", address, 0, ctypes.c_size_t(size), self._handle(self.stream))
+        return Buffer("cuda", dtype, shape, address.value or 0, None)
+
+    def write(self, buffer: Buffer, row: int, values: NDArray[Any]) -> None:
+        source = np.ascontiguousarray(values, buffer.dtype)
+        target = buffer.address + row * buffer.row_bytes
+        # From memory that is not locked, the copy has left the array when the call returns.
+        self._copy(target, source.ctypes.data, source.nbytes, TO_DEVICE, self.stream)
+
+    def read(self, buffer: Buffer, row: int, count: int) -> NDArray[Any]:
+        return self._fetch(buffer, row, count, self.stream)
+
+    def peek(self, buffer: Buffer, row: int, count: int) -> NDArray[Any]:
+        return self._fetch(buffer, row, count, self._peeking)
+
+    def copy_row(self, buffer: Buffer, source: int, target: int) -> None:
+        to, from_ = (buffer.address + row * buffer.row_bytes for row in (target, source))
+        self._copy(to, from_, buffer.row_bytes, ON_DEVICE, self.stream)
+
+    def copy_tokens(self, cache: Buffer, source: int, target: int, tokens: int) -> None:
+        _, heads, context, width = cache.shape
+        token_bytes = width * np.dtype(cache.dtype).itemsize
+        pitch = ctypes.c_size_t(context * token_bytes)
+        to, from_ = (ctypes.c_void_p(cache.address + slot * cache.row_bytes) for slot in (target, source))
+        self._call(
+            "cudaMemcpy2DAsync",
+            to,
+            pitch,
+            from_,
+            pitch,
+            ctypes.c_size_t(tokens * token_bytes),
+            ctypes.c_size_t(heads),
+            ON_DEVICE,
+            self._handle(self.stream),
+        )
+
+    def room(self) -> tuple[int, int]:
+        """Bytes that are free on the GPU, and all that it has."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def _fetch(self, buffer: Buffer, row: int, count: int, stream: int) -> NDArray[Any]:
+        found = np.empty((count, *buffer.shape[1:]), buffer.dtype)
+        self._copy(found.ctypes.data, buffer.address + row * buffer.row_bytes, found.nbytes, TO_HOST, stream)
+        self._call("cudaStreamSynchronize", self._handle(stream))
+        return found
+
+    def _copy(self, target: int, source: int, size: int, kind: int, stream: int) -> None:
+        to, from_ = ctypes.c_void_p(target), ctypes.c_void_p(source)
+        self._call("cudaMemcpyAsync", to, from_, ctypes.c_size_t(size), kind, self._handle(stream))
+
+    def _new_stream(self) -> int:
+        stream = ctypes.c_void_p()
+        self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), NON_BLOCKING)
+        return stream.value or 0
+
+    @staticmethod
+    def _handle(stream: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p(stream)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._runtime, name)(*arguments)
+        if code == OUT_OF_MEMORY:
+            raise UserError("slots: the GPU's memory does not hold so many; ask for fewer")
+        if code:
+            raise RuntimeError(f"{name}: {self._runtime.cudaGetErrorString(code).decode()}")
+
+
+def _array(buffer: Buffer) -> NDArray[Any]:
+    if buffer.array is None:
+        raise ValueError("the buffer lies on a GPU")
+    return buffer.array

@@ -1,0 +1,126 @@
+"""The state of a continuation that a device draws by itself: one row of each tensor that the sampler's graph reads."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.engine import sampling
+from pipeline.engine.sampler import Continuation
+
+CANDIDATES = 256
+"""Among so many of the likeliest tokens the graph looks for the thresholds of top-k and top-p."""
+ENDING_IDS = 8
+"""Tokens that may end a continuation."""
+ASKS_HOST = 1 << 31
+"""In the log in place of a token: the host has to draw it."""
+TAG_STEP = 1 << 32
+"""Entries of the log are added to a tag that grows by so much each time that a row joins: others are of before."""
+NEVER = -1
+"""An ending id that no token has."""
+LOWEST = np.finfo(np.float32).min
+
+
+@dataclass(frozen=True)
+class Field:
+    """A tensor `[rows, width]`."""
+
+    dtype: type[np.generic]
+    width: str
+    changes: bool = False
+    """Whether a step writes it."""
+
+
+STATE: dict[str, Field] = {
+    # What each token of the vocabulary has done to it: logit + bias, then the penalty, then less the offset.
+    "bias": Field(np.float32, "vocabulary"),
+    "penalty": Field(np.float32, "vocabulary", changes=True),
+    "offset": Field(np.float32, "vocabulary", changes=True),
+    "counts": Field(np.float64, "vocabulary", changes=True),
+    "repetition_penalty": Field(np.float32, "one"),
+    "presence_penalty": Field(np.float64, "one"),
+    "frequency_penalty": Field(np.float64, "one"),
+    "temperature": Field(np.float32, "one"),
+    "top_k": Field(np.int64, "one"),
+    "top_p": Field(np.float64, "one"),
+    "log_min_p": Field(np.float32, "one"),
+    "ending_ids": Field(np.int64, "endings"),
+    "uniforms": Field(np.float64, "context"),
+    # Which of the uniforms comes next, and where in the log its token goes; how many may still be drawn.
+    "drawn": Field(np.int64, "one", changes=True),
+    "left": Field(np.int64, "one", changes=True),
+    "tag": Field(np.int64, "one"),
+    "log": Field(np.int64, "context", changes=True),
+    # What the model is fed next, and where it stands.
+    "input_ids": Field(np.int64, "one", changes=True),
+    "position_ids": Field(np.int64, "one", changes=True),
+    "last_positions": Field(np.int32, "none", changes=True),
+}
+"""A `top_k` of 0, a `top_p` of 1 and the lowest float of `log_min_p` filter nothing."""
+
+
+def widths(vocabulary_size: int, context_length: int) -> dict[str, tuple[int, ...]]:
+    """What follows the rows in the shape of a tensor of each width."""
+    return {
+        "none": (),
+        "one": (1,),
+        "endings": (ENDING_IDS,),
+        "context": (context_length,),
+        "vocabulary": (vocabulary_size,),
+    }
+
+
+def can_be_drawn(continuation: Continuation) -> bool:
+    """Whether the device can draw what comes next: all but what looks at the text itself, or is looked at by the host.
+
+    Those are n-grams that may not repeat, log-probabilities, typical-p, and a least number of tokens not yet reached.
+    """
+    params = continuation.params
+    return (
+        params.typical_p == 1
+        and params.no_repeat_ngram_size == 0
+        and params.logprobs is None
+        and params.top_k <= CANDIDATES
+        and len(continuation.output_ids) >= params.min_new_tokens
+        and len(continuation.ending_ids) <= ENDING_IDS
+    )
+
+
+def row_of(
+    continuation: Continuation, token_id: int, position: int, left: int, tag: int, context_length: int
+) -> dict[str, NDArray[Any]]:
+    """The row of each tensor of `STATE` but the log, where `token_id` is fed next, and `left` may be drawn.
+
+    `position` is where the token stands, `tag` what is added to the entries of the log.
+    """
+    params = continuation.params
+    bias, penalty, offset, counts = continuation.dense_changes()
+    greedy = params.temperature == 0
+    endings = list(continuation.ending_ids)
+    numbers = {
+        "repetition_penalty": sampling.penalty_factor(params.repetition_penalty),
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "temperature": 1 if greedy else sampling.cooling(params.temperature),
+        # The likeliest token, the first among equals: what the smallest uniform draws of the largest logits.
+        "top_k": 1 if greedy else params.top_k,
+        "top_p": 1 if greedy else params.top_p,
+        "log_min_p": LOWEST if greedy or params.min_p == 0 else math.log(params.min_p),
+        "drawn": 0,
+        "left": left,
+        "tag": tag,
+        "input_ids": token_id,
+        "position_ids": position,
+    }
+    row: dict[str, Any] = {name: [value] for name, value in numbers.items()} | {
+        "bias": bias,
+        "penalty": penalty,
+        "offset": offset,
+        "counts": counts,
+        "ending_ids": endings + [NEVER] * (ENDING_IDS - len(endings)),
+        "uniforms": np.zeros(context_length) if greedy else continuation.uniforms(context_length),
+        "last_positions": position,
+    }
+    return {name: np.asarray(row[name], STATE[name].dtype) for name in row}
