@@ -4,14 +4,17 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data repro medium test test-slow check bench ui clean
+.PHONY: help setup data repro medium test test-slow test-gpu check bench bench-gpu ui doctor clean
 
 help:
 	@echo 'make repro      run the whole pipeline: data to registered model'
 	@echo 'make test       run the tests'
 	@echo 'make test-slow  run the rehearsals on the true shape of GPT-2 Medium too'
+	@echo 'make test-gpu   run the tests that need a GPU'
 	@echo 'make check      lint, formatting and types'
 	@echo 'make bench      compare the speed of the engine with its peers (hours; see --help of benchmarks/decode.py)'
+	@echo 'make bench-gpu  the same on a GPU, against transformers, Optimum and vLLM'
+	@echo 'make doctor     say what this machine can run, and what CUDA lacks'
 	@echo 'make ui         browse the runs in MLflow'
 	@echo 'make medium     the pipeline on GPT-2 Medium, as a DVC experiment (fetches 1.5 GB)'
 	@echo 'make clean      remove stage outputs; data, runs and .venv stay'
@@ -50,6 +53,9 @@ test: data
 test-slow: data
 	@python -m pytest
 
+test-gpu: data
+	@python -m pytest -m gpu -rs
+
 check: setup
 	@ruff check .
 	@ruff format --check .
@@ -58,6 +64,12 @@ check: setup
 # CTranslate2 and llama.cpp take part where pip install '.[bench]' has brought them.
 bench: setup
 	@python benchmarks/decode.py --out benchmarks/results/decode.txt
+
+bench-gpu: setup
+	@python benchmarks/decode.py --provider cuda --batch 1,8,64 --out benchmarks/results/decode-gpu.txt
+
+doctor: setup
+	@python -m pipeline doctor
 
 ui: setup
 	@python -m pipeline ui

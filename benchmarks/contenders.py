@@ -4,12 +4,15 @@ from dataclasses import dataclass
 
 from pipeline.errors import UserError
 
-BITS = {"float32": 32, "f32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4}
+BITS = {"float32": 32, "f32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int8_float16": 8, "q8_0": 8, "int4": 4,
+        "q4_0": 4}  # fmt: skip
 """Of a weight, by precision; contenders of the same are compared with each other."""
 
 MODULES = {
     "engine": ("pipeline.engine",),
     "transformers": ("transformers",),
+    "compiled": ("transformers",),
+    "vllm": ("vllm",),
     "optimum": ("optimum.onnxruntime",),
     "ctranslate2": ("ctranslate2",),
     "llama.cpp": ("llama_cpp", "gguf"),
@@ -19,13 +22,15 @@ MODULES = {
 PACKAGES = {
     "engine": "onnxruntime-gpu",
     "transformers": "transformers",
+    "compiled": "torch",
+    "vllm": "vllm",
     "optimum": "optimum-onnx",
     "ctranslate2": "ctranslate2",
     "llama.cpp": "llama-cpp-python",
 }
 """Whose version goes with a family's figures, and with the files that were made for it."""
 
-DEFAULT = (
+CPU_DEFAULT = (
     "engine-float32",
     "engine-int8",
     "engine-int4",
@@ -38,6 +43,16 @@ DEFAULT = (
     "llama.cpp-q8_0",
     "llama.cpp-q4_0",
 )
+CUDA_DEFAULT = (
+    "engine-float16",
+    "engine-int8_float16",
+    "transformers-float16",
+    "compiled-float16",
+    "optimum-float16",
+    "vllm-float16",
+)
+"""`compiled` is transformers with its static cache and torch.compile."""
+DEFAULTS = {"cpu": CPU_DEFAULT, "cuda": CUDA_DEFAULT}
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,8 @@ class Contender:
 
     family: str
     precision: str
+    provider: str
+    """`cpu` or `cuda`."""
 
     @property
     def name(self) -> str:
@@ -70,9 +87,9 @@ SAMPLED = Sampling(temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.2
 GREEDY = Sampling(temperature=0.0, top_k=1, top_p=1.0, repetition_penalty=1.0)
 
 
-def parse_contender(name: str) -> Contender:
+def parse_contender(name: str, provider: str) -> Contender:
     """`engine-int8` and the like. Raises `UserError` where the family or the precision is unknown."""
     family, _, precision = name.rpartition("-")
     if family not in MODULES or precision not in BITS:
-        raise UserError(f"contenders: {name!r} is none of {', '.join(DEFAULT)}")
-    return Contender(family, precision)
+        raise UserError(f"contenders: {name!r} is none of {', '.join(DEFAULTS[provider])}")
+    return Contender(family, precision, provider)

@@ -24,11 +24,12 @@ GGUF_FILE = "model.gguf"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("contender")
+    parser.add_argument("provider")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path, help="what the contender loads; made unless it is there")
     parser.add_argument("threads", type=int)
     arguments = parser.parse_args()
-    contender = parse_contender(arguments.contender)
+    contender = parse_contender(arguments.contender, arguments.provider)
     with reported():
         if not arguments.folder.exists():
             with whole_folder(arguments.folder) as partial:
@@ -62,7 +63,14 @@ def convert(contender: Contender, checkpoint: Path, folder: Path, threads: int) 
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            main_export(str(checkpoint), folder, task="text-generation-with-past", dtype="fp32", do_validation=False)
+            main_export(
+                str(checkpoint),
+                folder,
+                task="text-generation-with-past",
+                dtype="fp16" if contender.precision == "float16" else "fp32",
+                device=contender.provider,
+                do_validation=False,
+            )
     elif contender.family == "ctranslate2":
         from ctranslate2.converters import TransformersConverter
 

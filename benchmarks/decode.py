@@ -19,18 +19,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import machine
 import numpy as np
-from contenders import DEFAULT, MODULES, PACKAGES, Contender, parse_contender
+import onnx
+from contenders import DEFAULTS, MODULES, PACKAGES, Contender, parse_contender
 from conversion import ROOT, export_engine, run_python
 from report import Entry, Group, Measurement, report
 from worker import Answer, Start, Worker
 
+from pipeline import machine
+from pipeline.engine.manifest import GRAPH_FILE
 from pipeline.errors import UserError, reported
 from pipeline.files import read_json, sha256_file, whole_file
 from pipeline.tokens import end_of_text_id, load_tokenizer
 
 HERE = Path(__file__).parent
+BANDWIDTH_OF = {"cpu": "read by that many threads", "cuda": "of the GPU's memory, read and written"}
 RANDOM = ("medium", "tiny")
 PAUSE_S = 0.5
 """Before each run: threads that wait in a loop for more work have gone to sleep by then."""
@@ -47,7 +50,9 @@ def main() -> None:
         help="a GPT-2 checkpoint's folder, or random weights: medium, of GPT-2 Medium's shape, or tiny, to try the "
         "benchmark itself (default: %(default)s)",
     )
-    parser.add_argument("--contenders", metavar="NAMES", default=",".join(DEFAULT), help="default: %(default)s")
+    parser.add_argument("--provider", choices=tuple(DEFAULTS), default="cpu", help="default: %(default)s")
+    shown = "; ".join(f"on {provider}: {','.join(names)}" for provider, names in DEFAULTS.items())
+    parser.add_argument("--contenders", metavar="NAMES", help=f"default {shown}")
     parser.add_argument("--batch", metavar="NUMBERS", type=_numbers, default="1,8", help="default: %(default)s")
     parser.add_argument(
         "--contexts", metavar="NUMBERS", type=_numbers, default="64,900", help="tokens a prompt (default: %(default)s)"
@@ -65,10 +70,12 @@ def main() -> None:
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the result there too")
     arguments = parser.parse_args()
     with reported():
-        machine.check_platform()
+        if sys.platform != "linux":
+            raise UserError("the benchmark reads its contenders' memory and processor time from /proc: run it on Linux")
+        names = arguments.contenders.split(",") if arguments.contenders else DEFAULTS[arguments.provider]
         text = benchmark(
             arguments.checkpoint,
-            [parse_contender(name) for name in arguments.contenders.split(",")],
+            [parse_contender(name, arguments.provider) for name in names],
             [Group(batch, tokens, arguments.new_tokens) for batch in arguments.batch for tokens in arguments.contexts],
             rounds=arguments.rounds,
             threads=arguments.threads or machine.physical_cores(),
@@ -97,7 +104,8 @@ def benchmark(
     prompts = Prompts(checkpoint)
     for group in (GREEDY_GROUP, *groups):
         prompts.check(group)
-    bandwidth = machine.read_bandwidth(threads)
+    provider = contenders[0].provider
+    bandwidth = read_bandwidth(provider, threads)
     left_out: dict[str, str] = {}
     prepared = prepare(checkpoint, contenders, threads, work / _digest(checkpoint), left_out)
     entries = []
@@ -118,7 +126,7 @@ def benchmark(
         for group in groups:
             left_out |= measure(field, entries, group, prompts, rounds)
     # Once more, as the machine may be quieter now: the limit is the best that it can do.
-    bandwidth = max(bandwidth, machine.read_bandwidth(threads))
+    bandwidth = max(bandwidth, read_bandwidth(provider, threads))
     minutes = (datetime.now(UTC) - began).total_seconds() / 60
     builds = {entry.contender.family: entry.start.build for entry in entries if entry.start.build}
     facts = {
@@ -128,7 +136,8 @@ def benchmark(
         **machine.describe(),
         **{f"{family} build": build for family, build in builds.items()},
         "threads": str(threads),
-        "bandwidth": f"{bandwidth / 1e9:.1f} GB/s read by that many threads",
+        "bandwidth": f"{bandwidth / 1e9:.1f} GB/s {BANDWIDTH_OF[provider]}",
+        **({"kernels a step": kernels_a_step(work / _digest(checkpoint) / "engine")} if provider == "cuda" else {}),
         "rounds": f"{rounds}, each contender once a round, in turns",
         "idle": f"while one ran, the others used {field.idle_share:.1%} of a core",
         "restarts": f"{field.restarts}, to give back memory or after a failure; each new process is warmed up",
@@ -138,6 +147,28 @@ def benchmark(
     for folder in (work.resolve(), checkpoint.resolve().parent, ROOT):
         text = text.replace(f"{folder}/", "")
     return text
+
+
+def read_bandwidth(provider: str, threads: int) -> float:
+    """Bytes a second of the memory that the weights lie in."""
+    if provider == "cpu":
+        return machine.read_bandwidth(threads)
+    from pipeline.doctor import gpu_bandwidth
+    from pipeline.engine import cuda
+    from pipeline.engine.memory import CudaMemory
+
+    if obstacles := cuda.obstacles():
+        raise UserError(f"provider: CUDA does not run here: {obstacles[0]}")
+    return gpu_bandwidth(CudaMemory())
+
+
+def kernels_a_step(engine: Path) -> str:
+    """Nodes of the graph of a step of the engine, each one kernel or a few, and the one that draws."""
+    counts = {
+        file.parent.name: len(onnx.load(file, load_external_data=False).graph.node)
+        for file in sorted(engine.glob(f"*/{GRAPH_FILE}"))
+    }
+    return "; ".join(f"{name}: {nodes} nodes and the draw" for name, nodes in counts.items())
 
 
 def find_checkpoint(source: str, work: Path) -> Path:
@@ -206,13 +237,13 @@ def prepare(
     prepared = {}
     for contender in contenders:
         version = machine.version(PACKAGES[contender.family])
-        folders = {"engine": engine, "transformers": checkpoint}
+        folders = {"engine": engine, **dict.fromkeys(("transformers", "compiled", "vllm"), checkpoint)}
         folder = folders.get(contender.family, files / f"{contender.name}-{version}")
         if obstacle := _missing(contender) or (engine_obstacle if contender.family == "engine" else None):
             left_out[contender.name] = obstacle
             continue
         _tell(f"preparing {contender.name}")
-        arguments = [contender.name, str(checkpoint.resolve()), str(folder.resolve()), str(threads)]
+        arguments = [contender.name, contender.provider, str(checkpoint.resolve()), str(folder.resolve()), str(threads)]
         try:
             output = run_python([str(HERE / "conversion.py"), *arguments])
         except UserError as error:

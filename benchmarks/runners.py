@@ -8,6 +8,7 @@ from contenders import Contender, Sampling
 from conversion import GGUF_FILE
 
 Prompts = Sequence[Sequence[int]]
+CPU_SLOTS, CUDA_SLOTS = 8, 64
 
 
 class Runner(Protocol):
@@ -25,7 +26,9 @@ class Runner(Protocol):
 def load_runner(contender: Contender, folder: Path, threads: int) -> Runner:
     """Load what `conversion` made. The library is imported here, and no other."""
     if contender.family == "engine":
-        return EngineRunner(folder, contender.precision, threads)
+        return EngineRunner(folder, contender, threads)
+    if contender.family == "vllm":
+        return VllmRunner(folder, contender.precision)
     if contender.family == "ctranslate2":
         return CTranslate2Runner(folder, contender.precision, threads)
     if contender.family == "llama.cpp":
@@ -36,10 +39,13 @@ def load_runner(contender: Contender, folder: Path, threads: int) -> Runner:
 class EngineRunner:
     build = ""
 
-    def __init__(self, folder: Path, precision: str, threads: int) -> None:
+    def __init__(self, folder: Path, contender: Contender, threads: int) -> None:
         from pipeline.engine import Engine
 
-        self.engine = Engine.load(folder, precision=precision, provider="cpu", threads=threads)
+        slots = CPU_SLOTS if contender.provider == "cpu" else CUDA_SLOTS
+        self.engine = Engine.load(
+            folder, precision=contender.precision, provider=contender.provider, threads=threads, slots=slots
+        )
 
     def reserve(self, rows: int, tokens: int) -> None:
         """The engine grows as it needs."""
@@ -60,13 +66,15 @@ class EngineRunner:
 
 
 class TransformersRunner:
-    """`generate` of transformers, on PyTorch or on Optimum's ONNX Runtime model."""
+    """`generate` of transformers, on PyTorch, eager or compiled, or on Optimum's ONNX Runtime model."""
 
     def __init__(self, contender: Contender, folder: Path, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self.build = ""
+        self.device = contender.provider
+        self.is_compiled = contender.family == "compiled"
         self.model: Any
         if contender.family == "optimum":
             import onnxruntime
@@ -74,15 +82,18 @@ class TransformersRunner:
 
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
+            provider = "CUDAExecutionProvider" if self.device == "cuda" else "CPUExecutionProvider"
             self.model = ORTModelForCausalLM.from_pretrained(
-                folder, provider="CPUExecutionProvider", session_options=options
+                folder, provider=provider, session_options=options, use_io_binding=self.device == "cuda"
             )
         else:
             from transformers import GPT2LMHeadModel
 
             self.build = f"PyTorch for {torch.backends.cpu.get_cpu_capability()}"
+            if self.device == "cuda":
+                self.build = f"PyTorch for CUDA {torch.version.cuda}"
             dtype = getattr(torch, contender.precision)
-            self.model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
+            self.model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval().to(self.device)
 
     def reserve(self, rows: int, tokens: int) -> None:
         """The cache of keys and values grows with every token."""
@@ -98,15 +109,48 @@ class TransformersRunner:
             "top_p": sampling.top_p,
             "repetition_penalty": sampling.repetition_penalty,
         }
+        if self.is_compiled:
+            # transformers compiles the step by itself where its cache is static, on a GPU.
+            drawn["cache_implementation"] = "static"
         # Without an end-of-text nothing ends early. The model's own configuration would fill in what is not given.
         self.model.generation_config = GenerationConfig(
             max_new_tokens=new_tokens, pad_token_id=0, **(drawn if sampling.temperature > 0 else {"do_sample": False})
         )
         torch.manual_seed(seed)
-        input_ids = torch.tensor(prompts)
+        input_ids = torch.tensor(prompts, device=self.device)
         output = self.model.generate(input_ids, attention_mask=torch.ones_like(input_ids))
         continued: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
         return continued
+
+
+class VllmRunner:
+    build = ""
+
+    def __init__(self, folder: Path, precision: str) -> None:
+        from vllm import LLM
+
+        # What it has read before must not help it: the others read every prompt.
+        self.model: Any = LLM(str(folder), dtype=precision, enable_prefix_caching=False, skip_tokenizer_init=True)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Its cache takes what the GPU has."""
+
+    def generate(self, prompts: Prompts, new_tokens: int, sampling: Sampling, seed: int) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            ignore_eos=True,
+            seed=seed,
+            max_tokens=new_tokens,
+            detokenize=False,
+        )
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        results = self.model.generate(requests, params, use_tqdm=False)
+        return [list(result.outputs[0].token_ids) for result in results]
 
 
 class CTranslate2Runner:

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
 from contenders import GREEDY, MODULES, SAMPLED, Contender, parse_contender
 from conversion import ROOT, last_line
 
+from pipeline import machine
 from pipeline.errors import UserError
 
 FIRST_PROMPT = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -57,7 +57,10 @@ class Worker:
         started = time.time()
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, contender.name, str(folder.resolve()), str(threads), repr(started)],
+                [
+                    *(sys.executable, __file__, contender.name, contender.provider),
+                    *(str(folder.resolve()), str(threads), repr(started)),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -117,11 +120,11 @@ def read_through(file: Path) -> None:
 
 def main() -> None:
     """The worker: load, answer with `Start`, then answer every request with `Answer`."""
-    name, folder, threads, started = sys.argv[1:]
+    name, provider, folder, threads, started = sys.argv[1:]
     # Libraries print to standard output; what they print goes where their errors go.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    contender = parse_contender(name)
+    contender = parse_contender(name, provider)
     for module in MODULES[contender.family]:
         importlib.import_module(module)
     imported_s = time.time() - float(started)

@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     _add_export(commands)
     _add_restore(commands)
     _add_ui(commands)
+    _add_doctor(commands)
     parsed = parser.parse_args(arguments)
     with reported():
         parsed.run(parsed)
@@ -167,6 +168,23 @@ def _ui(arguments: argparse.Namespace) -> None:
     # Beside this Python, which need not be on the path. The store is there by now: two that make it would collide.
     mlflow = Path(sys.executable).with_name("mlflow")
     os.execv(mlflow, [str(mlflow), "ui", "--backend-store-uri", uri, "--port", str(arguments.port)])
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say what this machine can run, and what it lacks",
+        description="Say what this machine is, which providers of ONNX Runtime truly start on it, what CUDA lacks and "
+        "how to bring it, and where an engine would run.",
+    )
+    parser.add_argument("--engine", type=Path, default=OUT / "export" / "engine", help="default: %(default)s")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from pipeline.doctor import report
+
+    print(report(arguments.engine))
 
 
 if __name__ == "__main__":

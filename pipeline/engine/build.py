@@ -12,8 +12,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.engine.graph import QUANTIZATIONS, CacheScales, Floats, Shape, write_graph
-from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, SAMPLER_FILE, write_manifest
-from pipeline.engine.sampler_graph import write_sampler
+from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, write_manifest
 from pipeline.errors import UserError
 from pipeline.files import whole_folder
 from pipeline.tokens import TOKENIZER_FILE, end_of_text_id, load_tokenizer
@@ -52,8 +51,6 @@ def build_engine(
             (partial / precision).mkdir()
             cache_scales = scales if bits[precision] == 8 else None
             write_graph(partial / precision, GRAPH_FILE, weights, shape, precision, cache_scales)
-            if precision in CUDA_PRECISIONS:
-                write_sampler(partial / precision / SAMPLER_FILE, shape.vocabulary_size, shape.context_length)
         shutil.copy(tokenizer_folder / TOKENIZER_FILE, partial)
         write_manifest(
             partial,

@@ -18,9 +18,10 @@ LIBRARIES = {
     "libcublas.so.13": "nvidia-cublas",
     "libcublasLt.so.13": "nvidia-cublas",
     "libcurand.so.10": "nvidia-curand",
+    "libnvrtc.so.13": "nvidia-cuda-nvrtc",
     "libcudnn.so.9": "nvidia-cudnn-cu13",
 }
-"""What onnxruntime-gpu 1.31 loads besides the driver, and the packages that bring it."""
+"""What onnxruntime-gpu 1.31 and our kernel load besides the driver, and the packages that bring it."""
 WARNING, FATAL = 2, 4  # levels of onnxruntime's log
 
 

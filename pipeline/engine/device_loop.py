@@ -1,8 +1,9 @@
-"""Steps that the device takes by itself: the model's graph, then the sampler's, the token of one fed to the next.
+"""Steps that the device takes by itself: the model's graph, then the draw, whose token is fed to the next.
 
-Everything that a step reads and writes stays on the device at fixed addresses, so that a step is a replay of two CUDA
-graphs, one for each number of rows; nothing of it waits for the host, and the host reads the log of drawn tokens when
-it likes. Rows are the session's slots. The same loop runs on the processor, graph for graph, where it is tested.
+Everything that a step reads and writes stays on the device at fixed addresses, so that a step is the replay of a CUDA
+graph, captured for each power of two of rows, and the launch of a kernel. Nothing of it waits for the host, and the
+host reads the log of drawn tokens when it likes. Rows are the session's slots. The same loop runs on the processor,
+where it is tested.
 """
 
 from typing import Any
@@ -11,21 +12,22 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from pipeline.engine.kernel import rows_of
 from pipeline.engine.memory import Buffer
 from pipeline.engine.rows import STATE, widths
-from pipeline.engine.session import Session, bind, place
+from pipeline.engine.session import Draw, Session, bind, place
 
 FED = ("input_ids", "position_ids", "last_positions")
-"""What of the state the model's graph reads too."""
+"""What of the state the graph reads too."""
 
 
 class DeviceLoop:
     """The rows that a session's device draws by itself. A row rests until `join`."""
 
-    def __init__(self, session: Session, sampler: ort.InferenceSession) -> None:
+    def __init__(self, session: Session, draw: Draw) -> None:
         manifest = session.manifest
         self._session = session
-        self._sampler = sampler
+        self._draw = draw
         self._memory = session.memory
         sizes = widths(manifest.vocabulary_size, manifest.context_length)
         self._state: dict[str, Buffer] = {
@@ -36,10 +38,20 @@ class DeviceLoop:
         self._memory.write(self._logit_rows, 0, np.arange(session.slots))
         # Read by the host when the step is captured: the largest there is, so that it holds for all.
         self._total_tokens = np.array(manifest.context_length, np.int32)
-        self._bindings: dict[int, tuple[ort.IOBinding, ort.IOBinding]] = {}
-        for slot in range(session.slots):
-            # A temperature of 0 would be divided by.
-            self._write(slot, "temperature", [1])
+        row_of_vocabulary = (session.slots, manifest.vocabulary_size)
+        self._working = {
+            "keys": self._memory.zeros(row_of_vocabulary, np.uint32),
+            "weights": self._memory.zeros(row_of_vocabulary, np.float32),
+        }
+        self._rows = rows_of(
+            {"logits": self._logits, **self._state, **self._working}, manifest.vocabulary_size, manifest.context_length
+        )
+        self._bindings: dict[int, ort.IOBinding] = {}
+        if session.provider == "cuda":
+            # The first run of a step captures it, in this thread, and runs it several times: now every row rests.
+            for power in range(session.slots.bit_length()):
+                self.step(1 << power)
+            self._memory.read(self._logits, 0, 1)
 
     def join(self, slot: int, row: dict[str, NDArray[Any]]) -> None:
         """Let a row go on from this state."""
@@ -60,10 +72,9 @@ class DeviceLoop:
         """Queue a step of the first `slots` rows, and of those up to the next power of two."""
         rows = 1 << (slots - 1).bit_length()
         if rows not in self._bindings:
-            self._bindings[rows] = self._bind_model(rows), self._bind_sampler(rows)
-        model, sampler = self._bindings[rows]
-        self._session.run_captured(self._session.graph, model, rows)
-        self._session.run_captured(self._sampler, sampler, rows)
+            self._bindings[rows] = self._bind(rows)
+        self._session.run_captured(self._bindings[rows], rows)
+        self._draw(self._rows, rows)
 
     def log(self, slots: int, *, wait: bool) -> NDArray[np.int64]:
         """The log of the first rows, int64 `[slots, context]`: as it is by now, or once all that is queued is done."""
@@ -79,7 +90,7 @@ class DeviceLoop:
         buffer = self._state[name]
         self._memory.write(buffer, slot, np.asarray(values, buffer.dtype)[None])
 
-    def _bind_model(self, rows: int) -> ort.IOBinding:
+    def _bind(self, rows: int) -> ort.IOBinding:
         binding = self._session.graph.io_binding()
         for name in FED:
             bind(binding.bind_input, name, self._state[name].rows(0, rows))
@@ -87,13 +98,4 @@ class DeviceLoop:
         bind(binding.bind_input, "logit_rows", self._logit_rows.rows(0, rows))
         bind(binding.bind_output, "logits", self._logits.rows(0, rows))
         self._session.bind_cache(binding, 0, rows)
-        return binding
-
-    def _bind_sampler(self, rows: int) -> ort.IOBinding:
-        binding = self._sampler.io_binding()
-        bind(binding.bind_input, "logits", self._logits.rows(0, rows))
-        for name, field in STATE.items():
-            bind(binding.bind_input, name, self._state[name].rows(0, rows))
-            if field.changes:
-                bind(binding.bind_output, f"next.{name}", self._state[name].rows(0, rows))
         return binding

@@ -10,9 +10,8 @@ from pipeline.tokens import TOKENIZER_FILE
 FORMAT_VERSION = 3
 MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
-SAMPLER_FILE = "sampler.onnx"
 CUDA_PRECISIONS = ("float16", "int8_float16")
-"""Those that run on CUDA: activations and cache in float16, and tokens that the device draws by `SAMPLER_FILE`."""
+"""Those that run on CUDA: activations and cache in float16, and no list of the likeliest tokens, as the GPU draws."""
 LISTED_TOKENS = 128
 """How many of the likeliest tokens the graph lists beside the logits: room for a top-k and what penalties change."""
 

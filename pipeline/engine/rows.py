@@ -1,4 +1,4 @@
-"""The state of a continuation that a device draws by itself: one row of each tensor that the sampler's graph reads."""
+"""The state of a continuation that a device draws by itself: a row of each field that the sampler's kernel reads."""
 
 import math
 from dataclasses import dataclass
@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from pipeline.engine import sampling
 from pipeline.engine.sampler import Continuation
 
-CANDIDATES = 256
-"""Among so many of the likeliest tokens the graph looks for the thresholds of top-k and top-p."""
 ENDING_IDS = 8
 """Tokens that may end a continuation."""
 ASKS_HOST = 1 << 31
@@ -25,20 +23,18 @@ LOWEST = np.finfo(np.float32).min
 
 @dataclass(frozen=True)
 class Field:
-    """A tensor `[rows, width]`."""
+    """An array `[rows, width]`."""
 
     dtype: type[np.generic]
     width: str
-    changes: bool = False
-    """Whether a step writes it."""
 
 
 STATE: dict[str, Field] = {
     # What each token of the vocabulary has done to it: logit + bias, then the penalty, then less the offset.
     "bias": Field(np.float32, "vocabulary"),
-    "penalty": Field(np.float32, "vocabulary", changes=True),
-    "offset": Field(np.float32, "vocabulary", changes=True),
-    "counts": Field(np.float64, "vocabulary", changes=True),
+    "penalty": Field(np.float32, "vocabulary"),
+    "offset": Field(np.float32, "vocabulary"),
+    "counts": Field(np.float64, "vocabulary"),
     "repetition_penalty": Field(np.float32, "one"),
     "presence_penalty": Field(np.float64, "one"),
     "frequency_penalty": Field(np.float64, "one"),
@@ -49,20 +45,20 @@ STATE: dict[str, Field] = {
     "ending_ids": Field(np.int64, "endings"),
     "uniforms": Field(np.float64, "context"),
     # Which of the uniforms comes next, and where in the log its token goes; how many may still be drawn.
-    "drawn": Field(np.int64, "one", changes=True),
-    "left": Field(np.int64, "one", changes=True),
+    "drawn": Field(np.int64, "one"),
+    "left": Field(np.int64, "one"),
     "tag": Field(np.int64, "one"),
-    "log": Field(np.int64, "context", changes=True),
+    "log": Field(np.int64, "context"),
     # What the model is fed next, and where it stands.
-    "input_ids": Field(np.int64, "one", changes=True),
-    "position_ids": Field(np.int64, "one", changes=True),
-    "last_positions": Field(np.int32, "none", changes=True),
+    "input_ids": Field(np.int64, "one"),
+    "position_ids": Field(np.int64, "one"),
+    "last_positions": Field(np.int32, "none"),
 }
-"""A `top_k` of 0, a `top_p` of 1 and the lowest float of `log_min_p` filter nothing."""
+"""In the order of `Rows` in `sampler.cu`; a `top_k` of 0, a `top_p` of 1, a `log_min_p` of `LOWEST` filter nothing."""
 
 
 def widths(vocabulary_size: int, context_length: int) -> dict[str, tuple[int, ...]]:
-    """What follows the rows in the shape of a tensor of each width."""
+    """What follows the rows in the shape of a field of each width."""
     return {
         "none": (),
         "one": (1,),
@@ -82,7 +78,6 @@ def can_be_drawn(continuation: Continuation) -> bool:
         params.typical_p == 1
         and params.no_repeat_ngram_size == 0
         and params.logprobs is None
-        and params.top_k <= CANDIDATES
         and len(continuation.output_ids) >= params.min_new_tokens
         and len(continuation.ending_ids) <= ENDING_IDS
     )
@@ -91,7 +86,7 @@ def can_be_drawn(continuation: Continuation) -> bool:
 def row_of(
     continuation: Continuation, token_id: int, position: int, left: int, tag: int, context_length: int
 ) -> dict[str, NDArray[Any]]:
-    """The row of each tensor of `STATE` but the log, where `token_id` is fed next, and `left` may be drawn.
+    """The row of each field of `STATE` but the log, where `token_id` is fed next, and `left` may be drawn.
 
     `position` is where the token stands, `tag` what is added to the entries of the log.
     """

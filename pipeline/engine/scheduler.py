@@ -84,7 +84,7 @@ class Scheduler:
         self._running: list[Request | None] = [None] * session.slots
         self._groups = 0
         self._tag = 0
-        self._loop = None if session.sampler is None else DeviceLoop(session, session.sampler)
+        self._loop = None if session.draw is None else DeviceLoop(session, session.draw)
 
     @property
     def running(self) -> int:

@@ -17,10 +17,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pipeline.engine import cuda
+from pipeline.engine.kernel import Kernel, Rows
 from pipeline.engine.manifest import (
     CUDA_PRECISIONS,
     GRAPH_FILE,
-    SAMPLER_FILE,
     Manifest,
     check_files,
     listed_tokens,
@@ -31,6 +31,8 @@ from pipeline.errors import UserError
 
 PROVIDERS = ("cpu", "cuda")
 CACHE_TYPES: dict[int, type[np.generic]] = {8: np.int8, 16: np.float16, 32: np.float32}
+
+Draw = Callable[[Rows, int], None]
 
 logger = logging.getLogger(__name__)
 
@@ -43,22 +45,23 @@ class Session:
         manifest: Manifest,
         precision: str,
         provider: str,
-        graphs: Sequence[ort.InferenceSession],
+        graph: ort.InferenceSession,
         memory: Memory,
         slots: int,
+        draw: Draw | None = None,
     ):
         self.manifest = manifest
         self.precision = precision
         self.provider = provider
-        self.graph = graphs[0]
-        self.sampler = graphs[1] if len(graphs) > 1 else None
-        """What draws from the logits on the device, where the precision is one for GPUs."""
+        self.graph = graph
         self.memory = memory
-        # Such steps run as many rows as the next power of two.
-        self.slots = slots = 1 << (slots - 1).bit_length() if self.sampler else slots
+        self.slots = slots
+        self.draw = draw
+        """Draws the next token of so many rows on the device; none where the host draws."""
+        self.lists_tokens = precision not in CUDA_PRECISIONS
         self.logits = np.zeros((slots, manifest.vocabulary_size), np.float32)
         """Row i: the logits of what slot i was fed last, float32 `[slots, vocabulary]`."""
-        listed = 0 if self.sampler else listed_tokens(manifest.vocabulary_size)
+        listed = listed_tokens(manifest.vocabulary_size) if self.lists_tokens else 0
         self.top_logits = np.zeros((slots, listed), np.float32)
         """The largest of each row of `logits`, in descending order, float32 `[slots, listed]`."""
         self.top_ids = np.zeros(self.top_logits.shape, np.int64)
@@ -117,11 +120,11 @@ class Session:
         for buffer in self._cache.values():
             self.memory.copy_tokens(buffer, source, target, tokens)
 
-    def run_captured(self, graph: ort.InferenceSession, binding: ort.IOBinding, rows: int) -> None:
+    def run_captured(self, binding: ort.IOBinding, rows: int) -> None:
         """Queue a run that reads and writes device memory alone; on CUDA the first for so many rows is captured."""
         if rows not in self._captured:
             self._captured[rows] = _run_options(self.provider, capture=rows)
-        graph.run_with_iobinding(binding, self._captured[rows])
+        self.graph.run_with_iobinding(binding, self._captured[rows])
 
     def bind_cache(self, binding: ort.IOBinding, start: int, count: int) -> None:
         """Bind the cache of some slots, as what is read and what is written."""
@@ -157,7 +160,7 @@ class Session:
         return binding
 
     def _bind_logits(self, binding: ort.IOBinding, start: int, count: int) -> None:
-        for name in ("logits",) if self.sampler else ("logits", "top_logits", "top_ids"):
+        for name in ("logits", "top_logits", "top_ids") if self.lists_tokens else ("logits",):
             bind(binding.bind_output, name, place(getattr(self, name)[start : start + count]))
 
 
@@ -195,24 +198,21 @@ def load_session(folder: Path, *, precision: str, provider: str, threads: int | 
     options = session_options(threads)
     # The graph is fused as it is to run: beyond this level, what is faster apart on the processor would be joined.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    graphs = _open(folder, manifest, precision, options, [cuda.PROCESSOR])
-    return Session(manifest, precision, "cpu", graphs, HostMemory(), slots)
+    graph = _open(folder, manifest, precision, options, [cuda.PROCESSOR])
+    return Session(manifest, precision, "cpu", graph, HostMemory(), slots)
 
 
 def _open(
     folder: Path, manifest: Manifest, precision: str, options: ort.SessionOptions, providers: list[Any]
-) -> list[ort.InferenceSession]:
-    """Open the graphs while the digests of their files are taken: both read all of them, and either takes a second.
+) -> ort.InferenceSession:
+    """Open the graph while the digests of its files are taken: both read all of them, and either takes a second.
 
     Raises `UserError` where a file is not what the manifest says, whatever the graph came to.
     """
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check_files, folder, manifest, precision)
         try:
-            files = [GRAPH_FILE, *([SAMPLER_FILE] if f"{precision}/{SAMPLER_FILE}" in manifest.files else [])]
-            return [
-                ort.InferenceSession(str(folder / precision / file), options, providers=providers) for file in files
-            ]
+            return ort.InferenceSession(str(folder / precision / GRAPH_FILE), options, providers=providers)
         finally:
             checked.result()
 
@@ -240,8 +240,8 @@ def _load_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int
     options = session_options(threads)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    # One stream for both graphs and all copies: their order is that of the calls. Memory that grows in powers of two
-    # would take twice what the weights need.
+    # One stream for the graph, the draw and all copies: their order is that of the calls. Memory that grows in powers
+    # of two would take twice what the weights need.
     settings = {
         "enable_cuda_graph": "1",
         "user_compute_stream": str(memory.stream),
@@ -249,20 +249,18 @@ def _load_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int
     }
     with cuda.quiet() as said:
         # The processor stays on the list for what is read from its memory.
-        graphs = _open(folder, manifest, precision, options, [(cuda.PROVIDER, settings), cuda.PROCESSOR])
-    for graph in graphs:
-        if graph.get_providers()[0] != cuda.PROVIDER:
-            reason = said.getvalue().strip().partition("\n")[0] or "onnxruntime could not start it"
-            raise UserError(
-                f"provider: CUDA does not run here: {reason}; `python -m pipeline doctor` says what is missing"
-            )
-        if elsewhere := cuda.nodes_elsewhere(graph):
-            raise UserError(
-                f"provider: CUDA does not run {len(elsewhere)} nodes of {folder}, such as {elsewhere[0]}; "
-                "export the checkpoint again with this version, or report it"
-            )
+        graph = _open(folder, manifest, precision, options, [(cuda.PROVIDER, settings), cuda.PROCESSOR])
+    if graph.get_providers()[0] != cuda.PROVIDER:
+        reason = said.getvalue().strip().partition("\n")[0] or "onnxruntime could not start it"
+        raise UserError(f"provider: CUDA does not run here: {reason}; `python -m pipeline doctor` says what is missing")
+    if elsewhere := cuda.nodes_elsewhere(graph):
+        raise UserError(
+            f"provider: CUDA does not run {len(elsewhere)} nodes of {folder}, such as {elsewhere[0]}; "
+            "export the checkpoint again with this version, or report it"
+        )
     logger.info("provider: cuda (%s)", precision)
-    return Session(manifest, precision, "cuda", graphs, memory, slots)
+    # Captured steps run as many rows as the next power of two.
+    return Session(manifest, precision, "cuda", graph, memory, 1 << (slots - 1).bit_length(), Kernel(memory.stream))
 
 
 def _run_options(provider: str, *, capture: int | None) -> ort.RunOptions:

@@ -27,6 +27,8 @@ from pipeline.errors import UserError
 from pipeline.params import FinetuneParams
 from pipeline.training.packing import IGNORED_LABEL, PackedRows, RowCollator
 
+TF32_CAPABILITY = (8, 0)
+"""Of the first GPUs that have it, Ampere's."""
 LOGGED_POINTS = 100
 """Points of the training curves, evenly spread."""
 
@@ -115,6 +117,8 @@ def training_arguments(params: FinetuneParams, *, train_rows: int, work_folder: 
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
         bf16=supports_bfloat16(),
+        # What stays in float32 is rounded to TF32 in products of matrices, where a GPU has it.
+        tf32=True if on_gpu and torch.cuda.get_device_capability() >= TF32_CAPABILITY else None,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         eval_strategy="steps",

@@ -1,6 +1,7 @@
 """The loop of a device says what the host's says; run on the processor, where both can be."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.engine import Completion, Engine, SamplingParams
-from pipeline.engine.device_loop import DeviceLoop
+from pipeline.engine.kernel import Rows
 from pipeline.engine.memory import Buffer, HostMemory
+from pipeline.engine.scheduler import Scheduler
 
 PROMPTS = [[5, 6, 7], [], [11] * 20, [40, 41], [9, 8, 7, 6, 5, 4], [12], [13, 14], [250, 3], [77] * 40, [1, 2]]
 LAG = 3
+THREADS = 2
+
+Launch = Callable[[Rows, int, int], None]
 
 
 class LaggingMemory(HostMemory):
@@ -28,30 +33,31 @@ class LaggingMemory(HostMemory):
         return self.seen[0]
 
 
-def load(folder: Path, *, slots: int = 8) -> Engine:
-    return Engine.load(folder, provider="cpu", precision="float16", threads=1, slots=slots)
+def load(folder: Path, launch: Launch | None, memory: HostMemory | None = None) -> Engine:
+    """An engine whose rows `launch` draws, if given."""
+    engine = Engine.load(folder, provider="cpu", precision="float16", threads=1)
+    if memory is not None:
+        engine.session.memory = memory
+    if launch is not None:
+        engine.session.draw = lambda rows, count: launch(rows, count, THREADS)
+    engine.scheduler = Scheduler(engine.session)
+    return engine
 
 
 @pytest.fixture(scope="module")
 def by_host(tiny_engine_folder: Path) -> Engine:
-    engine = load(tiny_engine_folder)
-    engine.scheduler._loop = None
-    return engine
+    return load(tiny_engine_folder, None)
 
 
 @pytest.fixture(scope="module")
-def by_device(tiny_engine_folder: Path) -> Engine:
-    return load(tiny_engine_folder)
+def by_device(tiny_engine_folder: Path, launch: Launch) -> Engine:
+    return load(tiny_engine_folder, launch)
 
 
 @pytest.fixture
-def late(tiny_engine_folder: Path) -> Engine:
+def late(tiny_engine_folder: Path, launch: Launch) -> Engine:
     """One whose host is always some steps behind."""
-    engine = load(tiny_engine_folder)
-    engine.session.memory = LaggingMemory()
-    assert engine.session.sampler is not None
-    engine.scheduler._loop = DeviceLoop(engine.session, engine.session.sampler)
-    return engine
+    return load(tiny_engine_folder, launch, LaggingMemory())
 
 
 def steps_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -139,11 +145,6 @@ def test_a_long_prompt_is_not_written_over_while_it_is_read(by_host: Engine, by_
         return [request.continuation.output_ids for request in requests]
 
     assert run(by_device) == run(by_host)
-
-
-def test_slots_are_as_many_as_a_step_may_run(tiny_engine_folder: Path) -> None:
-    assert load(tiny_engine_folder, slots=5).session.slots == 8
-    assert load(tiny_engine_folder, slots=1).session.slots == 1
 
 
 def test_scoring_beside_a_running_row(by_device: Engine) -> None:

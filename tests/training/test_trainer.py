@@ -258,3 +258,14 @@ def test_more_evaluations_than_steps_are_refused(tmp_path: Path) -> None:
             train_rows=7,
             work_folder=tmp_path,
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
+def test_fine_tuning_takes_bfloat16_and_the_fused_optimizer(tmp_path: Path) -> None:
+    arguments = training_arguments(finetune_params(), train_rows=1000, work_folder=tmp_path)
+    assert arguments.bf16 == trainer.supports_bfloat16()
+    assert arguments.optim == "adamw_torch_fused"
+    assert not arguments.use_cpu
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert torch.backends.cuda.matmul.allow_tf32

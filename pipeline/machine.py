@@ -1,4 +1,4 @@
-"""The machine: what it is, what is installed on it, and how fast it reads memory. Linux only."""
+"""The machine: what it is, what is installed on it, and how fast it reads memory. Most of it on Linux only."""
 
 import os
 import platform
@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import UserError
-
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
              "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16", "sve")  # fmt: skip
 """Of those that the processor names, the ones on which the speed of matrices depends."""
@@ -26,13 +24,10 @@ BANDWIDTH_BYTES = 2**30
 BANDWIDTH_PASSES = 10
 
 
-def check_platform() -> None:
-    if sys.platform != "linux":
-        raise UserError("the benchmark reads memory and processor time of its contenders from /proc: run it on Linux")
-
-
 def physical_cores() -> int:
     """Cores that this process may run on, siblings of one core counted once."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
     allowed = os.sched_getaffinity(0)
     siblings = {
         path.read_text().strip()
@@ -60,13 +55,18 @@ def read_bandwidth(threads: int) -> float:
 
 def describe() -> dict[str, str]:
     """Processor, memory, system and versions, as lines of a table. No names or paths of this machine."""
-    cpu = Path("/proc/cpuinfo").read_text()
-    flags = set(_field(cpu, "flags|Features").split())
+    facts = {"processor": platform.machine(), "cores": str(physical_cores())}
+    if sys.platform == "linux":
+        cpu = Path("/proc/cpuinfo").read_text()
+        flags = set(_field(cpu, "flags|Features").split())
+        facts = {
+            "processor": _field(cpu, "model name") or platform.machine(),
+            "instructions": " ".join(flag for flag in CPU_FLAGS if flag in flags),
+            "cores": f"{physical_cores()} physical, {len(os.sched_getaffinity(0))} logical",
+            "memory": f"{total_memory() / 2**30:.1f} GiB",
+        }
     return {
-        "processor": _field(cpu, "model name") or platform.machine(),
-        "instructions": " ".join(flag for flag in CPU_FLAGS if flag in flags),
-        "cores": f"{physical_cores()} physical, {len(os.sched_getaffinity(0))} logical",
-        "memory": f"{total_memory() / 2**30:.1f} GiB",
+        **facts,
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "libraries": ", ".join(f"{name} {found}" for name in DISTRIBUTIONS if (found := version(name))),
         "commit": commit(),

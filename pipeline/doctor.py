@@ -1,0 +1,111 @@
+"""What this machine can run, where, and what it lacks: `python -m pipeline doctor`."""
+
+import ctypes
+import shutil
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import EPFail, Fail, RuntimeException
+
+from pipeline import machine
+from pipeline.engine import cuda
+from pipeline.engine.manifest import CUDA_PRECISIONS, Manifest, read_manifest
+from pipeline.engine.memory import CudaMemory
+from pipeline.errors import UserError
+
+COPIED_BYTES = 2**30
+COPIES = 10
+NAME_BYTES = 256
+
+
+def report(engine: Path) -> str:
+    """Machine, packages, providers that truly start, and where the engine in a folder would run."""
+    facts = machine.describe()
+    threads = machine.physical_cores()
+    facts["bandwidth"] = f"{machine.read_bandwidth(threads) / 1e9:.1f} GB/s of memory, read by {threads} threads"
+    facts["providers"] = ", ".join(ort.get_available_providers()) + " are built into onnxruntime"
+    facts["cpu"] = _first_run(cuda.PROCESSOR) or "runs"
+    obstacles = [str(obstacle) for obstacle in cuda.obstacles()]
+    failure = None if obstacles else _first_run(cuda.PROVIDER)
+    facts["cuda"] = "\n".join(obstacles) or failure or "runs"
+    if not obstacles and not failure:
+        facts |= _gpu()
+    facts["engine"] = _engine(engine, on_cuda=not obstacles and not failure)
+    width = max(map(len, facts)) + 2
+    columns = max(shutil.get_terminal_size().columns, width + 40)
+    lines = []
+    for name, value in facts.items():
+        wrapped = [line for part in value.splitlines() for line in textwrap.wrap(part, columns - width)]
+        lines += [f"{label:<{width}}{line}" for label, line in zip([name, *[""] * len(wrapped)], wrapped, strict=False)]
+    return "\n".join(lines)
+
+
+def _engine(folder: Path, *, on_cuda: bool) -> str:
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return str(error)
+    held = f"{folder} holds {', '.join(manifest.precisions)}"
+    return f"{held}; by itself it runs {_choice(manifest, on_cuda=on_cuda)}"
+
+
+def _choice(manifest: Manifest, *, on_cuda: bool) -> str:
+    for_gpu = [precision for precision in manifest.precisions if precision in CUDA_PRECISIONS]
+    if on_cuda and for_gpu:
+        return f"{for_gpu[0]} on cuda"
+    hint = f" (add {CUDA_PRECISIONS[0]} to export.precisions for the GPU)" if on_cuda else ""
+    return f"{manifest.precisions[0]} on cpu{hint}"
+
+
+def _first_run(provider: str) -> str | None:
+    """What stops a provider from running a graph of one node; none where nothing does."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in ("a", "b")]
+    graph = helper.make_graph([helper.make_node("Add", ["a", "a"], ["b"])], "one", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    with cuda.quiet() as said:
+        try:
+            session = ort.InferenceSession(model.SerializeToString(), providers=[provider])
+            (found,) = session.run(None, {"a": np.ones(4, np.float32)})
+        except (EPFail, Fail, RuntimeException) as error:
+            return f"does not run: {str(error).splitlines()[0]}"
+    if session.get_providers()[0] != provider:
+        return f"does not run: {said.getvalue().strip().partition(chr(10))[0] or 'onnxruntime could not start it'}"
+    return None if (found == 2).all() else "runs, and gives wrong results"
+
+
+def _gpu() -> dict[str, str]:
+    memory = CudaMemory()
+    free, total = memory.room()
+    return {
+        "gpu": f"{_gpu_name()}, {total / 2**30:.1f} GiB, of which {free / 2**30:.1f} free",
+        "gpu bandwidth": f"{gpu_bandwidth(memory) / 1e9:,.0f} GB/s, read and written",
+    }
+
+
+def gpu_bandwidth(memory: CudaMemory) -> float:
+    """Bytes a second that the GPU reads and writes in copies of its own memory, the best of several."""
+    buffer = memory.zeros((2, COPIED_BYTES), np.uint8)
+    seconds = []
+    for _ in range(COPIES):
+        memory.read(buffer, 0, 0)
+        started = time.perf_counter()
+        memory.copy_row(buffer, 0, 1)
+        memory.read(buffer, 0, 0)
+        seconds.append(time.perf_counter() - started)
+    return 2 * COPIED_BYTES / min(seconds)
+
+
+def _gpu_name() -> str:
+    for library in cuda.DRIVER_LIBRARIES:
+        try:
+            driver = ctypes.CDLL(library)
+        except OSError:
+            continue
+        name = ctypes.create_string_buffer(NAME_BYTES)
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetName(name, NAME_BYTES, 0) == 0:
+            return name.value.decode()
+    return "a GPU without a name"
