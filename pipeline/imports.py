@@ -9,7 +9,7 @@ PACKAGE = "pipeline"
 def needed_files(module: str, root: Path) -> set[Path]:
     """The files under `root` that importing `module` (`pipeline.stages.prepare`) reads, its own and packages' included.
 
-    Imports inside functions count too. Raises `ModuleNotFoundError` for a module of the package that is not there.
+    Imports inside functions count too, and so does a file beside a module whose name stands in it. Raises `ModuleNotFoundError` for a module of the package that is not there.
     """
     found: set[Path] = set()
     waiting = [module]
@@ -23,13 +23,21 @@ def needed_files(module: str, root: Path) -> set[Path]:
         found.add(file)
         if "." in name:
             waiting.append(name.rpartition(".")[0])
-        waiting += _imported(file, root)
+        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+        found |= _named(tree, file)
+        waiting += _imported(tree, root)
     return found
 
 
-def _imported(file: Path, root: Path) -> list[str]:
+def _named(tree: ast.Module, file: Path) -> set[Path]:
+    """The files beside a module, other than modules, that a string of its names."""
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {other for other in file.parent.iterdir() if other.suffix != ".py" and other.is_file() and other.name in texts}
+
+
+def _imported(tree: ast.Module, root: Path) -> list[str]:
     names: list[str] = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:

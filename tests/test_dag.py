@@ -57,6 +57,8 @@ def needed(stage: str) -> set[Path]:
 
 def has_code(file: Path) -> bool:
     """Whether a module holds more than its docstring."""
+    if file.suffix != ".py":
+        return True
     body = ast.parse(file.read_text(encoding="utf-8")).body
     return any(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in body)
 

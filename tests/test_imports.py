@@ -17,6 +17,10 @@ FILES = {
     "pipeline/stages/broken.py": "from pipeline.missing import nothing",
     "pipeline/engine/__init__.py": "from pipeline.engine.session import Session",
     "pipeline/engine/session.py": "class Session: ...",
+    "pipeline/engine/draw.cu": "",
+    "pipeline/engine/unused.cu": "",
+    "pipeline/engine/kernel.py": "from pathlib import Path\nSOURCE = Path(__file__).with_name('draw.cu')",
+    "pipeline/stages/drawing.py": "from pipeline.engine.kernel import SOURCE",
     "pipeline/engine/sampling.py": "",
     "pipeline/stages/export.py": "from pipeline.engine.sampling import sample",
     "pipeline/stages/outside.py": "import numpy, pipelines.errors\nfrom pipelines import errors",
@@ -53,6 +57,15 @@ def test_a_module_brings_its_package_and_what_that_imports(root: Path) -> None:
         "pipeline/engine/__init__.py",
         "pipeline/engine/session.py",
         "pipeline/engine/sampling.py",
+    }
+
+
+def test_a_file_beside_a_module_that_names_it_counts(root: Path) -> None:
+    assert needed("pipeline.stages.drawing", root) == {
+        "pipeline/engine/__init__.py",
+        "pipeline/engine/session.py",
+        "pipeline/engine/kernel.py",
+        "pipeline/engine/draw.cu",
     }
 
 
