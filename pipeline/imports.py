@@ -9,7 +9,8 @@ PACKAGE = "pipeline"
 def needed_files(module: str, root: Path) -> set[Path]:
     """The files under `root` that importing `module` (`pipeline.stages.prepare`) reads, its own and packages' included.
 
-    Imports inside functions count too, and so does a file beside a module whose name stands in it. Raises `ModuleNotFoundError` for a module of the package that is not there.
+    Imports inside functions count too, and so does a file beside a module whose name stands in it. Raises
+    `ModuleNotFoundError` for a module of the package that is not there.
     """
     found: set[Path] = set()
     waiting = [module]
@@ -32,7 +33,8 @@ def needed_files(module: str, root: Path) -> set[Path]:
 def _named(tree: ast.Module, file: Path) -> set[Path]:
     """The files beside a module, other than modules, that a string of its names."""
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    return {other for other in file.parent.iterdir() if other.suffix != ".py" and other.is_file() and other.name in texts}
+    beside = (other for other in file.parent.iterdir() if other.is_file() and other.suffix != ".py")
+    return {other for other in beside if other.name in texts}
 
 
 def _imported(tree: ast.Module, root: Path) -> list[str]:

@@ -55,18 +55,23 @@ def needed(stage: str) -> set[Path]:
     return files | needed_files(SERVED_MODULE, ROOT) if stage == "register" else files
 
 
+def parsed(file: Path) -> ast.Module:
+    """The source of a module; nothing of a file that is none."""
+    return ast.parse(file.read_text(encoding="utf-8") if file.suffix == ".py" else "")
+
+
 def has_code(file: Path) -> bool:
-    """Whether a module holds more than its docstring."""
+    """Whether a module holds more than its docstring; a file that is none does."""
     if file.suffix != ".py":
         return True
-    body = ast.parse(file.read_text(encoding="utf-8")).body
+    body = parsed(file).body
     return any(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in body)
 
 
 def top_level_imports(file: Path) -> set[str]:
     """The packages that importing the file itself imports."""
     names: list[str] = []
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    for node in parsed(file).body:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -78,7 +83,7 @@ def attributes_read(files: set[Path]) -> set[str]:
     return {
         node.attr
         for file in files
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(file))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
 
