@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
-from onnxruntime.capi.onnxruntime_pybind11_state import EPFail, Fail, RuntimeException
 
 from pipeline import machine
 from pipeline.engine import cuda
@@ -70,10 +69,10 @@ def _first_run(provider: str) -> str | None:
         try:
             session = ort.InferenceSession(model.SerializeToString(), providers=[provider])
             (found,) = session.run(None, {"a": np.ones(4, np.float32)})
-        except (EPFail, Fail, RuntimeException) as error:
+        except cuda.ERRORS as error:
             return f"does not run: {str(error).splitlines()[0]}"
     if session.get_providers()[0] != provider:
-        return f"does not run: {said.getvalue().strip().partition(chr(10))[0] or 'onnxruntime could not start it'}"
+        return f"does not run: {cuda.reason_in(said.getvalue())}"
     return None if (found == 2).all() else "runs, and gives wrong results"
 
 

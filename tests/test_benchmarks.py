@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.engine import cuda
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,3 +41,19 @@ def test_decode_compares_the_engine_with_its_peers(tmp_path: Path) -> None:
     for name in ("engine-float32", "engine-int8", "transformers-float32", "optimum-float32"):
         assert name in result
     assert str(tmp_path) not in result
+
+
+@pytest.mark.skipif(not cuda.obstacles(), reason="CUDA runs here")
+def test_a_gpu_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/decode.py", "--checkpoint", "tiny", "--provider", "cuda"]
+    done = subprocess.run(
+        [*command, "--contexts", "8", "--new-tokens", "4", "--work", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: provider: CUDA does not run here: ")

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import EPFail, Fail, RuntimeException
 
+ERRORS = (RuntimeError, EPFail, Fail, RuntimeException)
+"""What onnxruntime raises where a provider does not start or run, and this package where CUDA itself does not."""
 PROVIDER = "CUDAExecutionProvider"
 PROCESSOR = "CPUExecutionProvider"
 DRIVER_LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
+RUNTIME = "cudart64_13.dll" if sys.platform == "win32" else "libcudart.so.13"
 LIBRARIES = {
     "libcudart.so.13": "nvidia-cuda-runtime",
     "libcublas.so.13": "nvidia-cublas",
@@ -58,7 +62,30 @@ def obstacles() -> list[Obstacle]:
             packages = " ".join(sorted(set(missing.values())))
             remedy = f"pip install '.[cuda]' brings them ({packages}), and so does a PyTorch built for CUDA 13"
             found.append(Obstacle(f"libraries of CUDA 13 are missing: {', '.join(missing)}", remedy))
-    return found
+    return found or _driver_obstacles()
+
+
+def _driver_obstacles() -> list[Obstacle]:
+    """What the driver has against it, once all libraries are there."""
+    if sys.platform != "linux":
+        return []
+    runtime = ctypes.CDLL(RUNTIME)
+    runtime.cudaGetErrorString.restype = ctypes.c_char_p
+    count = ctypes.c_int()
+    code = runtime.cudaGetDeviceCount(ctypes.byref(count))
+    if code == 0 and count.value > 0:
+        return []
+    runtime.cudaGetLastError()
+    reason = runtime.cudaGetErrorString(code).decode() if code else "no GPU is visible"
+    remedy = "nvidia-smi shows driver and GPUs; version 580 is the least, and CUDA_VISIBLE_DEVICES may hide them"
+    return [Obstacle(f"the driver offers no GPU ({reason})", remedy)]
+
+
+def reason_in(said: str) -> str:
+    """Why a provider did not start, of what onnxruntime printed meanwhile."""
+    lines = [line.strip() for line in said.splitlines()]
+    told = next((line for line in lines if line.startswith("EP Error ")), None)
+    return told or next((line for line in lines if line.strip("* ")), "onnxruntime could not start it")
 
 
 @contextmanager

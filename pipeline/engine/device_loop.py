@@ -21,6 +21,11 @@ FED = ("input_ids", "position_ids", "last_positions")
 """What of the state the graph reads too."""
 
 
+def rows_run(slots: int) -> int:
+    """How many rows a step of the first slots runs: the next power of two, of which each is captured once."""
+    return 1 << (slots - 1).bit_length()
+
+
 class DeviceLoop:
     """The rows that a session's device draws by itself. A row rests until `join`."""
 
@@ -46,7 +51,7 @@ class DeviceLoop:
         self._rows = rows_of(
             {"logits": self._logits, **self._state, **self._working}, manifest.vocabulary_size, manifest.context_length
         )
-        self._bindings: dict[int, ort.IOBinding] = {}
+        self._bindings: dict[int, tuple[ort.IOBinding, ort.RunOptions]] = {}
         if session.provider == "cuda":
             # The first run of a step captures it, in this thread, and runs it several times: now every row rests.
             for power in range(session.slots.bit_length()):
@@ -70,14 +75,14 @@ class DeviceLoop:
 
     def step(self, slots: int) -> None:
         """Queue a step of the first `slots` rows, and of those up to the next power of two."""
-        rows = 1 << (slots - 1).bit_length()
+        rows = rows_run(slots)
         if rows not in self._bindings:
-            self._bindings[rows] = self._bind(rows)
-        self._session.run_captured(self._bindings[rows], rows)
+            self._bindings[rows] = self._bind(rows), self._session.capture_options()
+        self._session.graph.run_with_iobinding(*self._bindings[rows])
         self._draw(self._rows, rows)
 
     def log(self, slots: int, *, wait: bool) -> NDArray[np.int64]:
-        """The log of the first rows, int64 `[slots, context]`: as it is by now, or once all that is queued is done."""
+        """The log of the first rows, int64 `[slots, LOGGED]`: as it is by now, or once all that is queued is done."""
         read = self._memory.read if wait else self._memory.peek
         return read(self._state["log"], 0, slots)
 

@@ -31,7 +31,10 @@ class Completion:
 
 
 class Engine:
-    """GPT-2 on ONNX Runtime. `Engine.load` makes one; safe to use from one thread at a time."""
+    """GPT-2 on ONNX Runtime. `Engine.load` makes one.
+
+    Not safe to use from two threads at once; on a GPU, use it from the thread that loaded it, whose captures it runs.
+    """
 
     def __init__(self, session: Session) -> None:
         self.session = session

@@ -5,18 +5,20 @@ was asked for, and the host does not wait for it.
 """
 
 import ctypes
-import sys
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engine.cuda import RUNTIME
 from pipeline.errors import UserError
 
-CUDA_RUNTIME = "cudart64_13.dll" if sys.platform == "win32" else "libcudart.so.13"
 OUT_OF_MEMORY = 2
+KEPT_SOURCES = 128
+"""Arrays that were written to a GPU are kept until so many more were: their copies have long left them by then."""
 TO_DEVICE, TO_HOST, ON_DEVICE = 1, 2, 3
 NON_BLOCKING = 1
 
@@ -93,8 +95,11 @@ class CudaMemory:
     """The memory of the first GPU, through CUDA's runtime, which must be loaded."""
 
     def __init__(self) -> None:
-        self._runtime = ctypes.CDLL(CUDA_RUNTIME)
+        self._runtime = ctypes.CDLL(RUNTIME)
         self._runtime.cudaGetErrorString.restype = ctypes.c_char_p
+        # As ONNX Runtime does, whatever else in the process has chosen.
+        self._call("cudaSetDevice", 0)
+        self._written: deque[NDArray[Any]] = deque(maxlen=KEPT_SOURCES)
         self.stream = self._new_stream()
         """The address of the stream on which everything runs, in the order in which it is queued."""
         # What is peeked at must not wait for what is queued.
@@ -111,7 +116,8 @@ class CudaMemory:
     def write(self, buffer: Buffer, row: int, values: NDArray[Any]) -> None:
         source = np.ascontiguousarray(values, buffer.dtype)
         target = buffer.address + row * buffer.row_bytes
-        # From memory that is not locked, the copy has left the array when the call returns.
+        # As a rule the copy has left the array when the call returns; nothing promises it.
+        self._written.append(source)
         self._copy(target, source.ctypes.data, source.nbytes, TO_DEVICE, self.stream)
 
     def read(self, buffer: Buffer, row: int, count: int) -> NDArray[Any]:
@@ -168,7 +174,10 @@ class CudaMemory:
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._runtime, name)(*arguments)
-        if code == OUT_OF_MEMORY:
+        if code:
+            # Else the next to ask for the last error, as ONNX Runtime does after a launch, would take it for its own.
+            self._runtime.cudaGetLastError()
+        if code == OUT_OF_MEMORY and name == "cudaMalloc":
             raise UserError("slots: the GPU's memory does not hold so many; ask for fewer")
         if code:
             raise RuntimeError(f"{name}: {self._runtime.cudaGetErrorString(code).decode()}")

@@ -12,10 +12,12 @@ from pipeline.engine.sampler import Continuation
 
 ENDING_IDS = 8
 """Tokens that may end a continuation."""
-ASKS_HOST = 1 << 31
-"""In the log in place of a token: the host has to draw it."""
-TAG_STEP = 1 << 32
-"""Entries of the log are added to a tag that grows by so much each time that a row joins: others are of before."""
+LOGGED = 8
+"""Tokens of a row that the log holds, each in the place of the one drawn so many steps before."""
+ASKS_HOST, STEP_BITS, TAG_BITS = (1 << 24) - 1, 24, 40
+"""An entry is the token, or `ASKS_HOST` where the host has to draw it, with the number of the draw since the row joined
+in the bits from `STEP_BITS` on, and a tag, which grows each time that a row joins, in those from `TAG_BITS` on. So the
+reader knows the token that it waits for from any that stood there before."""
 NEVER = -1
 """An ending id that no token has."""
 LOWEST = np.finfo(np.float32).min
@@ -44,11 +46,11 @@ STATE: dict[str, Field] = {
     "log_min_p": Field(np.float32, "one"),
     "ending_ids": Field(np.int64, "endings"),
     "uniforms": Field(np.float64, "context"),
-    # Which of the uniforms comes next, and where in the log its token goes; how many may still be drawn.
+    # How many were drawn, which is the uniform that comes next; how many may still be.
     "drawn": Field(np.int64, "one"),
     "left": Field(np.int64, "one"),
     "tag": Field(np.int64, "one"),
-    "log": Field(np.int64, "context"),
+    "log": Field(np.int64, "logged"),
     # What the model is fed next, and where it stands.
     "input_ids": Field(np.int64, "one"),
     "position_ids": Field(np.int64, "one"),
@@ -64,6 +66,7 @@ def widths(vocabulary_size: int, context_length: int) -> dict[str, tuple[int, ..
         "one": (1,),
         "endings": (ENDING_IDS,),
         "context": (context_length,),
+        "logged": (LOGGED,),
         "vocabulary": (vocabulary_size,),
     }
 

@@ -29,7 +29,9 @@ typedef long long i64;
 
 // As in pipeline/engine/rows.py, which gives the fields in this order.
 #define ENDING_IDS 8
-#define ASKS_HOST (1LL << 31)
+#define LOGGED 8
+#define ASKS_HOST ((1LL << 24) - 1)
+#define STEP_BITS 24
 #define INFINITE 0xff800000u
 #define REMOVED 0x007fffffu
 
@@ -153,8 +155,8 @@ __device__ u32 find_edge(const u32 *keys, const float *weights, int count, u64 n
 
 // The token was drawn, or the host has to: log it, count it, and say what comes next. One thread does it.
 __device__ void go_on(Rows rows, i64 row, i64 token, bool is_drawn) {
-    i64 place = rows.drawn[row] < rows.context ? rows.drawn[row] : rows.context - 1;
-    rows.log[row * rows.context + place] = rows.tag[row] + (is_drawn ? token : ASKS_HOST);
+    i64 step = rows.drawn[row];
+    rows.log[row * LOGGED + step % LOGGED] = rows.tag[row] + (step << STEP_BITS) + (is_drawn ? token : ASKS_HOST);
     if (!is_drawn) {
         rows.left[row] = 0;
         return;
@@ -267,36 +269,41 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) draw(Rows rows) {
     }
     edge = edge_k > edge ? edge_k : edge;
 
-    // The token at which the CDF in vocabulary order first exceeds the uniform: the thread's run of tokens, then which.
+    // The token at which the CDF in vocabulary order first exceeds the uniform: the warp's run of tokens, then which.
     // Until now each thread has read only what it wrote.
     __syncthreads();
-    int run = (vocabulary + threads - 1) / threads;
-    int first = thread * run, end = first + run < vocabulary ? first + run : vocabulary;
+    int warps = (threads + WARP - 1) / WARP, run = (vocabulary + warps - 1) / warps;
+    int first = warp * run, end = first + run < vocabulary ? first + run : vocabulary;
     u64 own = 0;
-    for (int token = first; token < end; token++)
-        if (keys[token] >= edge)
-            own += whole(weights[token]);
-    u64 total = own;
-    add_up(&total, 1, &shared, &turn);
+    for (int token = first + lane; token < end; token += WARP)
+        own += keys[token] >= edge ? whole(weights[token]) : 0;
+    for (int step = WARP / 2; step > 0; step /= 2)
+        own += __shfl_xor_sync(0xffffffffu, own, step);
+    if (lane == 0)
+        shared.totals[warp] = own;
+    __syncthreads();
+    u64 before = 0, total = 0;
+    for (int other = 0; other < warps; other++) {
+        before += other < warp ? shared.totals[other] : 0;
+        total += shared.totals[other];
+    }
     u64 target = (u64)(uniform * (double)total);
     target = target < total ? target : total - 1;
-    u64 through = own;
-    for (int step = 1; step < WARP; step *= 2) {
-        u64 other = __shfl_up_sync(0xffffffffu, through, step);
-        through += lane >= step ? other : 0;
-    }
-    if (lane == WARP - 1)
-        shared.totals[warp] = through;
-    __syncthreads();
-    u64 before = through - own;
-    for (int other = 0; other < warp; other++)
-        before += shared.totals[other];
-    if (before <= target && target < before + own)
-        for (int token = first; token < end; token++) {
-            before += keys[token] >= edge ? whole(weights[token]) : 0;
-            if (target < before) {
-                go_on(rows, row, token, true);
-                break;
-            }
+    if (target < before || target >= before + own)
+        return;
+    for (int base = first; base < end; base += WARP) {
+        int token = base + lane;
+        u64 weight = token < end && keys[token] >= edge ? whole(weights[token]) : 0;
+        u64 through = weight;
+        for (int step = 1; step < WARP; step *= 2) {
+            u64 lower = __shfl_up_sync(0xffffffffu, through, step);
+            through += lane >= step ? lower : 0;
         }
+        through += before;
+        if (target < through && target >= through - weight)
+            go_on(rows, row, token, true);
+        before = __shfl_sync(0xffffffffu, through, WARP - 1);
+        if (target < before)
+            return;
+    }
 }

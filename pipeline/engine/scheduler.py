@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.device_loop import DeviceLoop
-from pipeline.engine.rows import ASKS_HOST, TAG_STEP, can_be_drawn, row_of
+from pipeline.engine.device_loop import DeviceLoop, rows_run
+from pipeline.engine.rows import ASKS_HOST, LOGGED, STEP_BITS, TAG_BITS, can_be_drawn, row_of
 from pipeline.engine.sampler import Continuation
 from pipeline.engine.sampling import token_logprobs
 from pipeline.engine.session import Session
@@ -151,10 +151,13 @@ class Scheduler:
                 request.cached = shared
 
     def _close_gaps(self) -> None:
-        """Move the last running request into a free slot below it: rows up to the last one are computed."""
+        """Move the last running request into a free slot below it: rows up to the last one are computed.
+
+        A device computes as many as the next power of two, so there it is done only where that shrinks.
+        """
         for gap in range(self._session.slots):
             last = max((slot for slot, request in enumerate(self._running) if request is not None), default=-1)
-            if gap >= last:
+            if gap >= last or (self._loop is not None and rows_run(last + 1) == rows_run(self.running)):
                 return
             request = self._running[last]
             if self._running[gap] is None and request is not None:
@@ -214,7 +217,7 @@ class Scheduler:
             left = context_length - len(request.context)
             if request.params.max_new_tokens is not None:
                 left = min(left, request.params.max_new_tokens - len(request.continuation.output_ids))
-            self._tag += TAG_STEP
+            self._tag += 1 << TAG_BITS
             request.tag = self._tag
             token_id = request.context[-1]
             loop.join(slot, row_of(request.continuation, token_id, request.cached, left, request.tag, context_length))
@@ -234,7 +237,8 @@ class Scheduler:
         log = loop.log(self._session.slots, wait=wait)
         for request in requests:
             while request.slot is not None and request.read is not None:
-                slot, entry = request.slot, int(log[request.slot, request.read]) - request.tag
+                slot = request.slot
+                entry = int(log[slot, request.read % LOGGED]) - request.tag - (request.read << STEP_BITS)
                 if not 0 <= entry <= ASKS_HOST:
                     break
                 request.cached += 1

@@ -2,8 +2,8 @@
 
 The cache is one buffer a layer for keys and one for values, `[slots, heads, context, head width]`. Past and present of
 the graph are bound to the same memory, so a step writes what is new and copies nothing. Decoding runs the first rows of
-the buffers, prefill a single slot; each has a binding that is made once. Only numbers in fixed places change from step
-to step.
+the buffers, prefill a single slot; each has a binding that is made once. On the processor only numbers in fixed places
+change from step to step; on CUDA, where `DeviceLoop` takes the steps, what the host feeds is bound, and copied, anew.
 """
 
 import logging
@@ -80,7 +80,7 @@ class Session:
         self._total_tokens = np.zeros((), np.int32)
         self._every_row = np.arange(slots)
         self._uncaptured = _run_options(provider, capture=None)
-        self._captured: dict[int, ort.RunOptions] = {}
+        self._captures = 0
         self._decoding: dict[int, ort.IOBinding] = {}
         self._filling: dict[int, ort.IOBinding] = {}
 
@@ -96,6 +96,8 @@ class Session:
         self._total_tokens[...] = max(positions) + 1
         if count not in self._decoding:
             self._decoding[count] = self._bind_decoding(count)
+        if self.provider != "cpu":
+            self._bind_fed(self._decoding[count], count)
         self.graph.run_with_iobinding(self._decoding[count], self._uncaptured)
 
     def prefill(self, slot: int, token_ids: Sequence[int], past_tokens: int) -> None:
@@ -117,14 +119,18 @@ class Session:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Give a slot the first `tokens` of another's."""
+        if tokens == 0:
+            return
         for buffer in self._cache.values():
             self.memory.copy_tokens(buffer, source, target, tokens)
 
-    def run_captured(self, binding: ort.IOBinding, rows: int) -> None:
-        """Queue a run that reads and writes device memory alone; on CUDA the first for so many rows is captured."""
-        if rows not in self._captured:
-            self._captured[rows] = _run_options(self.provider, capture=rows)
-        self.graph.run_with_iobinding(binding, self._captured[rows])
+    def capture_options(self) -> ort.RunOptions:
+        """How to run a binding of device memory alone: on CUDA it is captured when it first runs, and not waited for.
+
+        A capture holds the binding's addresses: the options belong to it alone.
+        """
+        self._captures += 1
+        return _run_options(self.provider, capture=self._captures)
 
     def bind_cache(self, binding: ort.IOBinding, start: int, count: int) -> None:
         """Bind the cache of some slots, as what is read and what is written."""
@@ -134,11 +140,7 @@ class Session:
 
     def _bind_decoding(self, count: int) -> ort.IOBinding:
         binding = self.graph.io_binding()
-        bind(binding.bind_input, "input_ids", place(self._input_ids[:count]))
-        bind(binding.bind_input, "position_ids", place(self._position_ids[:count]))
-        bind(binding.bind_input, "last_positions", place(self._last_positions[:count]))
-        bind(binding.bind_input, "total_tokens", place(self._total_tokens))
-        bind(binding.bind_input, "logit_rows", place(self._every_row[:count]))
+        self._bind_fed(binding, count)
         self._bind_logits(binding, 0, count)
         self.bind_cache(binding, 0, count)
         return binding
@@ -158,6 +160,14 @@ class Session:
         binding.bind_cpu_input("total_tokens", np.array(end, np.int32))
         binding.bind_cpu_input("logit_rows", rows.astype(np.int64))
         return binding
+
+    def _bind_fed(self, binding: ort.IOBinding, count: int) -> None:
+        """Bind what the first rows are fed. On CUDA that copies it to the device: it is bound anew for each step."""
+        bind(binding.bind_input, "input_ids", place(self._input_ids[:count]))
+        bind(binding.bind_input, "position_ids", place(self._position_ids[:count]))
+        bind(binding.bind_input, "last_positions", place(self._last_positions[:count]))
+        bind(binding.bind_input, "logit_rows", place(self._every_row[:count]))
+        bind(binding.bind_input, "total_tokens", place(self._total_tokens))
 
     def _bind_logits(self, binding: ort.IOBinding, start: int, count: int) -> None:
         for name in ("logits", "top_logits", "top_ids") if self.lists_tokens else ("logits",):
@@ -236,6 +246,13 @@ def _load_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int
             + ("" if held else f"; add {CUDA_PRECISIONS[0]} to export.precisions")
         )
     precision = held[0] if precision == "auto" else precision
+    try:
+        return _open_on_cuda(folder, manifest, precision, threads, slots)
+    except cuda.ERRORS as error:
+        raise UserError(f"provider: CUDA does not start: {str(error).splitlines()[0]}") from error
+
+
+def _open_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int | None, slots: int) -> Session:
     memory = CudaMemory()
     options = session_options(threads)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -251,7 +268,7 @@ def _load_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int
         # The processor stays on the list for what is read from its memory.
         graph = _open(folder, manifest, precision, options, [(cuda.PROVIDER, settings), cuda.PROCESSOR])
     if graph.get_providers()[0] != cuda.PROVIDER:
-        reason = said.getvalue().strip().partition("\n")[0] or "onnxruntime could not start it"
+        reason = cuda.reason_in(said.getvalue())
         raise UserError(f"provider: CUDA does not run here: {reason}; `python -m pipeline doctor` says what is missing")
     if elsewhere := cuda.nodes_elsewhere(graph):
         raise UserError(

@@ -1,6 +1,7 @@
 """The registered model: MLflow runs this file when it loads one, with the packed engine, tokenizer and decoding."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ class TextModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the engine; `model_config` names `provider` and `precision`, each `auto` by default."""
-        self.generator = TextGenerator.load(
+        # Servers call from any thread, several at once; the engine knows one.
+        self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self.generator = self._engine_thread.submit(
+            TextGenerator.load,
             context.artifacts["engine"],
             precision=context.model_config["precision"],
             provider=context.model_config["provider"],
-        )
+        ).result()
         self.decoding = SamplingParams.from_mapping(read_json(Path(context.artifacts["decoding"])))
         session = self.generator.engine.session
         logger.info("loaded on %s in %s", session.provider, session.precision)
@@ -44,7 +48,8 @@ class TextModel(PythonModel):
             for row, prompt in enumerate(prompts):
                 if not isinstance(prompt, str):
                     raise UserError(f"row {row}: holds no text to continue ({prompt!r}); '' starts from nothing")
-            return self.generator.generate(prompts, self._decoding(params or {}))
+            decoding = self._decoding(params or {})
+            return self._engine_thread.submit(self.generator.generate, prompts, decoding).result()
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 

@@ -1,5 +1,5 @@
-// Just enough of CUDA to run a kernel of one block a row on the host: a thread of the system for each of the block's,
-// warps of one thread, and blocks one after the other.
+// Just enough of CUDA to run a kernel of one block a row on the host: a thread of the system for each of the block's, and
+// blocks one after the other. A warp has WARP threads, which exchange values through memory; of one, nothing is exchanged.
 
 #include <atomic>
 #include <barrier>
@@ -8,7 +8,6 @@
 #include <thread>
 #include <vector>
 
-#define WARP 1
 #define __global__
 #define __device__ static
 #define __shared__ static
@@ -23,10 +22,29 @@ static std::barrier<> *block_barrier;
 
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
 static int atomicAdd(int *place, int value) { return __atomic_fetch_add(place, value, __ATOMIC_RELAXED); }
+
+static unsigned long long exchanged[32][WARP];
+static std::vector<std::barrier<> *> warp_barriers;
+
 template <typename T>
-static T __shfl_xor_sync(unsigned, T value, int) { return value; }
+static T exchange(T value, int from) {
+    int warp = threadIdx.x / WARP;
+    exchanged[warp][threadIdx.x % WARP] = value;
+    warp_barriers[warp]->arrive_and_wait();
+    T found = (T)exchanged[warp][from];
+    warp_barriers[warp]->arrive_and_wait();
+    return found;
+}
 template <typename T>
-static T __shfl_up_sync(unsigned, T value, int) { return value; }
+static T __shfl_xor_sync(unsigned, T value, int step) { return exchange(value, (threadIdx.x % WARP) ^ step); }
+template <typename T>
+static T __shfl_up_sync(unsigned, T value, int step) {
+    int lane = threadIdx.x % WARP;
+    return exchange(value, lane >= step ? lane - step : lane);
+}
+template <typename T>
+static T __shfl_sync(unsigned, T value, int lane) { return WARP > 1 ? exchange(value, lane) : value; }
+
 static unsigned __float_as_uint(float value) {
     unsigned bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -44,6 +62,9 @@ extern "C" void draw_on_host(const Rows *rows, int count, int threads) {
     blockDim.x = threads;
     std::barrier<> barrier(threads);
     block_barrier = &barrier;
+    warp_barriers.clear();
+    for (int warp = 0; warp < threads / WARP; warp++)
+        warp_barriers.push_back(new std::barrier<>(WARP));
     std::vector<std::thread> running;
     for (int number = 0; number < threads; number++)
         running.emplace_back([=] {
@@ -57,4 +78,6 @@ extern "C" void draw_on_host(const Rows *rows, int count, int threads) {
         });
     for (auto &one : running)
         one.join();
+    for (auto *one : warp_barriers)
+        delete one;
 }

@@ -34,8 +34,10 @@ def test_logits_are_those_of_pytorch(engine: Engine, tiny_model: GPT2LMHeadModel
     np.testing.assert_allclose(engine.session.score(text, 0), expected, atol=tolerance, rtol=0)
     engine.session.prefill(1, text[:30], 0)
     engine.session.prefill(0, text[:20], 0)
-    engine.session.decode([text[20], text[30]], [20, 30])
-    np.testing.assert_allclose(engine.session.logits[:2], expected[[20, 30]], atol=tolerance, rtol=0)
+    for step in range(3):
+        engine.session.decode([text[20 + step], text[30 + step]], [20 + step, 30 + step])
+        wanted = expected[[20 + step, 30 + step]]
+        np.testing.assert_allclose(engine.session.logits[:2], wanted, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("params", SETTINGS)

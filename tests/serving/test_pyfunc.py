@@ -1,5 +1,6 @@
 """The model class as MLflow saves it from code and loads it; `tests/stages/test_register.py` has the registry."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def model(saved: Path) -> Any:
 @pytest.fixture
 def generator(tiny_engine: Engine, tiny_tokenizer: Tokenizer) -> TextGenerator:
     return TextGenerator(tiny_engine, tiny_tokenizer)
+
+
+def test_callers_of_several_threads_do_not_mix(saved: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(saved), model_config={"provider": "cpu"})
+    asked = [([f"The {word}"], {"seed": seed, "max_new_tokens": 12}) for seed, word in enumerate(["lamp", "cat"] * 4)]
+    expected = [model.predict(prompts, params=params) for prompts, params in asked]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda pair: model.predict(pair[0], params=pair[1]), asked))
+    assert found == expected
 
 
 def test_nothing_given_means_the_packed_decoding(model: Any, generator: TextGenerator) -> None:
