@@ -152,7 +152,9 @@ def test_a_version_holds_engine_tokenizer_decoding_parity_and_scores(
         assert sha256_file(artifacts / "engine" / file.relative_to(engine)) == sha256_file(file)
     decoding = read_yaml(project.root / PARAMS_FILE)["evaluate"]["decoding"]
     assert read_json(artifacts / "decoding.json") == decoding
-    packed = {file.relative_to(folder / "code") for file in (folder / "code").rglob("*.py")}
+    packed = {
+        file.relative_to(folder / "code") for file in (folder / "code").rglob("*") if file.suffix in (".py", ".cu")
+    }
     assert packed == {file.relative_to(ROOT) for file in needed_files(SERVED_MODULE, ROOT)}
     assert not list(folder.rglob("*.pkl"))
     requirements = (folder / "requirements.txt").read_text()
