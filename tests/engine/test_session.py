@@ -125,6 +125,16 @@ def test_every_precision_runs_here_and_says_nearly_the_same(
     np.testing.assert_allclose(engine.session.logits[:2], engine.session.score(text, 0)[[20, 30]], atol=tolerance / 2)
 
 
+def test_a_prompt_read_in_passes_gives_the_same(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = tiny_engine.session
+    text = [(17 * index) % 300 for index in range(20)]
+    session.prefill(4, text, 0)
+    expected = session.logits[4].copy()
+    monkeypatch.setattr("pipeline.engine.session.CPU_PASS_TOKENS", 7)
+    session.prefill(3, text, 0)
+    np.testing.assert_allclose(session.logits[3], expected, atol=1e-4)
+
+
 def test_a_slot_is_copied_with_what_it_holds(tiny_engine: Engine) -> None:
     session = tiny_engine.session
     text = [(17 * index) % 300 for index in range(20)]
