@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -166,12 +166,21 @@ class RunLog:
 
     client: MlflowClient
     run_id: str
+    last_steps: Mapping[str, int] = field(default_factory=dict)
+    """Of a run that goes on: the last step of each metric that it holds. Up to there nothing is logged again."""
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         now_ms = int(time.time() * 1000)
-        self.client.log_batch(
-            self.run_id, metrics=[Metric(name, float(value), now_ms, step) for name, value in values.items()]
-        )
+        new = {name: value for name, value in values.items() if step > self.last_steps.get(name, -1)}
+        metrics = [Metric(name, float(value), now_ms, step) for name, value in new.items()]
+        self.client.log_batch(self.run_id, metrics=metrics)
+
+    def holds_row(self, table: str, column: str, value: Any) -> bool:
+        """Whether a table of the run holds a row with this value."""
+        if not any(file.path == table for file in self.client.list_artifacts(self.run_id)):
+            return False
+        rows = self.client.load_table(experiment_id(self.client), table, run_ids=[self.run_id])
+        return bool((rows[column] == value).any())
 
     def log_scores(self, group: str, values: Mapping[str, Any]) -> None:
         """Log the numbers of `values` as `group/name`; the UI shows a group in a section of its own."""
@@ -206,10 +215,11 @@ def start_run(
     *,
     parent_run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
+    run_id: str | None = None,
 ) -> Iterator[RunLog]:
     """Open a run with all parameters and its lineage; it ends as finished, or as failed where the block raises.
 
-    `parameters` is the parsed `params.yaml`.
+    `parameters` is the parsed `params.yaml`; `run_id` is a run of the store that was interrupted, and goes on.
     """
     client = connect()
     all_tags = {STAGE_TAG: stage, **lineage(), **(tags or {})}
@@ -219,8 +229,17 @@ def start_run(
         name = stage
     if name:
         all_tags[MLFLOW_RUN_NAME] = name
-    run = client.create_run(experiment_id(client), tags=all_tags)
-    log = RunLog(client, run.info.run_id)
+    if run_id is None:
+        log = RunLog(client, client.create_run(experiment_id(client), tags=all_tags).info.run_id)
+    else:
+        client.update_run(run_id, status="RUNNING")
+        known = client.get_run(run_id).data.metrics
+        log = RunLog(
+            client,
+            run_id,
+            {name: max(point.step for point in client.get_metric_history(run_id, name)) for name in known},
+        )
+        log.set_tags(all_tags)
     try:
         client.log_batch(log.run_id, params=[Param(key, str(value)) for key, value in flatten(parameters).items()])
         yield log
@@ -228,6 +247,17 @@ def start_run(
         client.set_terminated(log.run_id, "FAILED")
         raise
     client.set_terminated(log.run_id)
+
+
+def holds_run(run_id: str) -> bool:
+    """Whether the store holds this very run."""
+    client = connect()
+    return find_run(client, run_id) == run_id
+
+
+def give_up_run(run_id: str) -> None:
+    """End a run that was interrupted and will not go on."""
+    connect().set_terminated(run_id, "KILLED")
 
 
 def find_run(client: MlflowClient, run_id: str) -> str | None:

@@ -2,21 +2,26 @@
 
 import argparse
 import csv
+import hashlib
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import GPT2LMHeadModel, logging, set_seed
 
 from pipeline import tracking
 from pipeline.checkpoint import attention_implementation, save_model
 from pipeline.errors import UserError, reported
-from pipeline.files import whole_file, whole_folder, write_json
+from pipeline.files import sha256_file, whole_file, whole_folder, write_json
+from pipeline.imports import PACKAGE, needed_files
 from pipeline.params import PARAMS_FILE, FinetuneParams, load_params, read_yaml
 from pipeline.tokens import TOKENIZER_FILES, TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.training.packing import PackedRows
+from pipeline.training.resume import ResumeState, open_state
 from pipeline.training.samples import generate_samples
 from pipeline.training.trainer import Curves, finetune_model, supports_bfloat16
 
@@ -30,12 +35,52 @@ def main() -> None:
     logging.set_verbosity_error()
     with reported(), tracking.store_errors():
         params = load_params().finetune
-        with tracking.start_run("finetune", read_yaml(PARAMS_FILE)) as run:
-            finetune(arguments.tokens, arguments.base, arguments.out, params, run)
+        state = open_state(fingerprint(arguments.tokens, arguments.base, params))
+        run_id = run_to_go_on(state)
+        with tracking.start_run("finetune", read_yaml(PARAMS_FILE), run_id=run_id) as run:
+            state.begin(run.run_id)
+            finetune(arguments.tokens, arguments.base, arguments.out, params, run, state)
+        state.remove()
 
 
-def finetune(tokens: Path, base: Path, out: Path, params: FinetuneParams, run: tracking.RunLog) -> None:
-    """Write to `out`: `checkpoint/`, `metrics.json`, the loss curves as CSV and `run.json`, which names the run."""
+def fingerprint(tokens: Path, base: Path, params: FinetuneParams) -> str:
+    """A name for all that the weights depend on: data, base, parameters, code, libraries, kind of device."""
+    files = [file for folder in (tokens, base) for file in sorted(folder.rglob("*")) if file.is_file()]
+    code = needed_files(f"{PACKAGE}.stages.finetune", Path(__file__).parents[2])
+    parts = [sha256_file(file) for file in (*files, *sorted(code))]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parts += [params.model_dump_json(), torch.__version__, transformers.__version__, device, str(supports_bfloat16())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def run_to_go_on(state: ResumeState) -> str | None:
+    """The run of an interrupted training with a checkpoint to go on from; none where it begins anew."""
+    run_id = state.run_id
+    if run_id is None:
+        return None
+    if not tracking.holds_run(run_id):
+        print("finetune: the tracking store no longer holds the interrupted run: it starts afresh", file=sys.stderr)
+        state.forget()
+        return None
+    if state.checkpoint is None:
+        tracking.give_up_run(run_id)
+        return None
+    return run_id
+
+
+def finetune(
+    tokens: Path,
+    base: Path,
+    out: Path,
+    params: FinetuneParams,
+    run: tracking.RunLog,
+    state: ResumeState | None = None,
+) -> None:
+    """Write to `out`: `checkpoint/`, `metrics.json`, the loss curves as CSV and `run.json`, which names the run.
+
+    Checkpoints of the training lie in `state`, and it goes on from the newest; without it an interrupted training is
+    lost.
+    """
     tokenizer = load_tokenizer(base)
     splits = {name: load_tokens(tokens / name, tokenizer_sha256(base)) for name in ("train", "validation")}
     fix_randomness(params.seed)
@@ -50,6 +95,8 @@ def finetune(tokens: Path, base: Path, out: Path, params: FinetuneParams, run: t
     run.set_tags({"finetune.precision": "bfloat16" if supports_bfloat16() else "float32"})
 
     def log_samples(model: GPT2LMHeadModel, step: int) -> None:
+        if step > 0 and run.holds_row("samples.json", "step", step):
+            return
         decoding = params.samples.model_dump(exclude={"prompts"})
         samples = generate_samples(model, tokenizer, params.samples)
         run.log_table("samples.json", [{"step": step, **sample, **decoding} for sample in samples])
@@ -61,11 +108,12 @@ def finetune(tokens: Path, base: Path, out: Path, params: FinetuneParams, run: t
             rows["validation"],
             params,
             end_of_text_id=splits["train"].end_of_text_id,
-            work_folder=partial / "work",
+            work_folder=partial / "work" if state is None else state.folder,
             log=run,
             on_evaluation=log_samples,
+            resume_from=None if state is None else state.checkpoint,
         )
-        shutil.rmtree(partial / "work")
+        shutil.rmtree(partial / "work", ignore_errors=True)
         write_checkpoint(model, base, partial / "checkpoint")
         metrics = summarize(curves, rows["train"], splits["train"])
         write_json(partial / "metrics.json", metrics)

@@ -26,6 +26,7 @@ from pipeline.checkpoint import weights_written
 from pipeline.errors import UserError
 from pipeline.params import FinetuneParams
 from pipeline.training.packing import IGNORED_LABEL, PackedRows, RowCollator
+from pipeline.training.resume import WHOLE_FILE
 
 TF32_CAPABILITY = (8, 0)
 """Of the first GPUs that have it, Ampere's."""
@@ -62,23 +63,27 @@ def finetune_model(
     work_folder: Path,
     log: MetricsLog,
     on_evaluation: Callable[[GPT2LMHeadModel, int], None],
+    resume_from: Path | None = None,
 ) -> Curves:
     """Train `model` in place and leave the weights of its best validation loss in it.
 
-    `work_folder` holds checkpoints while training runs. `on_evaluation` is called with model and step after each
-    scoring of the validation split, the first at step 0. Raises `UserError` where the loss is no longer finite.
+    `work_folder` holds checkpoints while training runs, with all that is needed to go on from one: `resume_from`. What
+    comes of it then is what an uninterrupted training would have given, bit for bit on the same machine.
+    `on_evaluation` is called with model and step after each scoring of the validation split, the first at step 0.
+    Raises `UserError` where the loss is no longer finite.
     """
-    curves = Curves()
     trainer = PackedTrainer(
         model=model,
-        args=training_arguments(params, train_rows=len(train), work_folder=work_folder),
+        args=training_arguments(
+            params, train_rows=len(train), work_folder=work_folder, is_resumed=resume_from is not None
+        ),
         train_dataset=train,
         eval_dataset=validation,
         data_collator=RowCollator(end_of_text_id),
         callbacks=[
             EarlyStoppingCallback(params.early_stopping_patience),
             EvaluationSchedule(params.evaluations),
-            CurveCallback(curves, log, on_evaluation),
+            CurveCallback(log, on_evaluation),
         ],
     )
     for talkative in (ProgressCallback, PrinterCallback):
@@ -88,12 +93,19 @@ def finetune_model(
     # With a cache transformers 4.57 does not look at the positions, and packed documents attend to each other.
     model.config.use_cache = False
     with weights_written(work_folder):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     model.config.use_cache = True
-    return curves
+    return Curves(*(_points(trainer.state, name) for name in ("loss", "eval_loss")))
 
 
-def training_arguments(params: FinetuneParams, *, train_rows: int, work_folder: Path) -> TrainingArguments:
+def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:
+    """The curve of a value that the Trainer logged, before an interruption too."""
+    return [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
+
+
+def training_arguments(
+    params: FinetuneParams, *, train_rows: int, work_folder: Path, is_resumed: bool = False
+) -> TrainingArguments:
     """The Trainer's arguments. Raises `UserError` where the training split gives fewer steps than evaluations."""
     rows_per_step = params.batch_rows * params.gradient_accumulation_steps
     steps = math.ceil(math.ceil(train_rows / rows_per_step) * params.epochs)
@@ -124,11 +136,12 @@ def training_arguments(params: FinetuneParams, *, train_rows: int, work_folder: 
         eval_strategy="steps",
         # Never reached before the end: `EvaluationSchedule` says when.
         eval_steps=steps,
-        eval_on_start=True,
+        eval_on_start=not is_resumed,
         save_strategy="steps",
         save_steps=steps,
-        save_only_model=True,
+        # The best one is kept beside the newest.
         save_total_limit=1,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -172,6 +185,12 @@ class PackedTrainer(Trainer):
             self._counting_since = now
         super().log(logs, start_time)
 
+    def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
+        """Called when every file of a checkpoint is written: only now the one before it may go."""
+        newest = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (newest / WHOLE_FILE).touch()
+        super()._rotate_checkpoints(use_mtime=False, output_dir=output_dir)
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Mean negative log-likelihood a label, in nats, over the whole split.
 
@@ -211,15 +230,16 @@ class EvaluationSchedule(TrainerCallback):
         due, due_before = (
             step * self.evaluations // state.max_steps for step in (state.global_step, state.global_step - 1)
         )
-        control.should_evaluate = control.should_save = due > due_before
+        # Logged too, so that the mean loss of a point never reaches back before a checkpoint.
+        if due > due_before:
+            control.should_log = control.should_evaluate = control.should_save = True
         return control
 
 
 class CurveCallback(TrainerCallback):
-    """Keeps the curves, sends them to the run, and tells each evaluation in a line."""
+    """Sends the curves to the run, and tells each evaluation in a line."""
 
-    def __init__(self, curves: Curves, log: MetricsLog, on_evaluation: Callable[[GPT2LMHeadModel, int], None]) -> None:
-        self.curves = curves
+    def __init__(self, log: MetricsLog, on_evaluation: Callable[[GPT2LMHeadModel, int], None]) -> None:
         self.run_log = log
         self.on_evaluation = on_evaluation
 
@@ -229,7 +249,6 @@ class CurveCallback(TrainerCallback):
         step = state.global_step
         if "loss" in logs:
             _check_finite("training", logs["loss"], step)
-            self.curves.train.append((step, logs["loss"]))
             metrics = {
                 "train_loss": logs["loss"],
                 "learning_rate": logs["learning_rate"],
@@ -239,11 +258,11 @@ class CurveCallback(TrainerCallback):
             self.run_log.log_metrics(metrics, step)
         if "eval_loss" in logs:
             _check_finite("validation", logs["eval_loss"], step)
-            self.curves.validation.append((step, logs["eval_loss"]))
             # Infinite, where the language's own would overflow.
             perplexity = torch.tensor(logs["eval_loss"], dtype=torch.float64).exp().item()
             self.run_log.log_metrics({"validation_loss": logs["eval_loss"], "validation_perplexity": perplexity}, step)
-            train_loss = f"train loss {self.curves.train[-1][1]:.3f}, " if self.curves.train else ""
+            training = _points(state, "loss")
+            train_loss = f"train loss {training[-1][1]:.3f}, " if training else ""
             tqdm.write(
                 f"step {step} of {state.max_steps}: {train_loss}validation loss {logs['eval_loss']:.3f}, "
                 f"perplexity {perplexity:.2f}",

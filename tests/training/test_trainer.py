@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, set_seed
 
 from pipeline.errors import UserError
 from pipeline.params import FinetuneParams, SamplesParams
 from pipeline.tokens import TokenArrays, load_tokens, write_tokens
 from pipeline.training import trainer
 from pipeline.training.packing import PackedRows
+from pipeline.training.resume import ResumeState
 from pipeline.training.samples import generate_samples
 from pipeline.training.trainer import Curves, finetune_model, training_arguments
 
@@ -84,6 +85,7 @@ def run(
     folder: Path,
     params: FinetuneParams,
     on_evaluation: Callable[[GPT2LMHeadModel, int], None] = lambda model, step: None,
+    resume_from: Path | None = None,
 ) -> tuple[Curves, Recorder]:
     log = Recorder()
     curves = finetune_model(
@@ -95,8 +97,57 @@ def run(
         work_folder=folder / "work",
         log=log,
         on_evaluation=on_evaluation,
+        resume_from=resume_from,
     )
     return curves, log
+
+
+class Killed(BaseException):
+    """Stands in for a signal that cannot be caught."""
+
+
+@pytest.mark.parametrize("killed_at", [1, 8, 9, 13, 24])
+def test_an_interrupted_training_ends_as_if_it_had_not_been(
+    killed_at: int,
+    tiny_model: GPT2LMHeadModel,
+    packed: Callable[[Sequence[str]], PackedRows],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With dropout, early stopping's patience and the order of rows; killed before, at and after checkpoints."""
+    train, validation = packed(TRAINING_TEXTS * 2), packed(VALIDATION_TEXTS)
+    params = finetune_params(epochs=12.0, evaluations=3, dropout=0.1)
+    start = {name: weight.clone() for name, weight in tiny_model.state_dict().items()}
+    curves, log = run(tiny_model, train, validation, tmp_path / "whole", params)
+    expected = {name: weight.clone() for name, weight in tiny_model.state_dict().items()}
+    assert [step for step, _ in curves.validation] == [0, 8, 16, 24]
+
+    tiny_model.load_state_dict(start)
+    step = trainer.PackedTrainer.training_step
+    steps = 0
+
+    def training_step(self: Any, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == killed_at:
+            raise Killed
+        return step(self, *arguments)
+
+    monkeypatch.setattr(trainer.PackedTrainer, "training_step", training_step)
+    with pytest.raises(Killed):
+        run(tiny_model, train, validation, tmp_path / "parts", params)
+    monkeypatch.setattr(trainer.PackedTrainer, "training_step", step)
+    state = ResumeState(tmp_path / "parts" / "work")
+    assert (state.checkpoint is None) == (killed_at <= 8)
+
+    # Whatever is in the model by then, the checkpoint has the weights.
+    tiny_model.load_state_dict(start)
+    set_seed(99 if state.checkpoint else params.seed)
+    found, rest = run(tiny_model, train, validation, tmp_path / "parts", params, resume_from=state.checkpoint)
+    assert found == curves
+    for name, weight in tiny_model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+    assert [step for step, _ in rest.metrics] == [step for step, _ in log.metrics][-len(rest.metrics) :]
 
 
 def loss_by_hand(model: GPT2LMHeadModel, tokens: TokenArrays) -> float:
