@@ -6,7 +6,9 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -19,11 +21,12 @@ from pipeline.errors import UserError, reported
 from pipeline.files import sha256_file, whole_file, whole_folder, write_json
 from pipeline.imports import PACKAGE, needed_files
 from pipeline.params import PARAMS_FILE, FinetuneParams, load_params, read_yaml
+from pipeline.process import end_with_dvc, termination_noted
 from pipeline.tokens import TOKENIZER_FILES, TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.training.packing import PackedRows
-from pipeline.training.resume import ResumeState, open_state
+from pipeline.training.resume import ResumeState, locked, open_state
 from pipeline.training.samples import generate_samples
-from pipeline.training.trainer import Curves, finetune_model, supports_bfloat16
+from pipeline.training.trainer import Curves, Stopped, finetune_model, supports_bfloat16
 
 
 def main() -> None:
@@ -33,13 +36,18 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    with reported(), tracking.store_errors():
+    end_with_dvc()
+    with reported(), tracking.store_errors(), locked(), termination_noted() as stop:
         params = load_params().finetune
         state = open_state(fingerprint(arguments.tokens, arguments.base, params))
         run_id = run_to_go_on(state)
         with tracking.start_run("finetune", read_yaml(PARAMS_FILE), run_id=run_id) as run:
             state.begin(run.run_id)
-            finetune(arguments.tokens, arguments.base, arguments.out, params, run, state)
+            try:
+                finetune(arguments.tokens, arguments.base, arguments.out, params, run, state, stop)
+            except Stopped as stopped:
+                print(f"finetune: stopped after step {stopped}; run it again to go on from there", file=sys.stderr)
+                raise SystemExit(128 + signal.SIGTERM) from stopped
         state.remove()
 
 
@@ -75,11 +83,12 @@ def finetune(
     params: FinetuneParams,
     run: tracking.RunLog,
     state: ResumeState | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Write to `out`: `checkpoint/`, `metrics.json`, the loss curves as CSV and `run.json`, which names the run.
 
     Checkpoints of the training lie in `state`, and it goes on from the newest; without it an interrupted training is
-    lost.
+    lost. Raises `Stopped` where `stop` is set meanwhile.
     """
     tokenizer = load_tokenizer(base)
     splits = {name: load_tokens(tokens / name, tokenizer_sha256(base)) for name in ("train", "validation")}
@@ -112,6 +121,7 @@ def finetune(
             log=run,
             on_evaluation=log_samples,
             resume_from=None if state is None else state.checkpoint,
+            stop=stop,
         )
         shutil.rmtree(partial / "work", ignore_errors=True)
         write_checkpoint(model, base, partial / "checkpoint")

@@ -7,12 +7,20 @@ and is removed. It holds the id of the MLflow run, so that the curves go on wher
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 
 FOLDER = Path(".resume") / "finetune"
+LOCK_FILE = FOLDER.with_suffix(".lock")
+LOCK_WAIT_S = 60
+"""For one that was told to stop, and saves where it is."""
 RUN_FILE = "run.json"
 WHOLE_FILE = "whole"
 """In a checkpoint of which every file was written; one without it was cut off."""
@@ -48,6 +56,17 @@ class ResumeState:
     def remove(self) -> None:
         """Training has ended, and its outputs are in their place."""
         shutil.rmtree(self.folder)
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Keep a second fine-tuning out of this project's folder. Raises `UserError` where one goes on."""
+    LOCK_FILE.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(LOCK_FILE, timeout=LOCK_WAIT_S):
+            yield
+    except Timeout as error:
+        raise UserError(f"{LOCK_FILE}: another fine-tuning goes on in this folder; wait for it, or end it") from error
 
 
 def open_state(fingerprint: str) -> ResumeState:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,13 +65,15 @@ def finetune_model(
     log: MetricsLog,
     on_evaluation: Callable[[GPT2LMHeadModel, int], None],
     resume_from: Path | None = None,
+    stop: threading.Event | None = None,
 ) -> Curves:
     """Train `model` in place and leave the weights of its best validation loss in it.
 
     `work_folder` holds checkpoints while training runs, with all that is needed to go on from one: `resume_from`. What
     comes of it then is what an uninterrupted training would have given, bit for bit on the same machine.
     `on_evaluation` is called with model and step after each scoring of the validation split, the first at step 0.
-    Raises `UserError` where the loss is no longer finite.
+    Raises `UserError` where the loss is no longer finite, and `Stopped` where `stop` is set: after the step at hand,
+    with a checkpoint of it.
     """
     trainer = PackedTrainer(
         model=model,
@@ -84,6 +87,7 @@ def finetune_model(
             EarlyStoppingCallback(params.early_stopping_patience),
             EvaluationSchedule(params.evaluations),
             CurveCallback(log, on_evaluation),
+            *([] if stop is None else [StopCallback(stop)]),
         ],
     )
     for talkative in (ProgressCallback, PrinterCallback):
@@ -95,6 +99,8 @@ def finetune_model(
     with weights_written(work_folder):
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     model.config.use_cache = True
+    if stop is not None and stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(trainer.state.global_step)
     return Curves(*(_points(trainer.state, name) for name in ("loss", "eval_loss")))
 
 
@@ -139,8 +145,8 @@ def training_arguments(
         eval_on_start=not is_resumed,
         save_strategy="steps",
         save_steps=steps,
-        # The best one is kept beside the newest.
-        save_total_limit=1,
+        # The best and the newest. With a limit of one the Trainer would remove the newest in the end.
+        save_total_limit=2,
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
@@ -233,6 +239,24 @@ class EvaluationSchedule(TrainerCallback):
         # Logged too, so that the mean loss of a point never reaches back before a checkpoint.
         if due > due_before:
             control.should_log = control.should_evaluate = control.should_save = True
+        return control
+
+
+class Stopped(Exception):  # noqa: N818
+    """Training was told to stop; the first argument is after which step it did."""
+
+
+class StopCallback(TrainerCallback):
+    """Saves and stops after the step at hand when it is told to."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if self.stop.is_set():
+            control.should_save = control.should_training_stop = True
         return control
 
 

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from isolated_store import VARIABLES, isolated_store
@@ -14,8 +16,10 @@ from mlflow import MlflowClient
 from toy_project import Project
 
 from pipeline import tracking
+from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file
 from pipeline.params import PARAMS_FILE
+from pipeline.stages import finetune as stage
 from pipeline.training import resume
 
 ROOT = Path(__file__).parents[2]
@@ -42,10 +46,11 @@ def change(folder: Path, parameter: str, value: float) -> None:
     (folder / PARAMS_FILE).write_text(changed)
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+def start(folder: Path, *before: str, variables: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen[str]:
+    """The stage, started by the command that stands before it, if any."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.stages.finetune", "out/tokenize", "out/base", "out/finetune"],
+        [*before, sys.executable, "-m", "pipeline.stages.finetune", "out/tokenize", "out/base", "out/finetune"],
         cwd=folder,
         env=environment | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(folder), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
@@ -61,24 +66,35 @@ def finish(folder: Path) -> str:
     return said
 
 
-def kill_after(folder: Path, evaluations: int) -> None:
-    """Kill it when so many evaluations after the first, of the base, are told: the last of them is being saved."""
-    process = start(folder)
+def wait_for(process: subprocess.Popen[str], evaluations: int) -> None:
+    """Until so many evaluations after the first, of the base, are told: the last of them is then being saved."""
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step ") and not line.startswith("step 0 "):
             evaluations -= 1
         if evaluations == 0:
-            break
+            return
+
+
+def kill_after(folder: Path, evaluations: int) -> None:
+    process = start(folder)
+    wait_for(process, evaluations)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (folder / "out" / "finetune").exists()
 
 
-def test_a_killed_training_ends_as_if_it_had_not_been(project: Project, tmp_path: Path) -> None:
-    whole, parts = (make_folder(project, tmp_path / name) for name in ("whole", "parts"))
-    assert "going on" not in finish(whole)
+@pytest.fixture(scope="module")
+def whole(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that nothing interrupted."""
+    folder = make_folder(project, tmp_path_factory.mktemp("whole") / "project")
+    assert "going on" not in finish(folder)
+    return folder
+
+
+def test_a_killed_training_ends_as_if_it_had_not_been(project: Project, whole: Path, tmp_path: Path) -> None:
+    parts = make_folder(project, tmp_path / "parts")
     kill_after(parts, 2)
     state = parts / resume.FOLDER
     (folder,) = state.iterdir()
@@ -118,32 +134,89 @@ def compare_histories(client: MlflowClient, run_id: str, whole: Path) -> None:
     assert rows.to_dict("records") == expected_rows.to_dict("records")
 
 
-def test_other_parameters_start_afresh(project: Project, tmp_path: Path) -> None:
-    folder = make_folder(project, tmp_path / "project")
-    kill_after(folder, 2)
-    change(folder, "learning_rate", 0.0001)
-    said = finish(folder)
-    assert "have changed since the interrupted fine-tuning: it starts afresh" in said
-    assert "going on" not in said
+def test_one_that_is_told_to_stop_saves_first(project: Project, whole: Path, tmp_path: Path) -> None:
+    parts = make_folder(project, tmp_path / "parts")
+    process = start(parts)
+    wait_for(process, 1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = int(said.split("stopped after step ")[1].split(";")[0])
+    assert f"going on from step {step} of the interrupted fine-tuning" in finish(parts)
+    weights = Path("out") / "finetune" / "checkpoint" / "model.safetensors"
+    assert sha256_file(parts / weights) == sha256_file(whole / weights)
 
 
-def test_a_run_that_is_gone_starts_afresh(project: Project, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end on Linux only")
+def test_one_whose_dvc_is_killed_stops_too(project: Project, tmp_path: Path) -> None:
     folder = make_folder(project, tmp_path / "project")
-    kill_after(folder, 2)
-    (folder / "mlflow.db").unlink()
-    with isolated_store(folder):
+    # A process that starts the stage as DVC does, and waits for it.
+    command = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+    dvc = start(folder, sys.executable, "-c", command, variables={"DVC_STAGE": "finetune"})
+    wait_for(dvc, 1)
+    dvc.kill()
+    assert dvc.stderr is not None
+    # It ends when the stage does, which holds the other end.
+    assert "stopped after step " in dvc.stderr.read()
+    dvc.wait()
+    (state,) = (file for file in (folder / resume.FOLDER).iterdir())
+    assert resume.ResumeState(state).checkpoint is not None
+
+
+def test_a_second_one_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "LOCK_WAIT_S", 0.1)
+    monkeypatch.chdir(tmp_path)
+    with (
+        resume.locked(),
+        pytest.raises(UserError, match=r"another fine-tuning goes on in this folder"),
+        resume.locked(),
+    ):
         pass
-    assert "the tracking store no longer holds the interrupted run: it starts afresh" in finish(folder)
 
 
-def test_killed_before_the_first_checkpoint_it_begins_anew(project: Project, tmp_path: Path) -> None:
-    folder = make_folder(project, tmp_path / "project")
-    with isolated_store(folder):
+def test_what_cannot_be_used_is_told_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = resume.open_state("old")
+    (old.folder / "checkpoint-4").mkdir()
+    assert capsys.readouterr().err == ""
+    state = resume.open_state("new")
+    assert "have changed since the interrupted fine-tuning: it starts afresh" in capsys.readouterr().err
+    assert [folder.name for folder in resume.FOLDER.iterdir()] == ["new"]
+    for step in (9, 10, 100):
+        (state.folder / f"checkpoint-{step}").mkdir()
+        (state.folder / f"checkpoint-{step}" / resume.WHOLE_FILE).touch()
+    assert state.checkpoint == state.folder / "checkpoint-100"
+
+
+def test_the_fingerprint_is_of_data_base_and_parameters(project: Project, tmp_path: Path) -> None:
+    tokens, base = (shutil.copytree(project.out / name, tmp_path / name) for name in ("tokenize", "base"))
+    params = project.params.finetune
+    first = stage.fingerprint(tokens, base, params)
+    assert first == stage.fingerprint(project.out / "tokenize", project.out / "base", params)
+    others = [stage.fingerprint(tokens, base, params.model_copy(update={"learning_rate": 0.5}))]
+    for folder in (tokens, base):
+        (folder / "more").write_text("")
+        others.append(stage.fingerprint(tokens, base, params))
+    assert len({first, *others}) == 4
+
+
+def test_a_run_that_is_gone_starts_afresh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with isolated_store(tmp_path):
+        state = resume.open_state("a")
+        state.begin("0" * 32)
+        (state.folder / "checkpoint-4").mkdir()
+        assert stage.run_to_go_on(state) is None
+        assert list(state.folder.iterdir()) == []
+    assert "the tracking store no longer holds the interrupted run: it starts afresh" in capsys.readouterr().err
+
+
+def test_killed_before_the_first_checkpoint_it_begins_anew(tmp_path: Path) -> None:
+    with isolated_store(tmp_path):
         with tracking.start_run("finetune", {}) as run:
             pass
         state = resume.open_state("a")
         state.begin(run.run_id)
-        from pipeline.stages.finetune import run_to_go_on
-
-        assert run_to_go_on(state) is None
+        assert stage.run_to_go_on(state) is None
         assert tracking.connect().get_run(run.run_id).info.status == "KILLED"

@@ -1,0 +1,42 @@
+"""What a stage's process owes to those around it: it ends when it is told to, and when who started it is gone."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PR_SET_PDEATHSIG = 1
+STAGE_VARIABLE = "DVC_STAGE"
+"""DVC sets it for the commands that it runs."""
+
+
+def end_with_dvc() -> None:
+    """Ask the system for SIGTERM when the DVC that runs this stage is gone, however it went. Linux only.
+
+    A stage that a person started by hand may outlive the shell.
+    """
+    if sys.platform == "linux" and os.environ.get(STAGE_VARIABLE):
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            # Gone before it was asked.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def termination_noted() -> Iterator[threading.Event]:
+    """Let SIGTERM set the event, once, instead of ending the process; a second one ends it."""
+    asked = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
