@@ -1,14 +1,18 @@
 """What a stage's process owes to those around it: it ends when it is told to, and when who started it is gone."""
 
 import ctypes
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1
+ONE_REQUEST_S = 3
+"""The end of a parent of several threads is told once for each that its child is handed on to."""
 STAGE_VARIABLE = "DVC_STAGE"
 """DVC sets it for the commands that it runs."""
 
@@ -28,12 +32,18 @@ def end_with_dvc() -> None:
 
 @contextmanager
 def termination_noted() -> Iterator[threading.Event]:
-    """Let SIGTERM set the event, once, instead of ending the process; a second one ends it."""
+    """Let SIGTERM set the event instead of ending the process; another one, some seconds later, ends it."""
     asked = threading.Event()
+    first_s = math.inf
 
     def note(number: int, frame: object) -> None:
+        nonlocal first_s
+        now_s = time.monotonic()
+        first_s = min(first_s, now_s)
         asked.set()
-        signal.signal(signal.SIGTERM, before)
+        if now_s - first_s > ONE_REQUEST_S:
+            signal.signal(signal.SIGTERM, before)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, note)
     try:
