@@ -1,6 +1,7 @@
 """One runner for each library: a loaded model that continues a batch of prompts with the library's own sampler."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,10 +55,7 @@ class EngineRunner:
         from pipeline.engine import SamplingParams
 
         params = SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
+            **asdict(sampling),
             ignore_eos=True,
             seed=seed,
             max_new_tokens=new_tokens,
@@ -102,13 +100,7 @@ class TransformersRunner:
         import torch
         from transformers import GenerationConfig
 
-        drawn: dict[str, Any] = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "repetition_penalty": sampling.repetition_penalty,
-        }
+        drawn: dict[str, Any] = {"do_sample": True, **asdict(sampling)}
         if self.is_compiled:
             # transformers compiles the step by itself where its cache is static, on a GPU.
             drawn["cache_implementation"] = "static"
@@ -139,10 +131,7 @@ class VllmRunner:
         from vllm import SamplingParams
 
         params = SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
+            **asdict(sampling),
             ignore_eos=True,
             seed=seed,
             max_tokens=new_tokens,

@@ -99,12 +99,7 @@ def gpu_bandwidth(memory: CudaMemory) -> float:
 
 
 def _gpu_name() -> str:
-    for library in cuda.DRIVER_LIBRARIES:
-        try:
-            driver = ctypes.CDLL(library)
-        except OSError:
-            continue
-        name = ctypes.create_string_buffer(NAME_BYTES)
-        if driver.cuInit(0) == 0 and driver.cuDeviceGetName(name, NAME_BYTES, 0) == 0:
-            return name.value.decode()
+    driver, name = cuda.driver(), ctypes.create_string_buffer(NAME_BYTES)
+    if driver is not None and driver.cuInit(0) == 0 and driver.cuDeviceGetName(name, NAME_BYTES, 0) == 0:
+        return name.value.decode()
     return "a GPU without a name"

@@ -43,21 +43,20 @@ class Obstacle:
 def obstacles() -> list[Obstacle]:
     """What stands in the way of CUDA, the first thing to mend first; nothing where it should run."""
     found = []
-    installed = {name for name in _installed() if name.startswith("onnxruntime")} & {"onnxruntime", "onnxruntime-gpu"}
     if PROVIDER not in ort.get_available_providers():
-        if installed == {"onnxruntime", "onnxruntime-gpu"}:
+        if _installed() >= {"onnxruntime", "onnxruntime-gpu"}:
             problem = "onnxruntime is installed over onnxruntime-gpu, and hides its CUDA provider"
             remedy = "pip uninstall onnxruntime onnxruntime-gpu, then install the project again"
         else:
             problem = "this build of onnxruntime has no CUDA provider"
             remedy = "install onnxruntime-gpu, and no onnxruntime beside it"
         found.append(Obstacle(problem, remedy))
-    if not any(_loads(library) for library in DRIVER_LIBRARIES):
+    if driver() is None:
         found.append(Obstacle("no NVIDIA driver (libcuda) is installed", "install one of version 580 or later"))
     if sys.platform == "linux":
         with quiet():
             ort.preload_dlls()
-        missing = {library: package for library, package in LIBRARIES.items() if not _loads(library)}
+        missing = {library: package for library, package in LIBRARIES.items() if load(library) is None}
         if missing:
             packages = " ".join(sorted(set(missing.values())))
             remedy = f"pip install '.[cuda]' brings them ({packages}), and so does a PyTorch built for CUDA 13"
@@ -110,12 +109,17 @@ def nodes_elsewhere(graph: ort.InferenceSession) -> list[str]:
     ]
 
 
-def _loads(library: str) -> bool:
+def load(library: str) -> ctypes.CDLL | None:
+    """A library of the system; none where it is not there."""
     try:
-        ctypes.CDLL(library)
+        return ctypes.CDLL(library)
     except OSError:
-        return False
-    return True
+        return None
+
+
+def driver() -> ctypes.CDLL | None:
+    """NVIDIA's driver; none where it is not installed."""
+    return next((found for library in DRIVER_LIBRARIES if (found := load(library)) is not None), None)
 
 
 def _installed() -> set[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.engine.cuda import DRIVER_LIBRARIES
+from pipeline.engine import cuda
 from pipeline.engine.memory import Buffer
 from pipeline.engine.rows import STATE
 
@@ -44,7 +44,10 @@ class Kernel:
     def __init__(self, stream: int) -> None:
         """Raises `RuntimeError` with the compiler's or driver's reason."""
         self._stream = ctypes.c_void_p(stream)
-        self._driver = next(library for name in DRIVER_LIBRARIES if (library := _load(name)) is not None)
+        driver = cuda.driver()
+        if driver is None:
+            raise RuntimeError("NVIDIA's driver is not installed")
+        self._driver = driver
         capability = "".join(str(self._attribute(number)) for number in (MAJOR, MINOR))
         image = compile_for(capability)
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -94,10 +97,3 @@ def _text(compiler: ctypes.CDLL, program: ctypes.c_void_p, name: str) -> bytes:
 def _check(compiler: ctypes.CDLL, name: str, *arguments: Any) -> None:
     if code := getattr(compiler, name)(*arguments):
         raise RuntimeError(f"{name} ended with {code}")
-
-
-def _load(library: str) -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(library)
-    except OSError:
-        return None

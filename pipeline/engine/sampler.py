@@ -208,7 +208,7 @@ class Continuation:
         step = len(self.output_ids) - self._first_uniform
         if not 0 <= step < len(self._uniforms):
             self._first_uniform, step = len(self.output_ids), 0
-            self._uniforms = sampling.uniforms(self._seed, self._choice, self._first_uniform, UNIFORMS_AHEAD)
+            self._uniforms = self.uniforms(UNIFORMS_AHEAD)
         return float(self._uniforms[step])
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from test_sampler import END_OF_TEXT, VOCABULARY, continued, histories, make_logits, near_an_edge, outcome, parameters
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine import kernel
+from pipeline.engine import cuda, kernel
 from pipeline.engine.rows import ASKS_HOST, LOGGED, STATE, STEP_BITS, TAG_BITS, can_be_drawn, row_of
 from pipeline.engine.sampler import Continuation
 from pipeline.engine.sampling import Logits, sample
@@ -192,7 +192,7 @@ def test_more_ties_than_the_list_holds(launch: Launch) -> None:
     assert len(set(counts)) > 20
 
 
-@pytest.mark.skipif(kernel._load(kernel.COMPILER) is None, reason=f"{kernel.COMPILER} is not installed")
+@pytest.mark.skipif(cuda.load(kernel.COMPILER) is None, reason=f"{kernel.COMPILER} is not installed")
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_it_compiles_for_a_gpu(capability: str) -> None:
     assert kernel.compile_for(capability).startswith(b"\x7fELF")
