@@ -153,6 +153,9 @@ class FinetuneParams(Section):
     """Batches of one optimizer step."""
     epochs: Annotated[float, Field(gt=0)]
     """Passes over the training split at most."""
+    optimizer: Literal["adamw", "muon"]
+    """`muon` for the matrices of the blocks, with `adamw` for the rest; it learns more from a token where much is to be
+    learned, and costs more a step."""
     learning_rate: Annotated[float, Field(gt=0)]
     """At its peak, after warm-up; a cosine takes it to zero."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)]

@@ -26,6 +26,7 @@ from transformers import (
 from pipeline.checkpoint import weights_written
 from pipeline.errors import UserError
 from pipeline.params import FinetuneParams
+from pipeline.training.optimizer import build_optimizer
 from pipeline.training.packing import IGNORED_LABEL, PackedRows, RowCollator
 from pipeline.training.resume import WHOLE_FILE
 
@@ -83,6 +84,8 @@ def finetune_model(
         train_dataset=train,
         eval_dataset=validation,
         data_collator=RowCollator(end_of_text_id),
+        # The Trainer makes the schedule.
+        optimizers=(build_optimizer(model, params), None),
         callbacks=[
             EarlyStoppingCallback(params.early_stopping_patience),
             EvaluationSchedule(params.evaluations),
@@ -128,11 +131,8 @@ def training_arguments(
         per_device_train_batch_size=params.batch_rows,
         per_device_eval_batch_size=params.batch_rows,
         gradient_accumulation_steps=params.gradient_accumulation_steps,
-        learning_rate=params.learning_rate,
-        optim="adamw_torch_fused",
         lr_scheduler_type="cosine",
         warmup_ratio=params.warmup_share,
-        weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
         bf16=supports_bfloat16(),
         # What stays in float32 is rounded to TF32 in products of matrices, where a GPU has it.

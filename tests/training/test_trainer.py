@@ -68,6 +68,7 @@ def finetune_params(**changes: Any) -> FinetuneParams:
         "learning_rate": 0.01,
         "warmup_share": 0.1,
         "weight_decay": 0.1,
+        "optimizer": "adamw",
         "dropout": None,
         "attention_dropout": None,
         "max_grad_norm": 1.0,

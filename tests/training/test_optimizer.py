@@ -1,0 +1,86 @@
+"""The joint optimizer against the two that it is made of."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim import AdamW, Muon
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pipeline.params import FinetuneParams, load_params
+from pipeline.training.optimizer import build_optimizer
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=16, n_layer=2, n_head=2, n_embd=16)).eval()
+
+
+def params(optimizer: str) -> FinetuneParams:
+    changes = {"optimizer": optimizer, "learning_rate": 0.01, "weight_decay": 0.1}
+    return load_params().finetune.model_copy(update=changes)
+
+
+def set_gradients(model: GPT2LMHeadModel, seed: int) -> None:
+    ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_weight_has_one_optimizer_and_only_matrices_decay(name: str) -> None:
+    model = tiny_gpt2()
+    optimizer = build_optimizer(model, params(name))
+    decays = [(weight, group["weight_decay"]) for group in optimizer.param_groups for weight in group["params"]]
+    assert sorted(id(weight) for weight, _ in decays) == sorted(id(weight) for weight in model.parameters())
+    assert all((decay > 0) == (weight.ndim == 2) for weight, decay in decays)
+
+
+def test_muon_moves_the_blocks_matrices_and_adamw_the_rest() -> None:
+    model, reference = tiny_gpt2(), tiny_gpt2()
+    blocks = {name for name, weight in reference.named_parameters() if ".h." in name and weight.ndim == 2}
+    assert len(blocks) == 2 * 4
+    weights = dict(reference.named_parameters())
+    muon = Muon([weights[name] for name in blocks], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    others = [
+        {"params": [weight], "weight_decay": 0.1 if weight.ndim == 2 else 0.0}
+        for name, weight in weights.items()
+        if name not in blocks
+    ]
+    adamw = AdamW(others, lr=0.01)
+    joint = build_optimizer(model, params("muon"))
+    for step in range(3):
+        set_gradients(model, step)
+        set_gradients(reference, step)
+        joint.step()
+        muon.step()
+        adamw.step()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight, weights[name])
+
+
+def test_it_goes_on_from_its_state_and_follows_its_schedule() -> None:
+    model, again = tiny_gpt2(), tiny_gpt2()
+    optimizer = build_optimizer(model, params("muon"))
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for step in range(2):
+        set_gradients(model, step)
+        optimizer.step()
+        schedule.step()
+    again.load_state_dict(model.state_dict())
+    taken_up = build_optimizer(again, params("muon"))
+    schedule_again = LambdaLR(taken_up, lambda step: 1 / (1 + step))
+    taken_up.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    schedule_again.load_state_dict(schedule.state_dict())
+    for step in range(2, 4):
+        for each, its_optimizer, its_schedule in (
+            (model, optimizer, schedule),
+            (again, taken_up, schedule_again),
+        ):
+            set_gradients(each, step)
+            its_optimizer.step()
+            its_schedule.step()
+    assert {group["lr"] for part in taken_up.optimizers for group in part.param_groups} == {0.01 / 5}
+    for name, weight in again.named_parameters():
+        assert torch.equal(weight, model.get_parameter(name)), name
