@@ -36,15 +36,13 @@ repro: data
 	@dvc repro
 	@python -m pipeline restore
 
-# The whole model fits one optimizer step of a row in memory; on a GPU raise batch_rows.
 medium: data
 	@dvc exp run \
 		-S base.source=openai-community/gpt2-medium \
 		-S base.revision=6dcaa7a952f72f9298047fd5137cd6e4f05f41da \
 		-S finetune.learning_rate=0.00003 \
 		-S finetune.epochs=3 \
-		-S finetune.batch_rows=1 \
-		-S finetune.gradient_accumulation_steps=8 \
+		-S finetune.batch_tokens=4096 \
 		-S register.name=harbour-tales-medium
 
 test: data

@@ -77,7 +77,7 @@ def load_checkpoint(folder: Path, name: str | None = None) -> GPT2LMHeadModel:
             model, loading = GPT2LMHeadModel.from_pretrained(
                 folder,
                 dtype=torch.float32,
-                attn_implementation=attention_implementation(folder),
+                attn_implementation=attention_implementation(GPT2Config.from_pretrained(folder)),
                 use_safetensors=True,
                 output_loading_info=True,
                 # Without it a wrong shape is told in many lines; it is an error all the same, below.
@@ -96,9 +96,8 @@ def load_checkpoint(folder: Path, name: str | None = None) -> GPT2LMHeadModel:
     return model.eval()
 
 
-def attention_implementation(folder: Path) -> str:
+def attention_implementation(config: GPT2Config) -> str:
     """`sdpa`, or `eager` where a config scales attention otherwise: transformers 4.57 leaves that out of its SDPA."""
-    config = GPT2Config.from_pretrained(folder)
     return "sdpa" if config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx else "eager"
 
 

@@ -19,7 +19,7 @@ STAGES = ["prepare", "base", "tokenize", "finetune", "export", "evaluate", "regi
 COMMITTED_TEMPERATURE = YAML().load(ROOT / "params.yaml")["evaluate"]["decoding"]["temperature"]
 TINY = {
     "base.scratch": {"vocabulary_size": 400, "context_length": 128, "layers": 1, "heads": 2, "width": 32, "seed": 1},
-    "finetune.row_tokens": 128,
+    "finetune.batch_tokens": 256,
     "finetune.epochs": 0.25,
     "finetune.evaluations": 2,
     "finetune.samples.max_new_tokens": 8,

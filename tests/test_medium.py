@@ -67,8 +67,7 @@ def write_params(path: Path) -> None:
     params["base"]["source"] = "medium"
     params["finetune"] |= {
         "context_length": 512,
-        "row_tokens": 512,
-        "batch_rows": 1,
+        "batch_tokens": 512,
         "epochs": 1,
         "evaluations": 1,
         "learning_rate": 3e-5,

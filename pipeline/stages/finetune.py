@@ -9,6 +9,9 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,17 +19,21 @@ import transformers
 from transformers import GPT2LMHeadModel, logging, set_seed
 
 from pipeline import tracking
-from pipeline.checkpoint import attention_implementation, save_model
+from pipeline.checkpoint import save_model
 from pipeline.errors import UserError, reported
 from pipeline.files import sha256_file, whole_file, whole_folder, write_json
 from pipeline.imports import PACKAGE, needed_files
-from pipeline.params import PARAMS_FILE, FinetuneParams, load_params, read_yaml
+from pipeline.params import PARAMS_FILE, FinetuneParams, SamplesParams, load_params, read_yaml
 from pipeline.process import end_with_dvc, termination_noted
 from pipeline.tokens import TOKENIZER_FILES, TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
-from pipeline.training.packing import PackedRows
-from pipeline.training.resume import ResumeState, locked, open_state
-from pipeline.training.samples import generate_samples
-from pipeline.training.trainer import Curves, Stopped, finetune_model, supports_bfloat16
+from pipeline.training.memory import parts_of_step
+from pipeline.training.model import load_trainable, trained_gpt2
+from pipeline.training.packing import PackedSteps
+from pipeline.training.precision import supports_bfloat16
+from pipeline.training.processes import Processes, join_processes
+from pipeline.training.resume import FOLDER, ResumeState, locked, open_state
+from pipeline.training.samples import generate_samples, score_samples
+from pipeline.training.trainer import Curves, Stopped, finetune_model
 
 
 def main() -> None:
@@ -37,27 +44,62 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     end_with_dvc()
-    with reported(), tracking.store_errors(), locked(), termination_noted() as stop:
+    with reported(), tracking.store_errors(), termination_noted() as stop:
         params = load_params().finetune
-        state = open_state(fingerprint(arguments.tokens, arguments.base, params))
-        run_id = run_to_go_on(state)
-        with tracking.start_run("finetune", read_yaml(PARAMS_FILE), run_id=run_id) as run:
-            state.begin(run.run_id)
-            try:
-                finetune(arguments.tokens, arguments.base, arguments.out, params, run, state, stop)
-            except Stopped as stopped:
-                print(f"finetune: stopped after step {stopped}; run it again to go on from there", file=sys.stderr)
-                raise SystemExit(128 + signal.SIGTERM) from stopped
-        state.remove()
+        processes = join_processes()
+        name = fingerprint(arguments.tokens, arguments.base, params, processes.count)
+        processes.agree(name, "parameters, data, base, code or libraries")
+        if processes.is_first:
+            with locked():
+                train_recorded(arguments.tokens, arguments.base, arguments.out, params, name, processes, stop)
+        else:
+            train_along(arguments.tokens, arguments.base, params, name, processes, stop)
+        processes.close()
 
 
-def fingerprint(tokens: Path, base: Path, params: FinetuneParams) -> str:
-    """A name for all that the weights depend on: data, base, parameters, code, libraries, kind of device."""
+def train_recorded(
+    tokens: Path, base: Path, out: Path, params: FinetuneParams, name: str, processes: Processes, stop: threading.Event
+) -> None:
+    """What the first process does: fine-tune under a run, and keep the state of it until it has ended."""
+    state = open_state(name)
+    run_id = run_to_go_on(state)
+    with tracking.start_run("finetune", read_yaml(PARAMS_FILE), run_id=run_id) as run, stop_told():
+        state.begin(run.run_id)
+        finetune(tokens, base, out, params, run, processes, state, stop)
+    state.remove()
+
+
+def train_along(
+    tokens: Path, base: Path, params: FinetuneParams, name: str, processes: Processes, stop: threading.Event
+) -> None:
+    """What every other process does: the same training, of which it records nothing."""
+    with stop_told():
+        train(tokens, base, params, None, processes, ResumeState(FOLDER / name), stop)
+
+
+@contextmanager
+def stop_told() -> Iterator[None]:
+    try:
+        yield
+    except Stopped as stopped:
+        print(f"finetune: stopped after step {stopped}; run it again to go on from there", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from stopped
+
+
+def fingerprint(tokens: Path, base: Path, params: FinetuneParams, processes: int = 1) -> str:
+    """A name for all that the weights depend on: data, base, parameters, code, libraries, kind and count of devices."""
     files = [file for folder in (tokens, base) for file in sorted(folder.rglob("*")) if file.is_file()]
     code = needed_files(f"{PACKAGE}.stages.finetune", Path(__file__).parents[2])
     parts = [sha256_file(file) for file in (*files, *sorted(code))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parts += [params.model_dump_json(), torch.__version__, transformers.__version__, device, str(supports_bfloat16())]
+    parts += [
+        params.model_dump_json(),
+        torch.__version__,
+        transformers.__version__,
+        device,
+        str(supports_bfloat16()),
+        str(processes),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -82,6 +124,7 @@ def finetune(
     out: Path,
     params: FinetuneParams,
     run: tracking.RunLog,
+    processes: Processes | None = None,
     state: ResumeState | None = None,
     stop: threading.Event | None = None,
 ) -> None:
@@ -90,47 +133,99 @@ def finetune(
     Checkpoints of the training lie in `state`, and it goes on from the newest; without it an interrupted training is
     lost. Raises `Stopped` where `stop` is set meanwhile.
     """
+    with whole_folder(out) as partial:
+        work = partial / "work"
+        trained = train(tokens, base, params, run, processes or join_processes(), state or ResumeState(work), stop)
+        shutil.rmtree(work, ignore_errors=True)
+        write_checkpoint(trained.model, base, partial / "checkpoint")
+        metrics = summarize(trained)
+        write_json(partial / "metrics.json", metrics)
+        write_curve(partial / "loss_train.csv", trained.curves.train)
+        write_curve(partial / "loss_validation.csv", trained.curves.validation)
+        write_json(partial / "run.json", {"run_id": run.run_id})
+        run.log_scores("final", metrics)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gives."""
+
+    model: GPT2LMHeadModel
+    curves: Curves
+    steps: PackedSteps
+
+
+def train(
+    tokens: Path,
+    base: Path,
+    params: FinetuneParams,
+    run: tracking.RunLog | None,
+    processes: Processes,
+    state: ResumeState,
+    stop: threading.Event | None,
+) -> Trained:
+    """Fine-tune in each of the `processes`; the first of them records it in `run`, which the others do not have."""
     tokenizer = load_tokenizer(base)
     splits = {name: load_tokens(tokens / name, tokenizer_sha256(base)) for name in ("train", "validation")}
     fix_randomness(params.seed)
-    model = load_base(base, dropout=params.dropout, attention_dropout=params.attention_dropout)
+    model = load_trainable(base, params)
     context_length = window_length(params, model.config.n_positions)
-    rows = {
-        name: PackedRows(arrays, context_length=context_length, row_tokens=params.row_tokens)
-        for name, arrays in splits.items()
-    }
-    for name, arrays in splits.items():
-        log_split(run, name, arrays, tokens)
-    run.set_tags({"finetune.precision": "bfloat16" if supports_bfloat16() else "float32"})
-
-    def log_samples(model: GPT2LMHeadModel, step: int) -> None:
-        if step > 0 and run.holds_row("samples.json", "step", step):
-            return
-        decoding = params.samples.model_dump(exclude={"prompts"})
-        samples = generate_samples(model, tokenizer, params.samples)
-        run.log_table("samples.json", [{"step": step, **sample, **decoding} for sample in samples])
-
-    with whole_folder(out) as partial:
-        curves = finetune_model(
-            model,
-            rows["train"],
-            rows["validation"],
-            params,
-            end_of_text_id=splits["train"].end_of_text_id,
-            work_folder=partial / "work" if state is None else state.folder,
-            log=run,
-            on_evaluation=log_samples,
-            resume_from=None if state is None else state.checkpoint,
-            stop=stop,
+    check_vocabulary(splits["train"], model.config.vocab_size)
+    model.to(processes.device)
+    parts = processes.from_first(
+        lambda: state.parts_of_step(
+            lambda: parts_of_step(model, params, context_length=context_length, processes=processes.count)
         )
-        shutil.rmtree(partial / "work", ignore_errors=True)
-        write_checkpoint(model, base, partial / "checkpoint")
-        metrics = summarize(curves, rows["train"], splits["train"])
-        write_json(partial / "metrics.json", metrics)
-        write_curve(partial / "loss_train.csv", curves.train)
-        write_curve(partial / "loss_validation.csv", curves.validation)
-        write_json(partial / "run.json", {"run_id": run.run_id})
-        run.log_scores("final", metrics)
+    )
+    sizes = {"context_length": context_length, "batch_tokens": params.batch_tokens, "parts": parts}
+    steps = PackedSteps(splits["train"], epochs=params.epochs, seed=params.seed, share=params.train_share, **sizes)
+    validation = PackedSteps(splits["validation"], **sizes)
+    if run is not None:
+        for name, arrays in splits.items():
+            log_split(run, name, arrays, tokens)
+        precision = "bfloat16" if supports_bfloat16() else "float32"
+        run.set_tags({"finetune.precision": precision, "finetune.batches_a_step": str(parts)})
+
+    def on_evaluation(model: GPT2LMHeadModel, step: int) -> None:
+        # In every process, as the weights may be spread over all.
+        samples = generate_samples(model, tokenizer, params.samples)
+        if run is not None:
+            log_samples(run, step, samples, score_samples(samples, tokenizer, splits["train"].tokens), params.samples)
+
+    curves = finetune_model(
+        model,
+        steps,
+        validation,
+        params,
+        processes=processes,
+        work_folder=state.folder,
+        log=run,
+        on_evaluation=on_evaluation,
+        resume_from=processes.from_first(lambda: state.checkpoint),
+        stop=stop,
+    )
+    return Trained(trained_gpt2(model), curves, steps)
+
+
+def log_samples(
+    run: tracking.RunLog,
+    step: int,
+    samples: list[dict[str, str]],
+    scores: list[dict[str, float]],
+    params: SamplesParams,
+) -> None:
+    """A row a sample, and over all of them how much they repeat, and the longest copy from the training text."""
+    if not samples:
+        return
+    metrics = {
+        "samples_rep_4": sum(score["rep_4"] for score in scores) / len(scores),
+        "samples_longest_copy_tokens": max(score["longest_copy_tokens"] for score in scores),
+    }
+    run.log_metrics(metrics, step)
+    if step == 0 or not run.holds_row("samples.json", "step", step):
+        decoding = params.model_dump(exclude={"prompts"})
+        rows = [{"step": step, **sample, **score, **decoding} for sample, score in zip(samples, scores, strict=True)]
+        run.log_table("samples.json", rows)
 
 
 def fix_randomness(seed: int) -> None:
@@ -142,14 +237,13 @@ def fix_randomness(seed: int) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def load_base(base: Path, *, dropout: float | None, attention_dropout: float | None) -> GPT2LMHeadModel:
-    """The base's model in float32, with the dropout rates that are given in place of its own."""
-    rates = {"embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": attention_dropout}
-    changes = {name: rate for name, rate in rates.items() if rate is not None}
-    model: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(
-        base, attn_implementation=attention_implementation(base), **changes
-    )
-    return model
+def check_vocabulary(tokens: TokenArrays, vocabulary: int) -> None:
+    """Raise `UserError` where the tokens are not all of the model's vocabulary."""
+    if tokens.vocabulary_size > vocabulary:
+        raise UserError(
+            f"the tokens are of a vocabulary of {tokens.vocabulary_size}, and the base's holds {vocabulary}; "
+            "make both anew with dvc repro"
+        )
 
 
 def window_length(params: FinetuneParams, positions: int) -> int:
@@ -178,8 +272,9 @@ def write_checkpoint(model: GPT2LMHeadModel, base: Path, out: Path) -> None:
             shutil.copy(file, out)
 
 
-def summarize(curves: Curves, train: PackedRows, tokens: TokenArrays) -> dict[str, float]:
+def summarize(trained: Trained) -> dict[str, float]:
     """What `dvc metrics` compares: losses in nats a token; nothing that differs between two runs of the same commit."""
+    curves = trained.curves
     best_step, best_loss = curves.best_validation
     return {
         "train_loss": curves.train[-1][1],
@@ -188,8 +283,7 @@ def summarize(curves: Curves, train: PackedRows, tokens: TokenArrays) -> dict[st
         "base_validation_loss": curves.validation[0][1],
         "best_step": best_step,
         "steps": curves.validation[-1][0],
-        "train_tokens": len(tokens.tokens),
-        "padding_share": train.padding_share,
+        "train_tokens": trained.steps.window_tokens,
     }
 
 

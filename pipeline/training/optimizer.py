@@ -1,15 +1,20 @@
 """The optimizers of fine-tuning: AdamW for every weight, or Muon for the matrices of the blocks and AdamW beside it."""
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from transformers import GPT2Config
 
+from pipeline.errors import UserError
 from pipeline.params import FinetuneParams
 
-BLOCKS = ".h."
-"""In the name of every weight that belongs to a block of a GPT-2."""
+BLOCK = re.compile(r"\.h\.(\d+)\.")
+"""In the name of every weight that belongs to a block of a GPT-2, with the number of the block."""
+EMBEDDINGS = re.compile(r"\.w[tp]e\.")
 
 
 def build_optimizer(model: nn.Module, params: FinetuneParams) -> Optimizer:
@@ -19,21 +24,47 @@ def build_optimizer(model: nn.Module, params: FinetuneParams) -> Optimizer:
     momentum, here of the size of an AdamW step (Liu et al., 2025, "Muon is Scalable for LLM Training"), so that one
     learning rate serves both; embeddings are not its kind of matrix.
     """
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    matrices = [(name, weight) for name, weight in trained if weight.ndim >= 2]
-    vectors = {"params": [weight for _, weight in trained if weight.ndim < 2], "weight_decay": 0.0}
-    rate, decay = params.learning_rate, params.weight_decay
-    if params.optimizer == "adamw":
-        groups = [{"params": [weight for _, weight in matrices]}, vectors]
-        return AdamW(groups, lr=rate, weight_decay=decay, fused=True)
-    hidden = [weight for name, weight in matrices if BLOCKS in name]
-    outer = {"params": [weight for name, weight in matrices if BLOCKS not in name]}
-    return JointOptimizer(
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            rate = params.learning_rate * params.layer_decay ** _depth(name, model.config)
+            decay = params.weight_decay if weight.ndim >= 2 else 0.0
+            takes_muon = params.optimizer == "muon" and weight.ndim >= 2 and BLOCK.search(name) is not None
+            groups[takes_muon, rate, decay].append(weight)
+    muon, adamw = (
         [
-            Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-            AdamW([outer, vectors], lr=rate, weight_decay=decay, fused=True),
+            {"params": weights, "lr": rate, "weight_decay": decay}
+            for (takes_muon, rate, decay), weights in groups.items()
+            if takes_muon == wanted
         ]
+        for wanted in (True, False)
     )
+    optimizers: list[Optimizer] = []
+    if muon:
+        optimizers.append(Muon(muon, adjust_lr_fn="match_rms_adamw"))
+    if adamw:
+        optimizers.append(AdamW(adamw, fused=True))
+    return optimizers[0] if len(optimizers) == 1 else JointOptimizer(optimizers)
+
+
+def freeze(model: nn.Module, layers: int) -> None:
+    """Keep the lowest blocks as they are, and the embeddings with them. Raises `UserError` where nothing is left."""
+    config: GPT2Config = model.config
+    if layers >= config.n_layer:
+        raise UserError(
+            f"finetune.frozen_layers: {layers} of the base's {config.n_layer} blocks leave none to train; lower it"
+        )
+    for name, weight in model.named_parameters():
+        block = BLOCK.search(name)
+        if (block and int(block[1]) < layers) or (layers and EMBEDDINGS.search(name)):
+            weight.requires_grad = False
+
+
+def _depth(name: str, config: GPT2Config) -> int:
+    """How many blocks are above: 0 for the last and what follows it, the number of blocks for the embeddings."""
+    if block := BLOCK.search(name):
+        return int(config.n_layer) - 1 - int(block[1])
+    return int(config.n_layer) if EMBEDDINGS.search(name) else 0
 
 
 class JointOptimizer(Optimizer):

@@ -1,16 +1,26 @@
-"""Documents cut into windows, windows packed into rows, rows into batches that leak nothing across documents."""
+"""Documents cut into windows, windows dealt to optimizer steps, and batches that leak nothing across documents.
 
+A batch is one flat sequence of windows, without padding: where each begins and ends goes beside it, for the attention
+to keep them apart. What an optimizer step learns from is fixed by the seed alone; into how many batches it is cut, on
+one device or several, changes nothing but rounding.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
 from pipeline.tokens import TokenArrays
 
 IGNORED_LABEL = -100
 """What `torch.nn.functional.cross_entropy` leaves out by default."""
+
+Batch = dict[str, torch.Tensor | int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,78 +48,104 @@ def cut_windows(document_tokens: Sequence[int], context_length: int) -> list[Win
     ]
 
 
-def pack_rows(windows: Sequence[Window], row_tokens: int) -> list[list[Window]]:
-    """Put windows into rows of at most `row_tokens`, few of them: longest first, each where least room is left over.
+def deal(sizes: ArrayLike, groups: int) -> NDArray[np.int64]:
+    """Cut a sequence of things of these sizes into consecutive groups of like size.
 
-    Best-fit decreasing bin packing; a window longer than `row_tokens` has a row of its own. Rows keep the order in
-    which they were opened, and equal windows the order of their documents, so the result is the same each time.
+    Returns the bounds, `[groups + 1]`: group i holds `bounds[i]` to `bounds[i + 1]` (exclusive). A thing goes to the
+    group in which its middle lies, so that a group is off its share by half a thing at either end at most. A group may
+    be empty.
     """
-    rows: list[list[Window]] = []
-    rows_by_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]
-    for window in sorted(windows, key=lambda window: -window.tokens):
-        room = next((room for room in range(window.tokens, row_tokens + 1) if rows_by_room[room]), None)
-        if room is None:
-            row = len(rows)
-            rows.append([window])
-            room_left = max(row_tokens - window.tokens, 0)
-        else:
-            row = rows_by_room[room].pop(0)
-            rows[row].append(window)
-            room_left = room - window.tokens
-        rows_by_room[room_left].append(row)
-    return rows
+    ends = np.cumsum(sizes, dtype=np.float64)
+    middles = ends - np.asarray(sizes) / 2
+    shares = np.linspace(0, ends[-1] if len(ends) else 0, groups + 1)
+    bounds = np.searchsorted(middles, shares)
+    bounds[-1] = len(middles)
+    return bounds
 
 
-class PackedRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of packed windows over the token arrays of one split."""
+class PackedSteps(Dataset[Batch]):
+    """The batches of all optimizer steps, in order: those of a step, `parts`, follow one another."""
 
-    def __init__(self, tokens: TokenArrays, *, context_length: int, row_tokens: int) -> None:
+    def __init__(
+        self,
+        tokens: TokenArrays,
+        *,
+        context_length: int,
+        batch_tokens: int,
+        epochs: float = 1,
+        seed: int | None = None,
+        parts: int = 1,
+        share: float = 1.0,
+    ) -> None:
+        """Deal the windows of a share of the documents to steps of about `batch_tokens`.
+
+        Without a seed windows stay in the order of their documents; with one, each epoch has an order of its own. The
+        documents of a share are among those of any greater one.
+        """
         self.tokens = tokens
-        self.row_tokens = max(row_tokens, context_length)
-        self.rows = pack_rows(cut_windows(tokens.document_tokens().tolist(), context_length), self.row_tokens)
+        lengths = tokens.document_tokens().tolist()
+        taken = set(np.random.default_rng(seed).permutation(len(lengths))[: math.ceil(share * len(lengths))].tolist())
+        self.windows = [window for window in cut_windows(lengths, context_length) if window.document in taken]
+        self.seed = seed
+        self.parts = parts
+        self.steps_per_epoch = max(1, round(self.window_tokens / batch_tokens))
+        self.steps = math.ceil(self.steps_per_epoch * epochs)
+        self._epoch = lru_cache(maxsize=1)(self._deal_epoch)
 
     @property
-    def padding_share(self) -> float:
-        """Of full rows, the share that holds no token; a batch pads to its longest row only."""
-        return 1 - sum(window.tokens for row in self.rows for window in row) / (len(self.rows) * self.row_tokens)
+    def window_tokens(self) -> int:
+        """Of all windows; what two windows of a document share counts twice."""
+        return sum(window.tokens for window in self.windows)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.steps * self.parts
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One row: `input_ids`, `labels` and `position_ids`, each int64 `[tokens]`.
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        step, part = divmod(index, self.parts)
+        windows = self.step_windows(step)
+        bounds = deal([window.tokens for window in windows], self.parts)
+        return self.batch(windows[bounds[part] : bounds[part + 1]])
 
-        Positions restart with each window: transformers tells packed documents apart by that alone. A window's first
-        token is no label: nothing before it in the row belongs to its document.
+    def step_windows(self, step: int) -> list[Window]:
+        """The windows that optimizer step `step` (from 0) learns from."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        order, bounds = self._epoch(epoch)
+        return [self.windows[index] for index in order[bounds[step] : bounds[step + 1]]]
+
+    def _deal_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The order of the windows in an epoch, and the bounds of its steps in that order."""
+        order = np.arange(len(self.windows))
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        return order, deal([self.windows[index].tokens for index in order], self.steps_per_epoch)
+
+    def batch(self, windows: Sequence[Window]) -> Batch:
+        """Windows as one sequence: `input_ids`, `labels` and `position_ids`, each int64 `[1, tokens]`.
+
+        `cu_seq_lens_q` and `cu_seq_lens_k`, int32 `[windows + 1]`, are where windows begin and end, `max_length_q` and
+        `max_length_k` the longest: the names that transformers' models hand on to their attention. A window's first
+        token is no label: nothing before it belongs to its document. Without windows the batch holds one end-of-text
+        and no label, so that a device without work keeps step with the others.
         """
-        input_ids, labels, position_ids = [], [], []
-        for window in self.rows[index]:
-            ids = np.asarray(self.tokens.document(window.document)[window.start : window.end], dtype=np.int64)
-            input_ids.append(ids)
-            labels.append(np.concatenate([[IGNORED_LABEL], ids[1:]]))
-            position_ids.append(np.arange(len(ids)))
-        row = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-        return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in row.items()}
-
-
-@dataclass(frozen=True)
-class RowCollator:
-    """Rows to a batch: padded on the right to the longest, padding without labels and with positions of its own."""
-
-    end_of_text_id: int
-
-    def __call__(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `labels` and `position_ids`, each int64 `[rows, longest]`; no attention mask.
-
-        An attention mask, even of ones, would make transformers 4.57 take each row for one document.
-        """
-        longest = max(len(row["input_ids"]) for row in rows)
-        batch = {
-            "input_ids": torch.full((len(rows), longest), self.end_of_text_id),
-            "labels": torch.full((len(rows), longest), IGNORED_LABEL),
-            "position_ids": torch.zeros((len(rows), longest), dtype=torch.int64),
+        ids = [self.tokens.document(window.document)[window.start : window.end] for window in windows]
+        sequences = [np.asarray(part, dtype=np.int64) for part in ids] or [np.array([self.tokens.end_of_text_id])]
+        labels = [np.concatenate([[IGNORED_LABEL], part[1:]]) for part in sequences]
+        positions = [np.arange(len(part)) for part in sequences]
+        lengths = [len(part) for part in sequences]
+        bounds = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+        flat = {"input_ids": sequences, "labels": labels, "position_ids": positions}
+        return {
+            **{name: torch.from_numpy(np.concatenate(parts))[None] for name, parts in flat.items()},
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
         }
-        for index, row in enumerate(rows):
-            for name, values in row.items():
-                batch[name][index, : len(values)] = values
-        return batch
+
+
+def only_batch(batches: Sequence[Batch]) -> Batch:
+    """A data loader's collator where every item is a batch already."""
+    (batch,) = batches
+    return batch

@@ -7,7 +7,7 @@ and is removed. It holds the id of the MLflow run, so that the curves go on wher
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ LOCK_FILE = FOLDER.with_suffix(".lock")
 LOCK_WAIT_S = 60
 """For one that was told to stop, and saves where it is."""
 RUN_FILE = "run.json"
+PARTS_FILE = "parts.json"
 WHOLE_FILE = "whole"
 """In a checkpoint of which every file was written; one without it was cut off."""
 
@@ -47,6 +48,13 @@ class ResumeState:
     def begin(self, run_id: str) -> None:
         """Note the run that records it from now on."""
         write_json(self.folder / RUN_FILE, {"run_id": run_id})
+
+    def parts_of_step(self, choose: Callable[[], int]) -> int:
+        """Into how many batches each step is cut: as before, since sums would round otherwise, or as chosen now."""
+        file = self.folder / PARTS_FILE
+        if not file.is_file():
+            write_json(file, {"parts_of_step": choose()})
+        return int(read_json(file)["parts_of_step"])
 
     def forget(self) -> None:
         """Remove all of it, and start from the base."""

@@ -1,12 +1,17 @@
 """Samples from a model in training: the same prompts and seed each time, so that progress can be read."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from pipeline.errors import UserError
 from pipeline.params import SamplesParams
+from pipeline.quality.memorization import longest_copies
+from pipeline.quality.repetition import rep_n
 from pipeline.tokens import end_of_text_id, prompt_ids
+from pipeline.training.attention import padded_attention
 
 
 def generate_samples(model: GPT2LMHeadModel, tokenizer: Tokenizer, params: SamplesParams) -> list[dict[str, str]]:
@@ -28,7 +33,7 @@ def generate_samples(model: GPT2LMHeadModel, tokenizer: Tokenizer, params: Sampl
     input_ids = torch.tensor([[end_of_text] * (longest - len(prompt)) + prompt for prompt in prompts])
     attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(), padded_attention(model):
         torch.manual_seed(params.seed)
         output = model.generate(
             input_ids=input_ids.to(model.device),
@@ -45,3 +50,12 @@ def generate_samples(model: GPT2LMHeadModel, tokenizer: Tokenizer, params: Sampl
         {"prompt": prompt, "text": tokenizer.decode(ids, skip_special_tokens=True)}
         for prompt, ids in zip(params.prompts, output[:, longest:].tolist(), strict=True)
     ]
+
+
+def score_samples(
+    samples: list[dict[str, str]], tokenizer: Tokenizer, training_ids: NDArray[np.integer]
+) -> list[dict[str, float]]:
+    """A row a sample: `rep_4`, and `longest_copy_tokens`, the longest run that stands verbatim in the training text."""
+    ids = [tokenizer.encode(sample["text"]).ids for sample in samples]
+    copies = longest_copies(ids, training_ids).lengths_tokens.tolist()
+    return [{"rep_4": rep_n(own, 4), "longest_copy_tokens": copy} for own, copy in zip(ids, copies, strict=True)]

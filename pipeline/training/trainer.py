@@ -4,12 +4,16 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
+from torch.optim import Optimizer
+from torch.utils.data import Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -26,12 +30,15 @@ from transformers import (
 from pipeline.checkpoint import weights_written
 from pipeline.errors import UserError
 from pipeline.params import FinetuneParams
+from pipeline.training.memory import peak_bytes
 from pipeline.training.optimizer import build_optimizer
-from pipeline.training.packing import IGNORED_LABEL, PackedRows, RowCollator
-from pipeline.training.resume import WHOLE_FILE
+from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch
+from pipeline.training.precision import supports_bfloat16, supports_tf32
+from pipeline.training.processes import Processes
+from pipeline.training.resume import WHOLE_FILE, ResumeState
 
-TF32_CAPABILITY = (8, 0)
-"""Of the first GPUs that have it, Ampere's."""
+EXPLODED = 2.0
+"""A loss so many times that of a uniform guess, or of the base, does not come back."""
 LOGGED_POINTS = 100
 """Points of the training curves, evenly spread."""
 
@@ -56,14 +63,14 @@ class Curves:
 
 
 def finetune_model(
-    model: GPT2LMHeadModel,
-    train: PackedRows,
-    validation: PackedRows,
+    model: GPT2LMHeadModel | PeftModel,
+    train: PackedSteps,
+    validation: PackedSteps,
     params: FinetuneParams,
     *,
-    end_of_text_id: int,
+    processes: Processes,
     work_folder: Path,
-    log: MetricsLog,
+    log: MetricsLog | None,
     on_evaluation: Callable[[GPT2LMHeadModel, int], None],
     resume_from: Path | None = None,
     stop: threading.Event | None = None,
@@ -73,38 +80,45 @@ def finetune_model(
     `work_folder` holds checkpoints while training runs, with all that is needed to go on from one: `resume_from`. What
     comes of it then is what an uninterrupted training would have given, bit for bit on the same machine.
     `on_evaluation` is called with model and step after each scoring of the validation split, the first at step 0.
-    Raises `UserError` where the loss is no longer finite, and `Stopped` where `stop` is set: after the step at hand,
-    with a checkpoint of it.
+    Raises `UserError` where the loss is no longer finite or explodes, or the GPU's memory is full; and `Stopped` where
+    `stop` is set: after the step at hand, with a checkpoint of it.
     """
     trainer = PackedTrainer(
         model=model,
+        params=params,
         args=training_arguments(
-            params, train_rows=len(train), work_folder=work_folder, is_resumed=resume_from is not None
+            params, train, work_folder=work_folder, processes=processes, is_resumed=resume_from is not None
         ),
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=RowCollator(end_of_text_id),
-        # The Trainer makes the schedule.
-        optimizers=(build_optimizer(model, params), None),
+        data_collator=only_batch,
         callbacks=[
             EarlyStoppingCallback(params.early_stopping_patience),
             EvaluationSchedule(params.evaluations),
             CurveCallback(log, on_evaluation),
-            *([] if stop is None else [StopCallback(stop)]),
+            *([] if stop is None else [StopCallback(stop, processes)]),
         ],
     )
     for talkative in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(talkative)
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and processes.is_first:
         trainer.add_callback(BarCallback)
-    # With a cache transformers 4.57 does not look at the positions, and packed documents attend to each other.
-    model.config.use_cache = False
-    with weights_written(work_folder):
+    with weights_written(work_folder), _memory_held():
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    model.config.use_cache = True
-    if stop is not None and stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
+    if stop is not None and trainer.state.global_step < trainer.state.max_steps and processes.any(stop.is_set()):
         raise Stopped(trainer.state.global_step)
     return Curves(*(_points(trainer.state, name) for name in ("loss", "eval_loss")))
+
+
+@contextmanager
+def _memory_held() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "finetune.device_batch_tokens: the GPU's memory is full; set it lower, or set "
+            f"finetune.gradient_checkpointing ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:
@@ -113,38 +127,47 @@ def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:
 
 
 def training_arguments(
-    params: FinetuneParams, *, train_rows: int, work_folder: Path, is_resumed: bool = False
+    params: FinetuneParams,
+    train: PackedSteps,
+    *,
+    work_folder: Path,
+    processes: Processes,
+    is_resumed: bool = False,
 ) -> TrainingArguments:
     """The Trainer's arguments. Raises `UserError` where the training split gives fewer steps than evaluations."""
-    rows_per_step = params.batch_rows * params.gradient_accumulation_steps
-    steps = math.ceil(math.ceil(train_rows / rows_per_step) * params.epochs)
-    if steps < params.evaluations:
+    if train.steps < params.evaluations:
         raise UserError(
-            f"finetune.evaluations: {params.evaluations} evaluations do not fit in {steps} optimizer steps; "
+            f"finetune.evaluations: {params.evaluations} evaluations do not fit in {train.steps} optimizer steps; "
             "lower it, or raise finetune.epochs"
         )
     on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work_folder),
         seed=params.seed,
-        num_train_epochs=params.epochs,
-        per_device_train_batch_size=params.batch_rows,
-        per_device_eval_batch_size=params.batch_rows,
-        gradient_accumulation_steps=params.gradient_accumulation_steps,
+        max_steps=train.steps,
+        # An item of the data set is a batch, and all epochs are one pass over it.
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=train.parts // processes.count,
+        gradient_checkpointing=params.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         lr_scheduler_type="cosine",
         warmup_ratio=params.warmup_share,
         max_grad_norm=params.max_grad_norm,
         bf16=supports_bfloat16(),
         # What stays in float32 is rounded to TF32 in products of matrices, where a GPU has it.
-        tf32=True if on_gpu and torch.cuda.get_device_capability() >= TF32_CAPABILITY else None,
+        tf32=True if supports_tf32() else None,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        fsdp="full_shard auto_wrap" if params.fsdp else "",
+        fsdp_config={"transformer_layer_cls_to_wrap": ["GPT2Block"], "fsdp_version": 2} if params.fsdp else None,
         eval_strategy="steps",
         # Never reached before the end: `EvaluationSchedule` says when.
-        eval_steps=steps,
+        eval_steps=train.steps,
         eval_on_start=not is_resumed,
         save_strategy="steps",
-        save_steps=steps,
+        save_steps=train.steps,
         # The best and the newest. With a limit of one the Trainer would remove the newest in the end.
         save_total_limit=2,
         restore_callback_states_from_checkpoint=True,
@@ -152,44 +175,87 @@ def training_arguments(
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_strategy="steps",
-        logging_steps=max(1, steps // LOGGED_POINTS),
+        logging_steps=max(1, train.steps // LOGGED_POINTS),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[],
     )
-
-
-def supports_bfloat16() -> bool:
-    """Whether the GPU, or without one the processor, multiplies bfloat16 in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    # One process, one GPU: left alone, the Trainer spreads a process over all that it sees, slower than one of them.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class PackedTrainer(Trainer):
-    """Trainer over packed rows that scores the validation split a token, not a batch, and counts tokens a second."""
+    """Trainer over flat batches that scores the validation split a token, not a batch, and counts tokens a second."""
 
     control: TrainerControl
+    eval_dataset: PackedSteps
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, params: FinetuneParams, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self._params = params
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._counting_since = time.perf_counter()
+        self._losses: list[torch.Tensor] = []
+
+    def create_optimizer(self) -> Optimizer:
+        """Ours; made when the Trainer asks, as the weights that FSDP shards are others than before."""
+        if self.optimizer is None:
+            self.optimizer: Optimizer = build_optimizer(self.model, self._params)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """The steps are in their order already."""
+        return SequentialSampler(self.train_dataset)
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> Any:
         self._tokens += (inputs["labels"] != IGNORED_LABEL).sum().to(self._tokens.device)
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses.append(loss)
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now = time.perf_counter()
         if "loss" in logs:
-            logs["tokens_per_second"] = self._tokens.item() / (now - self._counting_since)
+            logs["tokens_per_second"] = self._all(self._tokens).item() / (now - self._counting_since)
+            self._check_losses(logs["loss"])
             self._tokens.zero_()
             self._counting_since = now
         super().log(logs, start_time)
+
+    def _check_losses(self, mean: float) -> None:
+        """Raise `UserError` that names the batch, where a loss since the last time was not finite or far too high."""
+        losses = [float(loss) * self.args.gradient_accumulation_steps for loss in self._losses]
+        self._losses.clear()
+        limit = EXPLODED * max(math.log(self.model.config.vocab_size), self._loss_at_start)
+        if math.isfinite(mean) and all(loss <= limit for loss in losses):
+            return
+        first = next((index for index, loss in enumerate(losses) if not loss <= limit), len(losses) - 1)
+        batches = self.args.gradient_accumulation_steps
+        step = self.state.global_step - (len(losses) - 1 - first) // batches
+        train: PackedSteps = self.train_dataset
+        documents = sorted({window.document for window in train.step_windows(step - 1)})
+        batch = first % batches + 1
+        raise UserError(
+            f"finetune: the training loss is {losses[first]:.4g} at step {step}, batch {batch} of {batches}, which "
+            f"learns from training documents {', '.join(str(document + 1) for document in documents)}; "
+            f"lower finetune.learning_rate, or look at these documents{self._last_good()}"
+        )
+
+    def _last_good(self) -> str:
+        folder = ResumeState(Path(self.args.output_dir)).checkpoint
+        return "" if folder is None else f"; the last good checkpoint is kept in {folder}"
+
+    @property
+    def _loss_at_start(self) -> float:
+        return next((entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry), 0.0)
+
+    def _all(self, values: torch.Tensor) -> torch.Tensor:
+        """Summed over the processes."""
+        summed: torch.Tensor = self.accelerator.reduce(values, reduction="sum")
+        return summed
 
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
         """Called when every file of a checkpoint is written: only now the one before it may go."""
@@ -203,17 +269,16 @@ class PackedTrainer(Trainer):
         The Trainer's own is a mean of batch means, which weighs a token by the batch it happens to be in.
         """
         started = time.perf_counter()
-        loader = self.get_eval_dataloader(eval_dataset)
-        model = self.model.eval()
+        model = self.model_wrapped.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         with torch.inference_mode():
-            for batch in loader:
-                inputs = self._prepare_inputs(batch)
-                labels = (inputs["labels"] != IGNORED_LABEL).sum()
+            for index in range(rank, len(self.eval_dataset), processes):
+                inputs = self._prepare_inputs(self.eval_dataset[index])
                 with self.compute_loss_context_manager():
-                    loss = model(**inputs).loss
-                total += torch.stack([loss.double() * labels, labels.double()])
-        loss_sum, label_count = self.accelerator.reduce(total, reduction="sum").tolist()
+                    summed = model(**inputs, num_items_in_batch=1).loss
+                total += torch.stack([summed.double(), (inputs["labels"] != IGNORED_LABEL).sum().double()])
+        loss_sum, label_count = self._all(total).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / label_count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -247,15 +312,16 @@ class Stopped(Exception):  # noqa: N818
 
 
 class StopCallback(TrainerCallback):
-    """Saves and stops after the step at hand when it is told to."""
+    """Saves and stops after the step at hand when one of the processes is told to."""
 
-    def __init__(self, stop: threading.Event) -> None:
+    def __init__(self, stop: threading.Event, processes: Processes) -> None:
         self.stop = stop
+        self.processes = processes
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        if self.stop.is_set():
+        if self.processes.any(self.stop.is_set()):
             control.should_save = control.should_training_stop = True
         return control
 
@@ -263,7 +329,7 @@ class StopCallback(TrainerCallback):
 class CurveCallback(TrainerCallback):
     """Sends the curves to the run, and tells each evaluation in a line."""
 
-    def __init__(self, log: MetricsLog, on_evaluation: Callable[[GPT2LMHeadModel, int], None]) -> None:
+    def __init__(self, log: MetricsLog | None, on_evaluation: Callable[[GPT2LMHeadModel, int], None]) -> None:
         self.run_log = log
         self.on_evaluation = on_evaluation
 
@@ -272,26 +338,36 @@ class CurveCallback(TrainerCallback):
     ) -> None:
         step = state.global_step
         if "loss" in logs:
-            _check_finite("training", logs["loss"], step)
             metrics = {
                 "train_loss": logs["loss"],
                 "learning_rate": logs["learning_rate"],
                 "gradient_norm": logs["grad_norm"],
                 "tokens_per_second": logs["tokens_per_second"],
             }
-            self.run_log.log_metrics(metrics, step)
+            self._record(metrics, step)
         if "eval_loss" in logs:
-            _check_finite("validation", logs["eval_loss"], step)
+            loss = logs["eval_loss"]
+            if not math.isfinite(loss):
+                raise UserError(f"finetune: the validation loss is {loss} at step {step}; lower finetune.learning_rate")
             # Infinite, where the language's own would overflow.
-            perplexity = torch.tensor(logs["eval_loss"], dtype=torch.float64).exp().item()
-            self.run_log.log_metrics({"validation_loss": logs["eval_loss"], "validation_perplexity": perplexity}, step)
+            perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
+            memory_mib = peak_bytes(args.device) / 2**20
+            self._record(
+                {"validation_loss": loss, "validation_perplexity": perplexity, "peak_memory_mib": memory_mib}, step
+            )
             training = _points(state, "loss")
             train_loss = f"train loss {training[-1][1]:.3f}, " if training else ""
-            tqdm.write(
-                f"step {step} of {state.max_steps}: {train_loss}validation loss {logs['eval_loss']:.3f}, "
-                f"perplexity {perplexity:.2f}",
-                file=sys.stderr,
+            self._tell(
+                f"step {step} of {state.max_steps}: {train_loss}validation loss {loss:.3f}, perplexity {perplexity:.2f}"
             )
+
+    def _record(self, metrics: dict[str, float], step: int) -> None:
+        if self.run_log is not None:
+            self.run_log.log_metrics(metrics, step)
+
+    def _tell(self, line: str) -> None:
+        if self.run_log is not None:
+            tqdm.write(line, file=sys.stderr)
 
     def on_evaluate(
         self,
@@ -309,8 +385,3 @@ class BarCallback(ProgressCallback):
 
     def on_log(self, *_: Any, **__: Any) -> None:
         pass
-
-
-def _check_finite(name: str, loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(f"finetune: the {name} loss is {loss} at step {step}; lower finetune.learning_rate")

@@ -21,7 +21,7 @@ from pipeline.tokens import TOKENIZER_FILE, load_tokenizer, load_tokens, tokeniz
 
 METRICS = {
     *("train_loss", "validation_loss", "validation_perplexity", "base_validation_loss"),
-    *("best_step", "steps", "train_tokens", "padding_share"),
+    *("best_step", "steps", "train_tokens"),
 }
 
 
@@ -74,7 +74,8 @@ def test_the_curves_begin_at_the_base_and_agree_with_the_metrics(project: Projec
     assert metrics["validation_loss"] < metrics["base_validation_loss"]
     assert curve(out / "loss_train.csv")[-1] == (metrics["steps"], metrics["train_loss"])
     tokens = load_tokens(project.out / "tokenize" / "train", tokenizer_sha256(project.out / "base"))
-    assert metrics["train_tokens"] == len(tokens.tokens)
+    # An end-of-text ends one document and begins the next; in the windows it stands twice.
+    assert metrics["train_tokens"] == len(tokens.tokens) + len(tokens) - 1
 
 
 def test_metrics_hold_numbers_of_the_training_alone(project: Project) -> None:
@@ -161,17 +162,6 @@ def test_a_shorter_window_is_taken() -> None:
     params = FinetuneParams.model_construct(context_length=16)
     assert stage.window_length(params, positions=64) == 16
     assert stage.window_length(FinetuneParams.model_construct(context_length=None), positions=64) == 64
-
-
-@pytest.mark.parametrize(
-    ("rates", "expected"),
-    [((0.25, 0.5), (0.25, 0.25, 0.5)), ((None, 0.5), (0.1, 0.1, 0.5)), ((None, None), (0.1,) * 3)],
-)
-def test_dropout_replaces_the_bases_own_where_it_is_given(
-    rates: tuple[float | None, float | None], expected: tuple[float, ...], tiny_checkpoint: Path
-) -> None:
-    config = stage.load_base(tiny_checkpoint, dropout=rates[0], attention_dropout=rates[1]).config
-    assert (config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) == expected
 
 
 def test_training_goes_on_without_prompts_to_sample(project: Project, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ TEXTS = {
 """The last test document is longer than the tiny model's context of 64 tokens."""
 CHANGES: dict[str, Any] = {
     "finetune": {
-        "row_tokens": 64,
+        "batch_tokens": 128,
         "epochs": 2,
         "evaluations": 2,
         "learning_rate": 0.001,

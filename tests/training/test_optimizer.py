@@ -8,8 +8,9 @@ from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from pipeline.errors import UserError
 from pipeline.params import FinetuneParams, load_params
-from pipeline.training.optimizer import build_optimizer
+from pipeline.training.optimizer import JointOptimizer, build_optimizer, freeze
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -17,8 +18,8 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=16, n_layer=2, n_head=2, n_embd=16)).eval()
 
 
-def params(optimizer: str) -> FinetuneParams:
-    changes = {"optimizer": optimizer, "learning_rate": 0.01, "weight_decay": 0.1}
+def params(optimizer: str, **more: float) -> FinetuneParams:
+    changes = {"optimizer": optimizer, "learning_rate": 0.01, "weight_decay": 0.1, **more}
     return load_params().finetune.model_copy(update=changes)
 
 
@@ -71,6 +72,7 @@ def test_it_goes_on_from_its_state_and_follows_its_schedule() -> None:
     again.load_state_dict(model.state_dict())
     taken_up = build_optimizer(again, params("muon"))
     schedule_again = LambdaLR(taken_up, lambda step: 1 / (1 + step))
+    assert isinstance(taken_up, JointOptimizer)
     taken_up.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     schedule_again.load_state_dict(schedule.state_dict())
     for step in range(2, 4):
@@ -84,3 +86,33 @@ def test_it_goes_on_from_its_state_and_follows_its_schedule() -> None:
     assert {group["lr"] for part in taken_up.optimizers for group in part.param_groups} == {0.01 / 5}
     for name, weight in again.named_parameters():
         assert torch.equal(weight, model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_lower_blocks_learn_more_slowly_and_embeddings_slowest(name: str) -> None:
+    model = tiny_gpt2()
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    optimizer = build_optimizer(model, params(name, layer_decay=0.5))
+    rates = {names[id(weight)]: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    for weight, rate in rates.items():
+        expected = 0.01 * (0.25 if ".wte" in weight or ".wpe" in weight else 0.5 if ".h.0." in weight else 1)
+        assert rate == pytest.approx(expected), weight
+
+
+def test_frozen_blocks_and_embeddings_stay_and_the_rest_is_trained() -> None:
+    model = tiny_gpt2()
+    freeze(model, 1)
+    optimizer = build_optimizer(model, params("adamw"))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    set_gradients(model, 0)
+    optimizer.step()
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if ".h.1." in name or "ln_f" in name}
+
+
+def test_nothing_is_frozen_where_nothing_is_asked_and_all_of_it_is_refused() -> None:
+    model = tiny_gpt2()
+    freeze(model, 0)
+    assert all(weight.requires_grad for weight in model.parameters())
+    with pytest.raises(UserError, match=r"^finetune\.frozen_layers: 2 of the base's 2 blocks leave none to train"):
+        freeze(model, 2)

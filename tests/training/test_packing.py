@@ -1,15 +1,18 @@
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPT2LMHeadModel
 
 from pipeline.tokens import TokenArrays
-from pipeline.training.packing import IGNORED_LABEL, PackedRows, RowCollator, Window, cut_windows, pack_rows
+from pipeline.training.attention import PACKED, padded_attention
+from pipeline.training.objective import ScoredGPT2
+from pipeline.training.packing import IGNORED_LABEL, PackedSteps, Window, cut_windows, deal
 
 END = 0
 
@@ -33,10 +36,6 @@ def token_arrays(documents: Sequence[Sequence[int]]) -> TokenArrays:
     )
 
 
-def windows_of(tokens: Sequence[int]) -> list[Window]:
-    return [Window(document, 0, count) for document, count in enumerate(tokens)]
-
-
 @given(document_tokens, st.integers(2, 70))
 def test_every_token_but_a_documents_first_is_a_label_once(tokens: list[int], context_length: int) -> None:
     windows = cut_windows(tokens, context_length)
@@ -53,127 +52,154 @@ def test_a_window_begins_with_the_last_token_of_the_one_before() -> None:
     assert cut_windows([7, 3], 4) == [Window(0, 0, 4), Window(0, 3, 7), Window(1, 0, 3)]
 
 
-@given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 100))
-def test_every_window_is_in_one_row_that_has_room_for_it(tokens: list[int], row_tokens: int) -> None:
-    windows = windows_of(tokens)
-    rows = pack_rows(windows, row_tokens)
-    assert Counter(window for row in rows for window in row) == Counter(windows)
-    assert all(0 < sum(window.tokens for window in row) <= row_tokens for row in rows)
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 12))
+def test_groups_are_consecutive_and_off_their_share_by_a_thing_at_most(sizes: list[int], groups: int) -> None:
+    bounds = deal(sizes, groups).tolist()
+    assert (bounds[0], bounds[-1], len(bounds)) == (0, len(sizes), groups + 1)
+    assert bounds == sorted(bounds)
+    for start, end in pairwise(bounds):
+        assert abs(sum(sizes[start:end]) - sum(sizes) / groups) <= max(sizes, default=0)
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 100))
-def test_no_two_rows_would_fit_in_one(tokens: list[int], row_tokens: int) -> None:
-    sizes = sorted(sum(window.tokens for window in row) for row in pack_rows(windows_of(tokens), row_tokens))
-    assert len(sizes) == 1 or sizes[0] + sizes[1] > row_tokens
+def test_more_groups_than_things_leave_some_empty() -> None:
+    assert deal([3, 3], 4).tolist() == [0, 0, 1, 1, 2]
 
 
-def test_best_fit_needs_fewer_rows_than_filling_in_order() -> None:
-    # In order: 6 | 5 4 | 4 6 | 5, as 10 tokens fit in a row.
-    rows = pack_rows(windows_of([6, 5, 4, 4, 6, 5]), 10)
-    assert [[window.tokens for window in row] for row in rows] == [[6, 4], [6, 4], [5, 5]]
+documents_of_ids = st.lists(st.lists(st.integers(1, 299), min_size=1, max_size=40), min_size=1, max_size=20)
 
 
-def test_a_window_goes_where_least_room_is_left() -> None:
-    rows = pack_rows(windows_of([8, 6, 2]), 10)
-    assert [[window.tokens for window in row] for row in rows] == [[8, 2], [6]]
+@given(documents_of_ids, st.integers(2, 30), st.integers(1, 200), st.integers(1, 4), st.integers(0, 9))
+def test_an_epoch_learns_from_every_label_once(
+    documents: list[list[int]], context_length: int, batch_tokens: int, parts: int, seed: int
+) -> None:
+    steps = PackedSteps(
+        token_arrays(documents),
+        context_length=context_length,
+        batch_tokens=batch_tokens,
+        epochs=2,
+        seed=seed,
+        parts=parts,
+    )
+    expected = Counter(token_id for ids in documents for token_id in (*ids, END))
+    half = len(steps) // 2
+    for epoch in (range(half), range(half, 2 * half)):
+        labels = Counter(
+            label for index in epoch for label in steps[index]["labels"].flatten().tolist() if label != IGNORED_LABEL
+        )
+        assert labels == expected
 
 
-def test_equal_windows_keep_the_order_of_their_documents() -> None:
-    rows = pack_rows(windows_of([3] * 7), 6)
-    assert [[window.document for window in row] for row in rows] == [[0, 1], [2, 3], [4, 5], [6]]
+@given(documents_of_ids, st.integers(1, 200), st.integers(1, 4))
+def test_the_parts_of_a_step_are_the_whole_of_it(documents: list[list[int]], batch_tokens: int, parts: int) -> None:
+    whole, cut = (
+        PackedSteps(token_arrays(documents), context_length=16, batch_tokens=batch_tokens, seed=3, parts=count)
+        for count in (1, parts)
+    )
+    assert whole.steps == cut.steps
+    for step in range(whole.steps):
+        batches = [cut[step * parts + part]["labels"][0] for part in range(parts)]
+        joined = [label for labels in batches for label in labels.tolist()]
+        while len(joined) > len(whole[step]["labels"][0]):
+            joined.remove(IGNORED_LABEL)
+        assert sorted(joined) == sorted(whole[step]["labels"][0].tolist())
 
 
-def test_a_window_longer_than_a_row_has_one_of_its_own() -> None:
-    assert pack_rows(windows_of([12, 3]), 5) == [[Window(0, 0, 12)], [Window(1, 0, 3)]]
+def test_epochs_differ_in_order_and_the_seed_repeats_them() -> None:
+    arrays = token_arrays([[index + 1] * 5 for index in range(40)])
+
+    def order(seed: int) -> list[int]:
+        steps = PackedSteps(arrays, context_length=16, batch_tokens=40, epochs=2, seed=seed)
+        return [window.document for step in range(steps.steps) for window in steps.step_windows(step)]
+
+    first, second = order(1)[:40], order(1)[40:]
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first != second
+    assert order(1) == order(1) != order(2)
 
 
-def test_a_row_holds_ids_labels_and_positions_of_its_windows() -> None:
-    rows = PackedRows(token_arrays([[5, 6], [7]]), context_length=8, row_tokens=8)
-    assert len(rows) == 1
-    row = {name: values.tolist() for name, values in rows[0].items()}
-    assert row == {
-        "input_ids": [END, 5, 6, END, END, 7, END],
-        "labels": [IGNORED_LABEL, 5, 6, END, IGNORED_LABEL, 7, END],
-        "position_ids": [0, 1, 2, 3, 0, 1, 2],
+def test_a_share_of_the_documents_is_part_of_any_greater_one() -> None:
+    arrays = token_arrays([[index + 1] for index in range(20)])
+
+    def documents(share: float) -> set[int]:
+        steps = PackedSteps(arrays, context_length=8, batch_tokens=8, seed=1, share=share)
+        return {window.document for window in steps.windows}
+
+    assert len(documents(0.25)) == 5
+    assert documents(0.25) < documents(0.5) < documents(1.0) == set(range(20))
+
+
+def test_a_batch_holds_ids_labels_positions_and_bounds_of_its_windows() -> None:
+    (batch,) = (PackedSteps(token_arrays([[5, 6], [7]]), context_length=8, batch_tokens=8)[index] for index in [0])
+    tensors = {name: value.tolist() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    assert tensors == {
+        "input_ids": [[END, 5, 6, END, END, 7, END]],
+        "labels": [[IGNORED_LABEL, 5, 6, END, IGNORED_LABEL, 7, END]],
+        "position_ids": [[0, 1, 2, 3, 0, 1, 2]],
+        "cu_seq_lens_q": [0, 4, 7],
+        "cu_seq_lens_k": [0, 4, 7],
     }
-    assert all(values.dtype == torch.int64 for values in rows[0].values())
+    assert (batch["max_length_q"], batch["max_length_k"]) == (4, 4)
 
 
 def test_positions_restart_in_each_window_of_a_long_document() -> None:
-    rows = PackedRows(token_arrays([[5, 6, 7]]), context_length=3, row_tokens=6)
-    row = {name: values.tolist() for name, values in rows[0].items()}
-    assert row == {
-        "input_ids": [END, 5, 6, 6, 7, END],
-        "labels": [IGNORED_LABEL, 5, 6, IGNORED_LABEL, 7, END],
-        "position_ids": [0, 1, 2, 0, 1, 2],
-    }
+    batch = PackedSteps(token_arrays([[5, 6, 7]]), context_length=3, batch_tokens=6)[0]
+    assert batch["input_ids"].tolist() == [[END, 5, 6, 6, 7, END]]
+    assert batch["labels"].tolist() == [[IGNORED_LABEL, 5, 6, IGNORED_LABEL, 7, END]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]]
 
 
-def test_rows_have_room_for_the_context_at_least() -> None:
-    rows = PackedRows(token_arrays([[5] * 10]), context_length=12, row_tokens=4)
-    assert (rows.row_tokens, len(rows)) == (12, 1)
+def test_a_part_without_windows_holds_no_label() -> None:
+    steps = PackedSteps(token_arrays([[5, 6]]), context_length=8, batch_tokens=8, parts=2)
+    empty = [batch for batch in (steps[0], steps[1]) if not (batch["labels"] != IGNORED_LABEL).any()]
+    assert [batch["input_ids"].tolist() for batch in empty] == [[[END]]]
 
 
-def test_padding_share_is_what_full_rows_hold_no_token_of() -> None:
-    rows = PackedRows(token_arrays([[5] * 6, [6] * 3]), context_length=10, row_tokens=10)
-    assert len(rows) == 2
-    assert rows.padding_share == pytest.approx((20 - 8 - 5) / 20)
-
-
-def test_batches_are_padded_without_labels_nor_mask() -> None:
-    rows = PackedRows(token_arrays([[5, 6, 7], [8]]), context_length=6, row_tokens=6)
-    batch = RowCollator(end_of_text_id=9)([rows[0], rows[1]])
-    assert {name: values.tolist() for name, values in batch.items()} == {
-        "input_ids": [[END, 5, 6, 7, END], [END, 8, END, 9, 9]],
-        "labels": [[IGNORED_LABEL, 5, 6, 7, END], [IGNORED_LABEL, 8, END, IGNORED_LABEL, IGNORED_LABEL]],
-        "position_ids": [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]],
-    }
-    assert all(values.dtype == torch.int64 for values in batch.values())
+def test_nothing_is_padded() -> None:
+    arrays = token_arrays([[5] * length for length in range(1, 30)])
+    steps = PackedSteps(arrays, context_length=16, batch_tokens=64, seed=1)
+    tokens = sum(steps[index]["input_ids"].shape[1] for index in range(len(steps)))
+    assert tokens == steps.window_tokens
 
 
 LEAK_DOCUMENTS = [[40, 41, 42, 43, 44, 45, 46], [50, 51, 52, 53], [60, 61], [70, 71, 72]]
 
 
-def row_logits(model: GPT2LMHeadModel, documents: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits of each document, `[tokens, vocabulary]`, in one batch of packed rows as the trainer feeds it."""
-    rows = PackedRows(token_arrays(documents), context_length=16, row_tokens=16)
-    batch = RowCollator(END)([rows[index] for index in range(len(rows))])
-    model.config.use_cache = False
+@pytest.fixture(params=["usual", "by depth", "unscaled"])
+def model(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> ScoredGPT2:
+    """As it is trained, with each way in which a GPT-2 may scale its attention."""
+    changes = {
+        "usual": {},
+        "by depth": {"scale_attn_by_inverse_layer_idx": True},
+        "unscaled": {"scale_attn_weights": False},
+    }[request.param]
+    return ScoredGPT2.from_pretrained(tiny_checkpoint, attn_implementation=PACKED, **changes).eval()
+
+
+def packed_logits(model: ScoredGPT2, documents: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Logits of each document, `[tokens, vocabulary]`, in one batch as the trainer feeds it."""
+    batch = dict(PackedSteps(token_arrays(documents), context_length=16, batch_tokens=1000)[0])
+    bounds = batch["cu_seq_lens_q"]
+    del batch["labels"]
     with torch.inference_mode():
-        logits = model(**batch).logits
-    found: dict[int, torch.Tensor] = {}
-    for index, row in enumerate(rows.rows):
-        start = 0
-        for window in row:
-            found[window.document] = logits[index, start : start + window.tokens]
-            start += window.tokens
-    assert max(len(row) for row in rows.rows) > 1
-    return [found[document] for document in range(len(documents))]
+        logits = model(**batch).logits[0]
+    return [logits[start:end] for start, end in pairwise(bounds.tolist())]
 
 
 @pytest.mark.parametrize("changed", range(len(LEAK_DOCUMENTS)))
-def test_a_packed_document_changes_no_other(changed: int, tiny_model: GPT2LMHeadModel) -> None:
-    before = row_logits(tiny_model, LEAK_DOCUMENTS)
+def test_a_packed_document_changes_no_other(changed: int, model: ScoredGPT2) -> None:
+    before = packed_logits(model, LEAK_DOCUMENTS)
     documents = [
         [token_id + 100 for token_id in ids] if index == changed else ids for index, ids in enumerate(LEAK_DOCUMENTS)
     ]
-    after = row_logits(tiny_model, documents)
+    after = packed_logits(model, documents)
     for document in range(len(documents)):
         difference = (before[document] - after[document]).abs().max().item()
         assert difference > 1 if document == changed else difference <= 1e-6
 
 
-def test_a_packed_document_gives_the_logits_that_it_gives_alone(tiny_model: GPT2LMHeadModel) -> None:
-    for ids, packed in zip(LEAK_DOCUMENTS, row_logits(tiny_model, LEAK_DOCUMENTS), strict=True):
-        with torch.inference_mode():
-            alone = tiny_model(torch.tensor([[END, *ids, END]]), use_cache=False).logits[0]
-        torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
-
-
-def test_with_a_cache_packed_documents_would_leak(tiny_model: GPT2LMHeadModel) -> None:
-    """Why training turns the cache off; once this fails, transformers has mended it."""
-    rows = PackedRows(token_arrays(LEAK_DOCUMENTS), context_length=16, row_tokens=16)
-    batch = RowCollator(END)([rows[0]])
-    with torch.inference_mode():
-        apart, leaking = (tiny_model(**batch, use_cache=use_cache).logits for use_cache in (False, True))
-    assert (apart - leaking).abs().max().item() > 1
+def test_a_packed_document_gives_the_logits_that_it_gives_alone_in_transformers(model: ScoredGPT2) -> None:
+    packed = packed_logits(model, LEAK_DOCUMENTS)
+    with padded_attention(model), torch.inference_mode():
+        alone = [model(torch.tensor([[END, *ids, END]]), use_cache=False).logits[0] for ids in LEAK_DOCUMENTS]
+    for found, expected in zip(packed, alone, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel, set_seed
 
@@ -14,7 +15,11 @@ from pipeline.errors import UserError
 from pipeline.params import FinetuneParams, SamplesParams
 from pipeline.tokens import TokenArrays, load_tokens, write_tokens
 from pipeline.training import trainer
-from pipeline.training.packing import PackedRows
+from pipeline.training.attention import padded_attention
+from pipeline.training.model import load_trainable
+from pipeline.training.objective import ScoredGPT2
+from pipeline.training.packing import PackedSteps
+from pipeline.training.processes import join_processes
 from pipeline.training.resume import ResumeState
 from pipeline.training.samples import generate_samples
 from pipeline.training.trainer import Curves, finetune_model, training_arguments
@@ -45,33 +50,51 @@ def float32_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def packed(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Callable[[Sequence[str]], PackedRows]:
-    """Texts as packed rows, in a folder of the test's own."""
+def tokenized(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Callable[[Sequence[str]], TokenArrays]:
+    """Texts as token arrays, in a folder of the test's own."""
 
-    def pack(texts: Sequence[str]) -> PackedRows:
+    def tokenize(texts: Sequence[str]) -> TokenArrays:
         folder = tmp_path / f"tokens{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         write_tokens(folder, texts, tiny_tokenizer, "digest")
-        return PackedRows(load_tokens(folder, "digest"), context_length=CONTEXT_LENGTH, row_tokens=CONTEXT_LENGTH)
+        return load_tokens(folder, "digest")
 
-    return pack
+    return tokenize
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path) -> ScoredGPT2:
+    return trainable(tiny_checkpoint)
+
+
+def trainable(checkpoint: Path, **changes: Any) -> ScoredGPT2:
+    loaded = load_trainable(checkpoint, finetune_params(**changes))
+    assert isinstance(loaded, ScoredGPT2)
+    return loaded
 
 
 def finetune_params(**changes: Any) -> FinetuneParams:
     values: dict[str, Any] = {
         "seed": 1,
         "context_length": CONTEXT_LENGTH,
-        "row_tokens": CONTEXT_LENGTH,
-        "batch_rows": 1,
-        "gradient_accumulation_steps": 1,
+        "train_share": 1.0,
+        "batch_tokens": CONTEXT_LENGTH,
+        "device_batch_tokens": None,
+        "gradient_checkpointing": False,
         "epochs": 5.0,
         "learning_rate": 0.01,
         "warmup_share": 0.1,
         "weight_decay": 0.1,
         "optimizer": "adamw",
+        "layer_decay": 1.0,
+        "frozen_layers": 0,
+        "lora": None,
         "dropout": None,
         "attention_dropout": None,
+        "label_smoothing": 0.0,
+        "unlikelihood": 0.0,
         "max_grad_norm": 1.0,
+        "fsdp": False,
         "evaluations": 3,
         "early_stopping_patience": 10,
         "samples": SAMPLES,
@@ -79,22 +102,35 @@ def finetune_params(**changes: Any) -> FinetuneParams:
     return FinetuneParams(**{**values, **changes})
 
 
+def steps_of(train: TokenArrays, params: FinetuneParams, parts: int = 1) -> PackedSteps:
+    return PackedSteps(
+        train,
+        context_length=CONTEXT_LENGTH,
+        batch_tokens=params.batch_tokens,
+        epochs=params.epochs,
+        seed=params.seed,
+        parts=parts,
+    )
+
+
 def run(
-    model: GPT2LMHeadModel,
-    train: PackedRows,
-    validation: PackedRows,
+    model: GPT2LMHeadModel | PeftModel,
+    train: TokenArrays,
+    validation: TokenArrays,
     folder: Path,
     params: FinetuneParams,
     on_evaluation: Callable[[GPT2LMHeadModel, int], None] = lambda model, step: None,
     resume_from: Path | None = None,
+    parts: int = 1,
 ) -> tuple[Curves, Recorder]:
     log = Recorder()
+    set_seed(params.seed)
     curves = finetune_model(
         model,
-        train,
-        validation,
+        steps_of(train, params, parts),
+        PackedSteps(validation, context_length=CONTEXT_LENGTH, batch_tokens=CONTEXT_LENGTH),
         params,
-        end_of_text_id=0,
+        processes=join_processes(),
         work_folder=folder / "work",
         log=log,
         on_evaluation=on_evaluation,
@@ -107,23 +143,27 @@ class Killed(BaseException):
     """Stands in for a signal that cannot be caught."""
 
 
-@pytest.mark.parametrize("killed_at", [1, 8, 9, 13, 24])
+@pytest.mark.parametrize(
+    ("killed_at", "optimizer"), [(1, "adamw"), (8, "adamw"), (9, "muon"), (13, "adamw"), (13, "muon"), (24, "adamw")]
+)
 def test_an_interrupted_training_ends_as_if_it_had_not_been(
     killed_at: int,
-    tiny_model: GPT2LMHeadModel,
-    packed: Callable[[Sequence[str]], PackedRows],
+    optimizer: str,
+    tiny_checkpoint: Path,
+    tokenized: Callable[[Sequence[str]], TokenArrays],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With dropout, early stopping's patience and the order of rows; killed before, at and after checkpoints."""
-    train, validation = packed(TRAINING_TEXTS * 2), packed(VALIDATION_TEXTS)
-    params = finetune_params(epochs=12.0, evaluations=3, dropout=0.1)
-    start = {name: weight.clone() for name, weight in tiny_model.state_dict().items()}
-    curves, log = run(tiny_model, train, validation, tmp_path / "whole", params)
-    expected = {name: weight.clone() for name, weight in tiny_model.state_dict().items()}
+    """With dropout, early stopping's patience and the order of windows; killed before, at and after checkpoints."""
+    train, validation = tokenized(TRAINING_TEXTS * 2), tokenized(VALIDATION_TEXTS)
+    params = finetune_params(epochs=8.0, evaluations=3, dropout=0.1, optimizer=optimizer, batch_tokens=32)
+    model = trainable(tiny_checkpoint, dropout=0.1)
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    curves, log = run(model, train, validation, tmp_path / "whole", params)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
     assert [step for step, _ in curves.validation] == [0, 8, 16, 24]
 
-    tiny_model.load_state_dict(start)
+    model.load_state_dict(start)
     step = trainer.PackedTrainer.training_step
     steps = 0
 
@@ -136,17 +176,16 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
 
     monkeypatch.setattr(trainer.PackedTrainer, "training_step", training_step)
     with pytest.raises(Killed):
-        run(tiny_model, train, validation, tmp_path / "parts", params)
+        run(model, train, validation, tmp_path / "parts", params)
     monkeypatch.setattr(trainer.PackedTrainer, "training_step", step)
     state = ResumeState(tmp_path / "parts" / "work")
     assert (state.checkpoint is None) == (killed_at <= 8)
 
     # Whatever is in the model by then, the checkpoint has the weights.
-    tiny_model.load_state_dict(start)
-    set_seed(99 if state.checkpoint else params.seed)
-    found, rest = run(tiny_model, train, validation, tmp_path / "parts", params, resume_from=state.checkpoint)
+    model.load_state_dict(start)
+    found, rest = run(model, train, validation, tmp_path / "parts", params, resume_from=state.checkpoint)
     assert found == curves
-    for name, weight in tiny_model.state_dict().items():
+    for name, weight in model.state_dict().items():
         assert torch.equal(weight, expected[name]), name
     assert [step for step, _ in rest.metrics] == [step for step, _ in log.metrics][-len(rest.metrics) :]
 
@@ -155,7 +194,7 @@ def loss_by_hand(model: GPT2LMHeadModel, tokens: TokenArrays) -> float:
     """Mean over all labels of all documents, each run alone."""
     losses = []
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), padded_attention(model):
         for index in range(len(tokens)):
             ids = torch.from_numpy(tokens.document(index).astype(np.int64))
             assert len(ids) <= CONTEXT_LENGTH
@@ -165,11 +204,11 @@ def loss_by_hand(model: GPT2LMHeadModel, tokens: TokenArrays) -> float:
 
 
 def test_training_memorises_a_toy_set_and_keeps_curves(
-    tiny_model: GPT2LMHeadModel, packed: Callable[[Sequence[str]], PackedRows], tmp_path: Path
+    model: ScoredGPT2, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
-    train = packed(TRAINING_TEXTS)
-    curves, log = run(tiny_model, train, train, tmp_path, finetune_params(epochs=20.0, evaluations=4))
-    steps = 20 * len(train)
+    train = tokenized(TRAINING_TEXTS)
+    curves, log = run(model, train, train, tmp_path, finetune_params(epochs=20.0, evaluations=4))
+    steps = steps_of(train, finetune_params(epochs=20.0)).steps
     assert [step for step, _ in curves.validation] == [0, steps // 4, steps // 2, 3 * steps // 4, steps]
     assert curves.best_validation[1] < 0.5 * curves.validation[0][1]
     assert curves.train[-1][0] == steps
@@ -184,10 +223,10 @@ def test_training_memorises_a_toy_set_and_keeps_curves(
 
 @pytest.mark.parametrize("evaluations", [1, 3, 4, 7, 10])
 def test_the_validation_split_is_scored_as_often_as_asked_and_at_the_end(
-    evaluations: int, tiny_model: GPT2LMHeadModel, packed: Callable[[Sequence[str]], PackedRows], tmp_path: Path
+    evaluations: int, model: ScoredGPT2, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
-    train = packed(["N"])
-    curves, _ = run(tiny_model, train, train, tmp_path, finetune_params(epochs=10.0, evaluations=evaluations))
+    train = tokenized(["N"])
+    curves, _ = run(model, train, train, tmp_path, finetune_params(epochs=10.0, evaluations=evaluations))
     steps = [step for step, _ in curves.validation]
     assert steps[0] == 0
     assert len(steps) == 1 + evaluations
@@ -197,47 +236,47 @@ def test_the_validation_split_is_scored_as_often_as_asked_and_at_the_end(
 
 
 def test_validation_loss_weighs_every_token_alike(
-    tiny_model: GPT2LMHeadModel, packed: Callable[[Sequence[str]], PackedRows], tmp_path: Path
+    model: ScoredGPT2, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
-    validation = packed(VALIDATION_TEXTS)
+    validation = tokenized(VALIDATION_TEXTS)
     assert len(validation) > 1
-    expected = loss_by_hand(tiny_model, validation.tokens)
-    curves, _ = run(tiny_model, packed(["N"]), validation, tmp_path, finetune_params(epochs=1.0, evaluations=1))
+    expected = loss_by_hand(model, validation)
+    curves, _ = run(model, tokenized(["N"]), validation, tmp_path, finetune_params(epochs=1.0, evaluations=1))
     assert curves.validation[0][1] == pytest.approx(expected, rel=1e-5)
-    assert curves.validation[-1][1] == pytest.approx(loss_by_hand(tiny_model, validation.tokens), rel=1e-5)
+    assert curves.validation[-1][1] == pytest.approx(loss_by_hand(model, validation), rel=1e-5)
 
 
 def test_the_best_checkpoints_weights_are_left_in_the_model(
-    tiny_model: GPT2LMHeadModel, packed: Callable[[Sequence[str]], PackedRows], tmp_path: Path
+    model: ScoredGPT2, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
-    validation = packed(VALIDATION_TEXTS)
+    validation = tokenized(VALIDATION_TEXTS)
     # A rate so high that what is learned first is lost again.
     params = finetune_params(epochs=12.0, evaluations=12, learning_rate=0.05, warmup_share=0.0)
-    curves, _ = run(tiny_model, packed(TRAINING_TEXTS[:1]), validation, tmp_path, params)
+    curves, _ = run(model, tokenized(TRAINING_TEXTS[:1]), validation, tmp_path, params)
     step, loss = curves.best_validation
     assert step < curves.validation[-1][0]
     assert loss < curves.validation[-1][1]
-    assert loss_by_hand(tiny_model, validation.tokens) == pytest.approx(loss, rel=1e-5)
+    assert loss_by_hand(model, validation) == pytest.approx(loss, rel=1e-5)
 
 
 def test_training_stops_when_validation_no_longer_improves(
-    tiny_model: GPT2LMHeadModel, packed: Callable[[Sequence[str]], PackedRows], tmp_path: Path
+    model: ScoredGPT2, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
     params = finetune_params(
         epochs=40.0, evaluations=40, learning_rate=0.05, warmup_share=0.0, early_stopping_patience=2
     )
-    curves, _ = run(tiny_model, packed(TRAINING_TEXTS[:1]), packed(VALIDATION_TEXTS), tmp_path, params)
+    curves, _ = run(model, tokenized(TRAINING_TEXTS[:1]), tokenized(VALIDATION_TEXTS), tmp_path, params)
     best_step, _ = curves.best_validation
     assert curves.validation[-1][0] == best_step + 2 < 40
 
 
 def test_the_same_seed_gives_the_same_weights(
-    tiny_checkpoint: Path, packed: Callable[[Sequence[str]], PackedRows], tmp_path: Path
+    tiny_checkpoint: Path, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
-    train, validation = packed(TRAINING_TEXTS), packed(VALIDATION_TEXTS)
+    train, validation = tokenized(TRAINING_TEXTS), tokenized(VALIDATION_TEXTS)
     weights: list[torch.Tensor] = []
     for seed in (1, 1, 2):
-        model = GPT2LMHeadModel.from_pretrained(tiny_checkpoint, attn_implementation="sdpa", resid_pdrop=0.3)
+        model = trainable(tiny_checkpoint, dropout=0.3)
         run(model, train, validation, tmp_path / str(len(weights)), finetune_params(epochs=3.0, seed=seed))
         weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
     assert torch.equal(weights[0], weights[1])
@@ -245,12 +284,12 @@ def test_the_same_seed_gives_the_same_weights(
 
 
 def test_samples_while_training_change_nothing_of_it(
-    tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, packed: Callable[[Sequence[str]], PackedRows], tmp_path: Path
+    tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
-    train = packed(TRAINING_TEXTS)
+    train = tokenized(TRAINING_TEXTS)
     weights: list[torch.Tensor] = []
     for sampled in (False, True):
-        model = GPT2LMHeadModel.from_pretrained(tiny_checkpoint, attn_implementation="sdpa", resid_pdrop=0.3)
+        model = trainable(tiny_checkpoint, dropout=0.3)
         taken: list[int] = []
 
         def take(model: GPT2LMHeadModel, step: int, sampled: bool = sampled, taken: list[int] = taken) -> None:
@@ -264,60 +303,107 @@ def test_samples_while_training_change_nothing_of_it(
     assert torch.equal(weights[0], weights[1])
 
 
-def test_training_and_scoring_run_without_cache_or_mask(
-    tiny_model: GPT2LMHeadModel, packed: Callable[[Sequence[str]], PackedRows], tmp_path: Path
-) -> None:
-    """Or packed documents would attend to each other: see `test_packing.py`."""
-    seen: list[tuple[bool, bool, bool]] = []
-
-    def look(module: torch.nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
-        seen.append((module.training, "attention_mask" in keywords, output.past_key_values is not None))
-        assert keywords["position_ids"] is not None
-
-    tiny_model.register_forward_hook(look, with_kwargs=True)
-    train = packed(TRAINING_TEXTS)
-    run(tiny_model, train, train, tmp_path, finetune_params(epochs=1.0, evaluations=1))
-    assert set(seen) == {(True, False, False), (False, False, False)}
-    assert tiny_model.config.use_cache
-
-
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_told(
-    weight: float, tiny_model: GPT2LMHeadModel, packed: Callable[[Sequence[str]], PackedRows], tmp_path: Path
+def test_a_base_that_gives_no_finite_loss_is_told(
+    weight: float, model: ScoredGPT2, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
-    rows = packed(TRAINING_TEXTS)
+    tokens = tokenized(TRAINING_TEXTS)
     with torch.no_grad():
-        tiny_model.transformer.ln_f.bias[0] = weight
-    with pytest.raises(UserError, match=r"^finetune: the (training|validation) loss is nan at step \d; lower finetune"):
-        run(tiny_model, rows, rows, tmp_path, finetune_params())
+        model.transformer.ln_f.bias[0] = weight
+    with pytest.raises(UserError, match=r"^finetune: the validation loss is nan at step 0; lower finetune"):
+        run(model, tokens, tokens, tmp_path, finetune_params())
+
+
+@pytest.mark.parametrize(("spoiled", "told"), [(math.nan, "nan"), (1e4, "")])
+def test_a_loss_that_explodes_is_told_with_its_batch_and_the_last_good_checkpoint(
+    spoiled: float,
+    told: str,
+    model: ScoredGPT2,
+    tokenized: Callable[[Sequence[str]], TokenArrays],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens = tokenized(TRAINING_TEXTS)
+    params = finetune_params(epochs=5.0, evaluations=5)
+    steps, training_step, batches = steps_of(tokens, params, parts=2), trainer.PackedTrainer.training_step, 0
+    last = steps.steps
+
+    def training_step_spoiled(self: Any, model: ScoredGPT2, *arguments: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        if batches == 2 * last:
+            with torch.no_grad():
+                model.transformer.ln_f.weight *= spoiled
+        return training_step(self, model, *arguments)
+
+    monkeypatch.setattr(trainer.PackedTrainer, "training_step", training_step_spoiled)
+    documents = sorted({window.document + 1 for window in steps.step_windows(last - 1)})
+    with pytest.raises(UserError) as caught:
+        run(model, tokens, tokens, tmp_path, params, parts=2)
+    message = str(caught.value)
+    assert message.startswith(f"finetune: the training loss is {told}")
+    assert f" at step {last}, batch 2 of 2, which learns from training documents " in message
+    assert f"documents {', '.join(map(str, documents))}; lower finetune.learning_rate" in message
+    kept = ResumeState(tmp_path / "work").checkpoint
+    assert kept is not None
+    assert message.endswith(f"the last good checkpoint is kept in {kept}")
 
 
 def test_a_validation_loss_beyond_any_perplexity_is_told(
-    tiny_model: GPT2LMHeadModel, packed: Callable[[Sequence[str]], PackedRows], tmp_path: Path
+    model: ScoredGPT2, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
-    rows = packed(TRAINING_TEXTS)
+    rows = tokenized(TRAINING_TEXTS)
     with torch.no_grad():
-        tiny_model.transformer.ln_f.weight *= 10_000
-    curves, log = run(tiny_model, rows, rows, tmp_path, finetune_params(epochs=1.0, evaluations=1))
+        model.transformer.ln_f.weight *= 10_000
+    curves, log = run(model, rows, rows, tmp_path, finetune_params(epochs=1.0, evaluations=1))
     assert curves.validation[0][1] > 1000
     assert log.metrics[0][1]["validation_perplexity"] == math.inf
 
 
-def test_more_evaluations_than_steps_are_refused(tmp_path: Path) -> None:
+def test_more_evaluations_than_steps_are_refused(
+    tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
+) -> None:
+    params = finetune_params(evaluations=7, epochs=6.0)
     with pytest.raises(UserError, match=r"^finetune\.evaluations: 7 evaluations do not fit in 6 optimizer steps"):
-        training_arguments(
-            finetune_params(evaluations=7, epochs=3.0, batch_rows=2, gradient_accumulation_steps=2),
-            train_rows=7,
-            work_folder=tmp_path,
-        )
+        training_arguments(params, steps_of(tokenized(["N"]), params), work_folder=tmp_path, processes=join_processes())
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_cutting_a_step_into_batches_changes_nothing_but_rounding(
+    parts: int, tiny_checkpoint: Path, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
+) -> None:
+    train, validation = tokenized(TRAINING_TEXTS * 2), tokenized(VALIDATION_TEXTS)
+    params = finetune_params(epochs=6.0, batch_tokens=64, learning_rate=0.001)
+    curves = []
+    for count in (1, parts):
+        model = trainable(tiny_checkpoint, dropout=0.0, attention_dropout=0.0)
+        curves.append(run(model, train, validation, tmp_path / str(count), params, parts=count)[0])
+    for name in ("train", "validation"):
+        expected, found = (getattr(each, name) for each in curves)
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_rounding(
+    tiny_checkpoint: Path, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
+) -> None:
+    train, validation = tokenized(TRAINING_TEXTS), tokenized(VALIDATION_TEXTS)
+    losses = []
+    for checkpointing in (False, True):
+        params = finetune_params(epochs=4.0, gradient_checkpointing=checkpointing, dropout=0.1, learning_rate=0.001)
+        model = trainable(tiny_checkpoint, dropout=0.1)
+        curves, _ = run(model, train, validation, tmp_path / str(checkpointing), params)
+        losses.append([loss for _, loss in curves.validation])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
-def test_fine_tuning_takes_bfloat16_and_the_fused_optimizer(tmp_path: Path) -> None:
-    arguments = training_arguments(finetune_params(), train_rows=1000, work_folder=tmp_path)
+def test_fine_tuning_takes_bfloat16_and_tf32(tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path) -> None:
+    params = finetune_params()
+    steps = steps_of(tokenized(TRAINING_TEXTS), params)
+    arguments = training_arguments(params, steps, work_folder=tmp_path, processes=join_processes())
     assert arguments.bf16 == trainer.supports_bfloat16()
-    assert arguments.optim == "adamw_torch_fused"
     assert not arguments.use_cpu
     if torch.cuda.get_device_capability() >= (8, 0):
         assert torch.backends.cuda.matmul.allow_tf32

@@ -1,0 +1,93 @@
+"""Causal attention over a flat batch of windows, each seeing itself alone, as an implementation for transformers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, GPT2LMHeadModel
+
+from pipeline.checkpoint import attention_implementation
+
+PACKED = "packed"
+"""The name under which transformers finds it; a name that it has no mask for, and so makes none."""
+CAUSAL = (-1, 0)
+"""A window of attention: all that is before, nothing that is after."""
+VARLEN_CAPABILITY = (8, 0)
+"""Of the first GPUs that have the kernel for sequences of many lengths, Ampere's."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each window.
+
+    `query`, `key` and `value` are `[1, heads, tokens, head width]`, and so is the result but for `[1, tokens, heads,
+    head width]`; windows lie between the bounds `cu_seq_lens_q`, int32 `[windows + 1]`. On a GPU one kernel takes
+    all windows; elsewhere, and with dropout, each is a call of its own.
+    """
+    scale = attention_scale(module, head_width=query.shape[-1])
+    if _takes_varlen(query, dropout):
+        attended = varlen_attn(
+            *(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)),
+            *(cu_seq_lens_q, cu_seq_lens_q),
+            *(max_length_q, max_length_q),
+            scale=scale,
+            window_size=CAUSAL,
+        )
+        assert isinstance(attended, torch.Tensor)  # noqa: S101
+        return attended[None], None
+    parts = [
+        scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scale,
+        )
+        for start, end in pairwise(cu_seq_lens_q.tolist())
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+@contextmanager
+def padded_attention(model: GPT2LMHeadModel) -> Iterator[None]:
+    """Let a model that is trained on flat batches take padded ones with a mask meanwhile, as `generate` makes them."""
+    model.set_attn_implementation(attention_implementation(model.config))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(PACKED)
+
+
+def attention_scale(module: nn.Module, head_width: int) -> float:
+    """What a GPT-2's scores are multiplied by in this layer; its config may leave the usual root out, or add depth."""
+    attention: Any = module
+    scale: float = head_width**-0.5 if attention.config.scale_attn_weights else 1.0
+    return scale / (attention.layer_idx + 1) if attention.config.scale_attn_by_inverse_layer_idx else scale
+
+
+def _takes_varlen(query: torch.Tensor, dropout: float) -> bool:
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and dropout == 0
+        and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
+    )
+
+
+AttentionInterface.register(PACKED, packed_attention)

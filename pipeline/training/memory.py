@@ -1,0 +1,126 @@
+"""How many tokens a device's memory holds at a time: measured on the model at hand, not guessed from its size."""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import GPT2LMHeadModel
+
+from pipeline.errors import UserError
+from pipeline.params import FinetuneParams
+from pipeline.training.objective import LOGITS_BYTES
+from pipeline.training.precision import autocast
+
+USED_SHARE = 0.8
+"""Of the free memory; the rest is for what passes through a step and is not kept."""
+STATE_BYTES = {"adamw": 12, "muon": 12}
+"""Of a trained weight: its gradient and the optimizer's two moments, in float32. Muon keeps one, but not of all."""
+RESIDUE_BYTES = 4
+"""Of a number in what a checkpointed block keeps: what went into it."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of one forward and backward pass, in bytes."""
+
+    fixed: float
+    a_token: float
+
+    def tokens_in(self, free: float) -> int:
+        return max(0, int((free - self.fixed) / self.a_token))
+
+
+def parts_of_step(model: GPT2LMHeadModel, params: FinetuneParams, *, context_length: int, processes: int) -> int:
+    """Into how many batches an optimizer step is cut, a multiple of `processes`.
+
+    Raises `UserError` where the memory of the device does not hold one, as far as it can be told before.
+    """
+    footprint, free = measure(model, params, context_length), free_bytes(model.device) * USED_SHARE
+    room = footprint.tokens_in(free)
+    wanted = params.device_batch_tokens or min(room, params.batch_tokens)
+    # A batch holds whole windows, one at least.
+    if max(wanted, context_length) > room:
+        name = "finetune.context_length" if params.device_batch_tokens is None else "finetune.device_batch_tokens"
+        tokens = max(wanted, context_length)
+        needed = footprint.fixed + footprint.a_token * tokens
+        raise UserError(
+            f"{name}: a batch of {tokens} tokens takes about {needed / 2**30:.1f} GiB beside the weights, and "
+            f"{free / 2**30:.1f} GiB can be had; lower it{_advice(params)}"
+        )
+    return math.ceil(params.batch_tokens / max(wanted, 1) / processes) * processes
+
+
+def free_bytes(device: torch.device) -> float:
+    """What a device can still give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was taken so far: on a GPU by tensors, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure(model: GPT2LMHeadModel, params: FinetuneParams, context_length: int) -> Footprint:
+    """The footprint of training, from what a forward pass keeps for the way back on windows of two lengths.
+
+    The random state is left as it was.
+    """
+    lengths = (max(2, context_length // 2), max(3, context_length))
+    short, long = (kept_bytes(model, length) for length in lengths)
+    a_token = (long - short) / (lengths[1] - lengths[0])
+    fixed = max(0.0, short - a_token * lengths[0])
+    if params.gradient_checkpointing:
+        layers, width = model.config.n_layer, model.config.n_embd
+        a_token = a_token / layers + layers * width * RESIDUE_BYTES
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    logits = 3 * LOGITS_BYTES[model.device.type]
+    return Footprint(fixed + trained * STATE_BYTES[params.optimizer] + logits, a_token)
+
+
+def kept_bytes(model: GPT2LMHeadModel, tokens: int) -> int:
+    """Bytes of the tensors that a forward pass over one window keeps for the backward pass, weights aside."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros((1, tokens), dtype=torch.int64, device=model.device)
+    bounds = torch.tensor([0, tokens], dtype=torch.int32, device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    was_training = model.training
+    model.train()
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=devices), autocast(model.device), hooks:
+        # Held until it is counted: storage that is let go may be given out again under the same address.
+        output = model(
+            input_ids=ids,
+            position_ids=torch.arange(tokens, device=model.device)[None],
+            labels=ids,
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            max_length_q=tokens,
+            max_length_k=tokens,
+        )
+        total = sum(kept.values())
+        del output
+    model.train(was_training)
+    return total
+
+
+def _advice(params: FinetuneParams) -> str:
+    return "" if params.gradient_checkpointing else ", or set finetune.gradient_checkpointing"

@@ -1,0 +1,53 @@
+"""The base made ready for training: flat batches, dropout, what stays frozen, LoRA; and the trained model out of it."""
+
+from pathlib import Path
+from typing import cast
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import UserError
+from pipeline.params import FinetuneParams
+from pipeline.training.attention import PACKED
+from pipeline.training.objective import Objective, ScoredGPT2
+from pipeline.training.optimizer import freeze
+
+
+def load_trainable(base: Path, params: FinetuneParams) -> ScoredGPT2 | PeftModel:
+    """The base's model in float32, as `params` has it trained. Raises `UserError` where it has no such layers."""
+    rates = {"embd_pdrop": params.dropout, "resid_pdrop": params.dropout, "attn_pdrop": params.attention_dropout}
+    changes = {name: rate for name, rate in rates.items() if rate is not None}
+    model: ScoredGPT2 = ScoredGPT2.from_pretrained(base, attn_implementation=PACKED, **changes)
+    model.objective = Objective(params.label_smoothing, params.unlikelihood)
+    freeze(model, params.frozen_layers)
+    return model if params.lora is None else add_lora(model, params)
+
+
+def add_lora(model: ScoredGPT2, params: FinetuneParams) -> PeftModel:
+    """LoRA beside the layers that `params.lora` names, in the blocks that are not frozen."""
+    lora = params.lora
+    assert lora is not None  # noqa: S101
+    block = model.transformer.h[0]
+    names = sorted({name.rpartition(".")[2] for name, module in block.named_modules() if isinstance(module, Conv1D)})
+    if unknown := sorted(set(lora.modules) - set(names)):
+        raise UserError(
+            f"finetune.lora.modules: the base has no {', '.join(unknown)}; its blocks have {', '.join(names)}"
+        )
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.modules,
+        layers_to_transform=list(range(params.frozen_layers, model.config.n_layer)),
+        layers_pattern="h",
+        # GPT-2's layers keep their weights transposed.
+        fan_in_fan_out=True,
+    )
+    return get_peft_model(model, config)
+
+
+def trained_gpt2(model: nn.Module) -> GPT2LMHeadModel:
+    """The GPT-2 that was trained, with what LoRA learned merged into its weights."""
+    return cast(GPT2LMHeadModel, model.merge_and_unload() if isinstance(model, PeftModel) else model)

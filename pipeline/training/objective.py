@@ -1,0 +1,154 @@
+"""What training minimizes, and a GPT-2 that computes it without ever holding the logits of a whole batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import GPT2LMHeadModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from pipeline.training.packing import IGNORED_LABEL
+
+LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**28}
+"""Of the float32 logits that are held at a time: little memory, and work enough for every core."""
+LEAST_COMPLEMENT = 1e-5
+"""Of a probability: below it, `log(1 - p)` is taken as there."""
+
+Score = Callable[[torch.Tensor, int, int], torch.Tensor]
+"""The summed loss of the positions `start` to `end` (exclusive), from their logits, `[positions, vocabulary]`."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Negative log-likelihood, and what may be added to it while training; scoring leaves that out."""
+
+    label_smoothing: float = 0.0
+    """The share of the target that is spread evenly over the vocabulary (Szegedy et al., 2016)."""
+    unlikelihood: float = 0.0
+    """Weight of the token unlikelihood loss (Welleck et al., 2020): of -log(1 - p) over all tokens that stand before in
+    the window, but for the label and end-of-text."""
+
+    def score(self, input_ids: torch.Tensor, labels: torch.Tensor, bounds: torch.Tensor) -> Score:
+        """The loss over a flat batch: `input_ids` and `labels` are `[tokens]`, windows lie between the `bounds`."""
+        windows = list(pairwise(bounds.tolist()))
+
+        def loss(logits: torch.Tensor, start: int, end: int) -> torch.Tensor:
+            chunk = labels[start:end]
+            total = functional.cross_entropy(
+                logits, chunk, ignore_index=IGNORED_LABEL, label_smoothing=self.label_smoothing, reduction="sum"
+            )
+            if self.unlikelihood > 0:
+                repeats = _repeats(input_ids, chunk, start, windows, vocabulary_size=logits.shape[1])
+                complement = (1 - logits.softmax(dim=1)).clamp_min(LEAST_COMPLEMENT)
+                total = total - self.unlikelihood * complement.log()[repeats].sum()
+            return total
+
+        return loss
+
+
+def _repeats(
+    input_ids: torch.Tensor, labels: torch.Tensor, start: int, windows: list[tuple[int, int]], *, vocabulary_size: int
+) -> torch.Tensor:
+    """Which tokens would repeat, bool `[positions, vocabulary]`: for the positions from `start` on with these labels.
+
+    A window begins with context that is no repeat: end-of-text, or a token whose window is another.
+    """
+    end = start + len(labels)
+    repeats = torch.zeros((len(labels), vocabulary_size), dtype=torch.bool, device=labels.device)
+    for first, last in windows:
+        low, high = max(first, start), min(last, end)
+        if low >= high:
+            continue
+        rows = repeats[low - start : high - start]
+        rows[:, input_ids[first + 1 : low]] = True
+        later, earlier = torch.tril_indices(high - low, high - low, device=labels.device)
+        known = earlier + low > first
+        rows[later[known], input_ids[low + earlier[known]]] = True
+    is_label = labels != IGNORED_LABEL
+    repeats[~is_label] = False
+    repeats[is_label, labels[is_label]] = False
+    return repeats
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """A sum over positions of a loss of their logits, which are made and let go a chunk of positions at a time.
+
+    The gradients of hidden states and head are taken chunk by chunk on the way forward, so nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, score: Score) -> torch.Tensor:
+        """`hidden` is `[positions, width]`, `head` `[vocabulary, width]`; the result a float32 scalar.
+
+        Products are of the type that autocast names where it is on.
+        """
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+        wanted = [hidden.requires_grad, head.requires_grad]
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_head = torch.zeros_like(head) if wanted[1] else None
+        weight = head.detach().to(dtype).requires_grad_(wanted[1])
+        positions = max(1, LOGITS_BYTES[device] // (4 * len(head)))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), positions):
+            end = min(start + positions, len(hidden))
+            chunk = hidden[start:end].detach().to(dtype).requires_grad_(wanted[0])
+            with torch.set_grad_enabled(any(wanted)):
+                loss = score(functional.linear(chunk, weight).float(), start, end)
+            total += loss.detach()
+            inputs = [tensor for tensor, is_wanted in zip((chunk, weight), wanted, strict=True) if is_wanted]
+            grads = list(torch.autograd.grad(loss, inputs)) if inputs else []
+            if grad_hidden is not None:
+                grad_hidden[start:end] = grads.pop(0)
+            if grad_head is not None:
+                grad_head += grads.pop(0)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        return _scaled(grad_hidden, grad), _scaled(grad_head, grad), None
+
+
+def _scaled(gradient: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor | None:
+    return None if gradient is None else gradient * factor
+
+
+class ScoredGPT2(GPT2LMHeadModel):
+    """A GPT-2 that takes flat batches too (see `packing`), and in training gives the loss of `objective`."""
+
+    objective = Objective()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Loss or logits of a flat batch, given by its bounds among the `arguments`; without them, what any GPT-2 does.
+
+        `labels` are `[1, tokens]`; the loss is the mean over them, or their sum over `num_items_in_batch`.
+        """
+        if "cu_seq_lens_q" not in arguments:
+            return super().forward(input_ids=input_ids, position_ids=position_ids, labels=labels, **arguments)
+        arguments |= {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        hidden = self.transformer(**arguments).last_hidden_state[0]
+        if labels is None:
+            return CausalLMOutput(logits=self.lm_head(hidden)[None])
+        objective = self.objective if self.training else Objective()
+        # A position predicts the token after it.
+        score = objective.score(arguments["input_ids"][0, :-1], labels[0, 1:], arguments["cu_seq_lens_q"])
+        head = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+        total = ChunkedLoss.apply(hidden[:-1], head, score)  # type: ignore[no-untyped-call]
+        count = (labels != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=total / count)
+
+
+# save_pretrained writes it into config.json: to others the model is no other than the one that it extends.
+ScoredGPT2.__name__ = GPT2LMHeadModel.__name__

@@ -1,0 +1,94 @@
+"""How many batches a step is cut into, from what a model keeps for the way back."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.params import FinetuneParams, load_params
+from pipeline.training import memory
+from pipeline.training.memory import kept_bytes, measure, parts_of_step
+from pipeline.training.model import load_trainable
+from pipeline.training.objective import ScoredGPT2
+
+CONTEXT_LENGTH = 64
+
+
+def params(**changes: object) -> FinetuneParams:
+    return load_params().finetune.model_copy(update=changes)
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path) -> ScoredGPT2:
+    loaded = load_trainable(tiny_checkpoint, params())
+    assert isinstance(loaded, ScoredGPT2)
+    return loaded
+
+
+def test_what_is_kept_grows_with_the_tokens(model: ScoredGPT2) -> None:
+    short, middle, long = (kept_bytes(model, tokens) for tokens in (16, 32, 48))
+    assert long - middle == pytest.approx(middle - short, rel=0.05)
+    # Of each of two blocks at least: what goes into its four products and its activation.
+    assert (middle - short) / 16 > 2 * (2 * 3 + 2 * 4) * model.config.n_embd
+
+
+def test_measuring_changes_neither_model_nor_random_numbers(model: ScoredGPT2) -> None:
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.eval()
+    torch.manual_seed(3)
+    expected = torch.get_rng_state()
+    measure(model, params(), CONTEXT_LENGTH)
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert not model.training
+    assert all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("tokens_held", "processes", "parts"), [(10_000, 1, 1), (500, 1, 2), (300, 1, 4), (500, 4, 4)])
+def test_a_step_is_cut_into_as_few_batches_as_memory_and_processes_ask(
+    tokens_held: int, processes: int, parts: int, model: ScoredGPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = params(batch_tokens=1000, device_batch_tokens=None)
+    footprint = measure(model, own, CONTEXT_LENGTH)
+    free = (footprint.fixed + footprint.a_token * (tokens_held + 0.5)) / memory.USED_SHARE
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    assert parts_of_step(model, own, context_length=CONTEXT_LENGTH, processes=processes) == parts
+
+
+def test_the_number_of_tokens_that_is_asked_for_is_taken(model: ScoredGPT2) -> None:
+    own = params(batch_tokens=1000, device_batch_tokens=250)
+    assert parts_of_step(model, own, context_length=CONTEXT_LENGTH, processes=1) == 4
+
+
+@pytest.mark.parametrize(
+    ("device_batch_tokens", "checkpointing", "message"),
+    [
+        (
+            None,
+            False,
+            r"^finetune\.context_length: a batch of 64 tokens takes about .* lower it, or set finetune\.grad",
+        ),
+        (None, True, r"^finetune\.context_length: a batch of 64 tokens .* can be had; lower it$"),
+        (10**9, False, r"^finetune\.device_batch_tokens: a batch of 1000000000 tokens takes about .* lower it, or"),
+    ],
+)
+def test_a_batch_that_cannot_fit_is_refused_with_numbers(
+    device_batch_tokens: int | None,
+    checkpointing: bool,
+    message: str,
+    model: ScoredGPT2,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = params(device_batch_tokens=device_batch_tokens, gradient_checkpointing=checkpointing)
+    if device_batch_tokens is None:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match=message):
+        parts_of_step(model, own, context_length=CONTEXT_LENGTH, processes=1)
+
+
+def test_checkpointing_needs_less(model: ScoredGPT2) -> None:
+    plain, checkpointed = (measure(model, params(gradient_checkpointing=on), CONTEXT_LENGTH) for on in (False, True))
+    assert checkpointed.a_token < plain.a_token
+    assert math.isclose(checkpointed.fixed, plain.fixed)
