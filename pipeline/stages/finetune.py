@@ -27,7 +27,7 @@ from pipeline.params import PARAMS_FILE, FinetuneParams, SamplesParams, load_par
 from pipeline.process import end_with_dvc, termination_noted
 from pipeline.tokens import TOKENIZER_FILES, TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.training.memory import parts_of_step
-from pipeline.training.model import load_trainable, trained_gpt2
+from pipeline.training.model import gathered, load_trainable, trained_gpt2
 from pipeline.training.packing import PackedSteps
 from pipeline.training.precision import supports_bfloat16
 from pipeline.training.processes import Processes, join_processes
@@ -167,6 +167,7 @@ def train(
     """Fine-tune in each of the `processes`; the first of them records it in `run`, which the others do not have."""
     tokenizer = load_tokenizer(base)
     splits = {name: load_tokens(tokens / name, tokenizer_sha256(base)) for name in ("train", "validation")}
+    check_fsdp(params, processes)
     fix_randomness(params.seed)
     model = load_trainable(base, params)
     context_length = window_length(params, model.config.n_positions)
@@ -204,6 +205,8 @@ def train(
         resume_from=processes.from_first(lambda: state.checkpoint),
         stop=stop,
     )
+    if params.fsdp:
+        model = gathered(model, load_trainable(base, params))
     return Trained(trained_gpt2(model), curves, steps)
 
 
@@ -244,6 +247,18 @@ def check_vocabulary(tokens: TokenArrays, vocabulary: int) -> None:
             f"the tokens are of a vocabulary of {tokens.vocabulary_size}, and the base's holds {vocabulary}; "
             "make both anew with dvc repro"
         )
+
+
+def check_fsdp(params: FinetuneParams, processes: Processes) -> None:
+    """Raise `UserError` where weights cannot be shared among processes as they are."""
+    if not params.fsdp:
+        return
+    if processes.device.type != "cuda" or processes.count == 1:
+        raise UserError(
+            "finetune.fsdp: shares weights among GPUs, one a process; start the stage with torchrun, or set it to false"
+        )
+    if params.optimizer == "muon":
+        raise UserError("finetune.optimizer: muon takes whole matrices, and finetune.fsdp shares them; set adamw")
 
 
 def window_length(params: FinetuneParams, positions: int) -> int:

@@ -5,6 +5,7 @@ from typing import cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -51,3 +52,11 @@ def add_lora(model: ScoredGPT2, params: FinetuneParams) -> PeftModel:
 def trained_gpt2(model: nn.Module) -> GPT2LMHeadModel:
     """The GPT-2 that was trained, with what LoRA learned merged into its weights."""
     return cast(GPT2LMHeadModel, model.merge_and_unload() if isinstance(model, PeftModel) else model)
+
+
+def gathered(sharded: nn.Module, whole: ScoredGPT2 | PeftModel) -> ScoredGPT2 | PeftModel:
+    """`whole` with the weights that are spread over the processes; called in each, and filled in the first."""
+    weights = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if weights:
+        whole.load_state_dict(weights)
+    return whole

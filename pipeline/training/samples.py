@@ -33,7 +33,7 @@ def generate_samples(model: GPT2LMHeadModel, tokenizer: Tokenizer, params: Sampl
     input_ids = torch.tensor([[end_of_text] * (longest - len(prompt)) + prompt for prompt in prompts])
     attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(), padded_attention(model):
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), padded_attention(model):
         torch.manual_seed(params.seed)
         output = model.generate(
             input_ids=input_ids.to(model.device),

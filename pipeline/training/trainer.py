@@ -1,6 +1,7 @@
 """Fine-tuning with transformers' Trainer: exact validation loss, and a hook at each evaluation."""
 
 import math
+import os
 import sys
 import threading
 import time
@@ -37,6 +38,12 @@ from pipeline.training.precision import supports_bfloat16, supports_tf32
 from pipeline.training.processes import Processes
 from pipeline.training.resume import WHOLE_FILE, ResumeState
 
+FSDP = {
+    "transformer_layer_cls_to_wrap": ["GPT2Block"],
+    # Every process has read the same weights.
+    "sync_module_states": False,
+}
+FSDP_VERSION = "2"
 EXPLODED = 2.0
 """A loss so many times that of a uniform guess, or of the base, does not come back."""
 LOGGED_POINTS = 100
@@ -95,6 +102,7 @@ def finetune_model(
         callbacks=[
             EarlyStoppingCallback(params.early_stopping_patience),
             EvaluationSchedule(params.evaluations),
+            BestCheckpoint(),
             CurveCallback(log, on_evaluation),
             *([] if stop is None else [StopCallback(stop, processes)]),
         ],
@@ -141,6 +149,9 @@ def training_arguments(
             "lower it, or raise finetune.epochs"
         )
     on_gpu = torch.cuda.is_available()
+    if params.fsdp:
+        # Read by accelerate; the Trainer has no argument for it.
+        os.environ["FSDP_VERSION"] = FSDP_VERSION
     arguments = TrainingArguments(
         output_dir=str(work_folder),
         seed=params.seed,
@@ -159,9 +170,8 @@ def training_arguments(
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         fsdp="full_shard auto_wrap" if params.fsdp else "",
-        fsdp_config={"transformer_layer_cls_to_wrap": ["GPT2Block"], "fsdp_version": 2} if params.fsdp else None,
+        fsdp_config=FSDP if params.fsdp else None,
         eval_strategy="steps",
         # Never reached before the end: `EvaluationSchedule` says when.
         eval_steps=train.steps,
@@ -177,6 +187,7 @@ def training_arguments(
         logging_strategy="steps",
         logging_steps=max(1, train.steps // LOGGED_POINTS),
         logging_nan_inf_filter=False,
+        log_level_replica="error",
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -272,7 +283,7 @@ class PackedTrainer(Trainer):
         model = self.model_wrapped.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        with torch.inference_mode():
+        with torch.no_grad():
             for index in range(rank, len(self.eval_dataset), processes):
                 inputs = self._prepare_inputs(self.eval_dataset[index])
                 with self.compute_loss_context_manager():
@@ -305,6 +316,15 @@ class EvaluationSchedule(TrainerCallback):
         if due > due_before:
             control.should_log = control.should_evaluate = control.should_save = True
         return control
+
+
+class BestCheckpoint(TrainerCallback):
+    """Lets every process know the best checkpoint: the Trainer looks whether its folder is there, and one process may
+    look before another has made it."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
 
 class Stopped(Exception):  # noqa: N818
