@@ -1,0 +1,260 @@
+"""Compare fine-tuning with transformers' own recipe, run_clm.py: the same model, data, context, batch and machine.
+
+The recipe: the Trainer's defaults in float32 over the training text, concatenated and cut into blocks, two a batch.
+Ours: `params.yaml`, at the recipe's context, tokens a step and learning rate. Each runs in a process of its own, in
+turn, from the same weights, and both are scored alike in the end, on validation documents each alone. Needs
+`dvc repro tokenize`.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    logging,
+    set_seed,
+)
+
+from pipeline import machine
+from pipeline.errors import UserError, reported
+from pipeline.files import read_json
+from pipeline.params import FinetuneParams, load_params
+from pipeline.tokens import TokenArrays, load_tokens
+from pipeline.training.memory import peak_bytes
+from pipeline.training.model import load_trainable, trained_gpt2
+from pipeline.training.packing import PackedSteps
+from pipeline.training.processes import join_processes
+from pipeline.training.trainer import finetune_model
+
+BLOCK_TOKENS = 512
+BATCH_BLOCKS = 2
+LEARNING_RATE = 5e-5
+"""The Trainer's default."""
+WARM_UP_STEPS = 1
+"""Not timed: what is done once is done in them."""
+SHAPES = {
+    "medium": GPT2Config(n_layer=24, n_embd=1024, n_head=16),
+    "tiny": GPT2Config(n_layer=2, n_embd=64, n_head=2),
+}
+CONTENDERS = ("run_clm", "ours")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One training."""
+
+    tokens_per_second: float
+    peak_memory_mib: float
+    trained_tokens: int
+    validation_loss: float
+    """Nats a token."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="medium", help="random weights (default: %(default)s)")
+    parser.add_argument("--tokens", type=Path, default=Path("out/tokenize"), help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="of both contenders (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=8, help="that are scored in the end (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="a file for the report, beside the terminal")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    with reported():
+        if arguments.contender is None:
+            compare(arguments)
+        else:
+            measured = train_run_clm(arguments) if arguments.contender == "run_clm" else train_ours(arguments)
+            print(json.dumps(asdict(measured)))
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Run both, in turn, and write the report."""
+    if arguments.steps <= WARM_UP_STEPS:
+        raise UserError(f"--steps: {arguments.steps} leave none to time; at least {WARM_UP_STEPS + 1}")
+    found: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as folder:
+        set_seed(1)
+        config = SHAPES[arguments.shape]
+        model = GPT2LMHeadModel(config)
+        model.save_pretrained(folder)
+        parameters = model.num_parameters()
+        del model
+        for _ in range(arguments.rounds):
+            for name in CONTENDERS:
+                command = [sys.executable, __file__, *sys.argv[1:], "--contender", name, "--base", folder]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                found[name].append(Measured(**json.loads(done.stdout.splitlines()[-1])))
+                print(f"{name}: {found[name][-1]}", file=sys.stderr)
+    lines = [
+        *(f"{name}: {value}" for name, value in machine.describe().items()),
+        f"model: {parameters:,} random weights ({arguments.shape}); context {BLOCK_TOKENS}, "
+        f"{BATCH_BLOCKS * BLOCK_TOKENS} tokens a step, {arguments.steps} steps, median of {arguments.rounds} rounds",
+        "",
+        f"{'':10} {'tokens/s':>9} {'peak MiB':>9} {'tokens':>8} {'validation loss':>16}",
+    ]
+    middle = {name: summarize(own) for name, own in found.items()}
+    for name, own in middle.items():
+        lines.append(
+            f"{name:10} {own.tokens_per_second:9.1f} {own.peak_memory_mib:9.0f} {own.trained_tokens:8} "
+            f"{own.validation_loss:16.4f}"
+        )
+    ours, peer = middle["ours"], middle["run_clm"]
+    lines.append(
+        f"ours / run_clm: {ours.tokens_per_second / peer.tokens_per_second:.2f} × tokens a second, "
+        f"{ours.peak_memory_mib / peer.peak_memory_mib:.2f} × memory, "
+        f"{ours.validation_loss - peer.validation_loss:+.4f} nats"
+    )
+    report = "\n".join(lines)
+    print(report)
+    if arguments.out is not None:
+        arguments.out.write_text(report + "\n", encoding="utf-8")
+
+
+def summarize(measured: list[Measured]) -> Measured:
+    columns = {name: median(getattr(own, name) for own in measured) for name in asdict(measured[0])}
+    return Measured(**columns | {"trained_tokens": measured[0].trained_tokens})
+
+
+def load_split(tokens: Path, split: str) -> TokenArrays:
+    meta = tokens / split / "meta.json"
+    if not meta.is_file():
+        raise UserError(f"{meta}: no such file; make it with dvc repro tokenize")
+    return load_tokens(tokens / split, read_json(meta)["tokenizer_sha256"])
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def train_run_clm(arguments: argparse.Namespace) -> Measured:
+    """What examples/pytorch/language-modeling/run_clm.py does with --block_size and --per_device_train_batch_size."""
+    train = load_split(arguments.tokens, "train")
+    text = np.concatenate([train.document(index)[1:-1] for index in range(len(train))]).astype(np.int64)
+    count = len(text) // BLOCK_TOKENS
+    blocks = torch.from_numpy(text[: count * BLOCK_TOKENS].reshape(count, BLOCK_TOKENS))
+    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in blocks]
+    model = GPT2LMHeadModel.from_pretrained(arguments.base)
+    timer = StepTimer()
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            model=model,
+            args=TrainingArguments(
+                folder,
+                per_device_train_batch_size=BATCH_BLOCKS,
+                max_steps=arguments.steps,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
+            ),
+            train_dataset=rows,
+            data_collator=default_data_collator,
+            callbacks=[timer],
+        ).train()
+    # A block's first token is no label.
+    labels = BATCH_BLOCKS * (BLOCK_TOKENS - 1)
+    speed = labels * (arguments.steps - WARM_UP_STEPS) / sum(timer.seconds[WARM_UP_STEPS:])
+    peak = peak_bytes(model.device) / 2**20
+    return Measured(speed, peak, BATCH_BLOCKS * BLOCK_TOKENS * arguments.steps, score(model, arguments))
+
+
+class Speeds:
+    """A log that keeps the speed of each step."""
+
+    def __init__(self) -> None:
+        self.tokens_per_second: list[float] = []
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        if "tokens_per_second" in values:
+            self.tokens_per_second.append(values["tokens_per_second"])
+
+
+def ours_params(steps: int, train: TokenArrays) -> FinetuneParams:
+    batch_tokens = BATCH_BLOCKS * BLOCK_TOKENS
+    changes = {
+        "context_length": BLOCK_TOKENS,
+        "batch_tokens": batch_tokens,
+        "learning_rate": LEARNING_RATE,
+        "warmup_share": 0.0,
+        "evaluations": 1,
+    }
+    params = load_params().finetune.model_copy(update=changes)
+    an_epoch = PackedSteps(train, context_length=BLOCK_TOKENS, batch_tokens=batch_tokens).steps_per_epoch
+    return params.model_copy(update={"epochs": steps / an_epoch})
+
+
+def train_ours(arguments: argparse.Namespace) -> Measured:
+    """What the stage does, with one document to score meanwhile; a checkpoint is written in the end."""
+    train, validation = (load_split(arguments.tokens, split) for split in ("train", "validation"))
+    params = ours_params(arguments.steps, train)
+    set_seed(params.seed)
+    model, log = load_trainable(arguments.base, params), Speeds()
+    sizes = {"context_length": BLOCK_TOKENS, "batch_tokens": params.batch_tokens}
+    steps = PackedSteps(train, epochs=params.epochs, seed=params.seed, **sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        finetune_model(
+            model,
+            steps,
+            PackedSteps(validation, share=1 / len(validation), **sizes),
+            params,
+            processes=join_processes(),
+            work_folder=Path(folder),
+            log=log,
+            on_evaluation=lambda model, step: None,
+        )
+    tokens = sum(window.tokens for step in range(steps.steps) for window in steps.step_windows(step))
+    speeds = log.tokens_per_second[WARM_UP_STEPS:]
+    peak = peak_bytes(model.device) / 2**20
+    return Measured(
+        len(speeds) / sum(1 / speed for speed in speeds), peak, tokens, score(trained_gpt2(model), arguments)
+    )
+
+
+def score(model: GPT2LMHeadModel, arguments: argparse.Namespace) -> float:
+    """Mean loss of the text of some validation documents, each alone, in float32, in nats a token."""
+    validation = load_split(arguments.tokens, "validation")
+    weights = model.state_dict()
+    model = GPT2LMHeadModel(GPT2Config.from_pretrained(arguments.base)).eval()
+    model.load_state_dict(weights)
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for index in range(min(arguments.documents, len(validation))):
+            ids = torch.from_numpy(validation.document(index)[:BLOCK_TOKENS].astype(np.int64))
+            logits = model(ids[None, :-1]).logits[0]
+            total += cross_entropy(logits[:-1], ids[1:-1], reduction="sum").item()
+            count += len(ids) - 2
+    return total / count if count else math.nan
+
+
+if __name__ == "__main__":
+    main()
