@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from pipeline.engine import cuda
+from pipeline.tokens import write_tokens
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +42,28 @@ def test_decode_compares_the_engine_with_its_peers(tmp_path: Path) -> None:
     assert result == done.stdout
     for name in ("engine-float32", "engine-int8", "transformers-float32", "optimum-float32"):
         assert name in result
+    assert str(tmp_path) not in result
+
+
+def test_finetune_compares_training_with_transformers_recipe(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for split, count in (("train", 60), ("validation", 2)):
+        folder = tmp_path / "tokens" / split
+        folder.mkdir(parents=True)
+        write_tokens(folder, ["The lamp on Gull Rock went out. " * 20] * count, tiny_tokenizer, "digest")
+    command = [sys.executable, "benchmarks/finetune.py", "--shape", "tiny", "--steps", "3", "--documents", "1"]
+    done = subprocess.run(
+        [*command, "--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "result")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    result = (tmp_path / "result").read_text()
+    assert result == done.stdout
+    assert "ours / run_clm: " in result
     assert str(tmp_path) not in result
 
 

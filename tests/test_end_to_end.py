@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from ruamel.yaml import YAML
+
+from pipeline.tracking import EXPERIMENT
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["prepare", "base", "tokenize", "finetune", "export", "evaluate", "register"]
@@ -172,6 +175,23 @@ def test_a_decoding_parameter_reruns_evaluation_and_registration_only(built: tup
     assert clone.version() == before
     clone.set(**{"evaluate.decoding.temperature": 0.55})
     clone.repro()
+
+
+def test_queued_experiments_land_in_the_store_under_their_names_and_over_each_other_in_plots(
+    built: tuple[Clone, list[str]],
+) -> None:
+    clone, _ = built
+    clone.run("dvc", "exp", "run", "--queue", "-S", "finetune.learning_rate=0.001,0.002", "finetune")
+    clone.run("dvc", "exp", "run", "--run-all")
+    names = set(clone.run("dvc", "exp", "list", "--name-only").split()) - {"main:", "master:"}
+    assert len(names) == 2
+    client = MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string=f"name = '{EXPERIMENT}'")
+    runs = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name in names]
+    assert {run.data.params["finetune.learning_rate"] for run in runs} == {"0.001", "0.002"}
+    assert len(runs) == 2
+    plots = clone.run("dvc", "plots", "diff", *sorted(names), "--targets", "Loss", "--json")
+    assert all(f'"rev": "{name}"' in plots for name in names)
 
 
 def test_a_deleted_store_is_filled_again(built: tuple[Clone, list[str]], tmp_path: Path) -> None:
