@@ -1,4 +1,4 @@
-"""What a stage's process owes to those around it: it ends when it is told to, and when who started it is gone."""
+"""What a stage's process owes to those around it: it ends when told to or with its DVC, and alone writes its folder."""
 
 import ctypes
 import math
@@ -9,12 +9,34 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError
 
 PR_SET_PDEATHSIG = 1
 ONE_REQUEST_S = 3
 """The end of a parent of several threads is told once for each that its child is handed on to."""
 STAGE_VARIABLE = "DVC_STAGE"
 """DVC sets it for the commands that it runs."""
+LOCK_SUFFIX = ".lock"
+
+
+@contextmanager
+def only_writer(folder: Path, wait_s: float) -> Iterator[None]:
+    """Hold the lock of a folder, a file beside it. Raises `UserError` where another process still does after `wait_s`.
+
+    The system lets go of it however a process ends; the file stays, and says nothing.
+    """
+    lock_file = folder.with_name(folder.name + LOCK_SUFFIX)
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(lock_file).acquire(timeout=wait_s)
+    except Timeout as error:
+        raise UserError(f"{lock_file}: another process writes to {folder}; wait for it, or end it") from error
+    with lock:
+        yield
 
 
 def end_with_dvc() -> None:

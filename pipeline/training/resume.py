@@ -12,13 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
+from pipeline.process import only_writer
 
 FOLDER = Path(".resume") / "finetune"
-LOCK_FILE = FOLDER.with_suffix(".lock")
 LOCK_WAIT_S = 60
 """For one that was told to stop, and saves where it is."""
 RUN_FILE = "run.json"
@@ -69,12 +66,8 @@ class ResumeState:
 @contextmanager
 def locked() -> Iterator[None]:
     """Keep a second fine-tuning out of this project's folder. Raises `UserError` where one goes on."""
-    LOCK_FILE.parent.mkdir(exist_ok=True)
-    try:
-        with FileLock(LOCK_FILE, timeout=LOCK_WAIT_S):
-            yield
-    except Timeout as error:
-        raise UserError(f"{LOCK_FILE}: another fine-tuning goes on in this folder; wait for it, or end it") from error
+    with only_writer(FOLDER, LOCK_WAIT_S):
+        yield
 
 
 def open_state(fingerprint: str) -> ResumeState:

@@ -168,7 +168,7 @@ def test_a_second_one_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     with (
         resume.locked(),
-        pytest.raises(UserError, match=r"another fine-tuning goes on in this folder"),
+        pytest.raises(UserError, match=r"^\.resume/finetune\.lock: another process writes to \.resume/finetune; wait"),
         resume.locked(),
     ):
         pass
