@@ -21,6 +21,20 @@ ONE_REQUEST_S = 3
 STAGE_VARIABLE = "DVC_STAGE"
 """DVC sets it for the commands that it runs."""
 LOCK_SUFFIX = ".lock"
+LOCK_WAIT_S = 10
+"""For one that was told to end: the system clears its memory away first, and lets go of the lock last."""
+
+
+@contextmanager
+def stage_process(out: Path) -> Iterator[None]:
+    """The frame of a stage that writes `out`: it ends with its DVC, and no other process writes there meanwhile.
+
+    Its end comes wherever it is: what is half-written lies under a temporary name, and the next one removes it.
+    Raises `UserError` where another is at work.
+    """
+    end_with_dvc()
+    with only_writer(out, LOCK_WAIT_S):
+        yield
 
 
 @contextmanager

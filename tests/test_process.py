@@ -1,10 +1,31 @@
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline import process
+from pipeline.errors import UserError
+from pipeline.files import whole_folder
+
+ROOT = Path(__file__).parents[1]
+# Starts the command that follows as DVC does, and waits for it.
+DVC = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+SLOW_STAGE = """
+from pathlib import Path
+
+from pipeline.corpus.parallel import ordered_map
+from pipeline.files import whole_folder
+from pipeline.process import stage_process
+
+out = Path("out") / "slow"
+with stage_process(out), whole_folder(out) as partial:
+    (partial / "half").touch()
+    for result in ordered_map(abs, iter(int, 1), workers=2):
+        print(result, flush=True)
+"""
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM")
 
@@ -35,3 +56,31 @@ def test_a_stage_by_hand_is_bound_to_nobody(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv(process.STAGE_VARIABLE, raising=False)
     monkeypatch.setattr(process.ctypes, "CDLL", None)
     process.end_with_dvc()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end on Linux only")
+def test_a_stage_ends_with_its_dvc_and_so_do_its_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = os.environ | {process.STAGE_VARIABLE: "slow", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DVC, sys.executable, "-c", SLOW_STAGE]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as dvc:
+        try:
+            assert dvc.stdout is not None
+            assert dvc.stdout.readline() == "0\n"
+            monkeypatch.chdir(tmp_path)
+            out = Path("out") / "slow"
+            refused = pytest.raises(
+                UserError, match=r"^out/slow\.lock: another process writes to out/slow; wait for it"
+            )
+            with refused, process.only_writer(out, wait_s=0):
+                pass
+        finally:
+            dvc.kill()
+        dvc.communicate(timeout=30)  # ends only when no process holds the pipe any more
+    assert (tmp_path / "out" / "slow.partial" / "half").exists()
+    with process.stage_process(out), whole_folder(out) as partial:
+        (partial / "whole").touch()
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")) == [
+        "slow",
+        "slow.lock",
+        "slow/whole",
+    ]

@@ -25,6 +25,7 @@ from pipeline.checkpoint import WEIGHTS_FILE, WEIGHTS_INDEX_FILE, check_checkpoi
 from pipeline.errors import UserError, reported
 from pipeline.files import read_jsonl, whole_folder, write_json
 from pipeline.params import BaseParams, ScratchParams, load_params
+from pipeline.process import stage_process
 from pipeline.tokens import (
     END_OF_TEXT,
     TOKENIZER_FILES,
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("training_split", type=Path, help="the training split's documents, read from scratch only")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    with reported():
+    with reported(), stage_process(arguments.out):
         make_base(arguments.training_split, arguments.out, load_params().base)
 
 

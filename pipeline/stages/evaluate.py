@@ -20,6 +20,7 @@ from pipeline.engine import Engine
 from pipeline.errors import reported
 from pipeline.files import read_json, read_jsonl, whole_file, whole_folder, write_json, write_jsonl
 from pipeline.params import PARAMS_FILE, EvaluateParams, load_params, read_yaml
+from pipeline.process import stage_process
 from pipeline.quality.diversity import distinct_n
 from pipeline.quality.form import share_matching
 from pipeline.quality.memorization import longest_copies
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("finetune", type=Path, help="folder of the finetune stage, whose run is the parent")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    with reported(), tracking.store_errors():
+    with reported(), tracking.store_errors(), stage_process(arguments.out):
         params, parameters = load_params().evaluate, read_yaml(PARAMS_FILE)
         parent = parent_run(tracking.connect(), arguments.finetune, parameters)
         with tracking.start_run("evaluate", parameters, parent_run_id=parent) as run:

@@ -21,6 +21,7 @@ from pipeline.engine.parity import Parity, broken_promises, measure_parity
 from pipeline.errors import UserError, reported
 from pipeline.files import whole_folder, write_json
 from pipeline.params import ExportParams, load_params
+from pipeline.process import stage_process
 from pipeline.tokens import TokenArrays, load_tokens, tokenizer_sha256
 from pipeline.training.packing import cut_windows
 
@@ -34,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     optimum_logging.set_verbosity_error()
-    with reported():
+    with reported(), stage_process(arguments.out):
         export(arguments.checkpoint, arguments.base, arguments.tokens, arguments.out, load_params().export)
 
 

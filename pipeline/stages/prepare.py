@@ -22,6 +22,7 @@ from pipeline.corpus.splits import SPLITS, split_of
 from pipeline.errors import UserError, reported
 from pipeline.files import whole_folder, write_json
 from pipeline.params import PrepareParams, load_params
+from pipeline.process import stage_process
 
 PARALLEL_CHARACTERS = 2_000_000
 """From this size of corpus on, cleaning in several processes gains more than starting them costs."""
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of .txt, .md, .jsonl, .csv and .parquet files")
     parser.add_argument("out", type=Path, help="folder that the documents are written to")
     arguments = parser.parse_args()
-    with reported():
+    with reported(), stage_process(arguments.out):
         print(_summary(prepare(arguments.data, arguments.out, load_params().prepare)))
 
 

@@ -18,6 +18,7 @@ from pipeline.errors import reported
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.imports import needed_files
 from pipeline.params import PARAMS_FILE, load_params, read_yaml
+from pipeline.process import stage_process
 from pipeline.restore import parent_run
 
 SERVED_MODULE = "pipeline.serving.pyfunc"
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("test", type=Path, help="the test split's documents")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    with reported(), tracking.store_errors():
+    with reported(), tracking.store_errors(), stage_process(arguments.out):
         params = load_params()
         register(
             arguments.export,
