@@ -80,6 +80,8 @@ class Clone:
             "PYTHONPATH": str(self.folder),
             "DVC_GLOBAL_CONFIG_DIR": str(private / "config"),
             "DVC_SITE_CACHE_DIR": str(private / "cache"),
+            # More threads cost more than they save in so small a model.
+            "OMP_NUM_THREADS": "1",
         }
 
     def run(self, *command: str) -> str:
