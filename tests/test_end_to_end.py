@@ -15,7 +15,9 @@ import pytest
 from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
+from pipeline.files import sha256_file
 from pipeline.tracking import EXPERIMENT
+from pipeline.training.resume import FOLDER, WHOLE_FILE, step_of
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["prepare", "base", "tokenize", "finetune", "export", "evaluate", "register"]
@@ -24,7 +26,7 @@ TINY = {
     "base.scratch": {"vocabulary_size": 400, "context_length": 128, "layers": 1, "heads": 2, "width": 32, "seed": 1},
     "finetune.batch_tokens": 256,
     "finetune.epochs": 0.25,
-    "finetune.evaluations": 2,
+    "finetune.evaluations": 4,
     "finetune.samples.max_new_tokens": 8,
     "export.parity.positions": 1000,
     "evaluate.stride_tokens": 64,
@@ -99,6 +101,18 @@ class Clone:
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
         return done.stdout
 
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command in the clone, in a process group of its own; its stderr is to be read."""
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
     def set(self, **values: Any) -> None:
         """Change keys of params.yaml, their parts joined by dots."""
         yaml, path = YAML(), self.folder / "params.yaml"
@@ -111,10 +125,24 @@ class Clone:
             section[name] = value
         yaml.dump(params, path)
 
+    def take(self, other: "Clone", *stages: str) -> None:
+        """Let DVC know of these stages, and of no more, what it knows in another clone of the same configuration."""
+        yaml = YAML()
+        lock = yaml.load(other.folder / "dvc.lock")
+        lock["stages"] = {stage: lock["stages"][stage] for stage in stages}
+        yaml.dump(lock, self.folder / "dvc.lock")
+        files = Path(".dvc") / "cache" / "files"
+        shutil.copytree(other.folder / files, self.folder / files, dirs_exist_ok=True)
+
     def repro(self) -> list[str]:
         """`dvc repro`; the stages that ran."""
         output = self.run("dvc", "repro")
         return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+    def saved_step(self) -> int:
+        """The step of the newest whole checkpoint of a fine-tuning that goes on, or was killed; 0 without one."""
+        found = self.folder.glob(f"{FOLDER}/*/checkpoint-*/{WHOLE_FILE}")
+        return max((step_of(file.parent) for file in found), default=0)
 
     def version(self) -> int:
         return int(self.read_json("out/register/version.json")["version"])
@@ -150,6 +178,15 @@ def load_in_new_process(clone: Clone, elsewhere: Path) -> list[list[str]]:
     assert done.returncode == 0, done.stderr
     texts: list[list[str]] = json.loads(done.stdout)
     return texts
+
+
+def wait_until(reached: Callable[[], bool], repro: subprocess.Popen[str]) -> None:
+    """Until it is true, or a failure if `dvc repro` ends before."""
+    deadline = time.monotonic() + 300
+    while not reached():
+        assert repro.poll() is None, f"dvc repro ended early\n{repro.communicate()[1]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_every_stage_runs_and_the_model_loads_elsewhere(built: tuple[Clone, list[str]], tmp_path: Path) -> None:
@@ -214,22 +251,44 @@ def test_a_kill_in_the_middle_is_recovered_from_and_two_clones_agree(
     first, _ = built
     second = make_clone()
     shutil.copy(first.folder / "params.yaml", second.folder)
-    repro = subprocess.Popen(
-        ["dvc", "repro"],
-        cwd=second.folder,
-        env=second.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 300
-    while not (second.folder / "out" / "finetune.partial").exists():
-        assert repro.poll() is None, "dvc repro ended before finetune wrote anything"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    repro = second.start("dvc", "repro")
+    wait_until((second.folder / "out" / "finetune.partial").exists, repro)
     os.killpg(repro.pid, signal.SIGKILL)
-    repro.wait()
+    repro.communicate()
     assert not (second.folder / "out" / "finetune").exists()
     assert second.repro() == ["finetune", "export", "evaluate", "register"]
     assert not list((second.folder / "out").glob("*.partial"))
     assert second.read_json("out/evaluate/metrics.json") == first.read_json("out/evaluate/metrics.json")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end on Linux only")
+def test_a_fine_tuning_goes_on_when_dvc_is_killed_alone_or_with_it(
+    built: tuple[Clone, list[str]], make_clone: Callable[[], Clone]
+) -> None:
+    whole, clone = built[0], make_clone()
+    clone.take(whole, "prepare", "base", "tokenize")
+    alone = clone.start("dvc", "repro", "finetune")
+    wait_until(lambda: clone.saved_step() > 0, alone)
+    alone.kill()
+    # It ends when the stage does, which holds the other end.
+    _, said = alone.communicate(timeout=60)
+    stopped_at = int(said.split("stopped after step ")[1].split(";")[0])
+    assert stopped_at == clone.saved_step()
+    assert not (clone.folder / "out" / "finetune").exists()
+    (run_file,) = clone.folder.glob(f"{FOLDER}/*/run.json")
+    run_id = clone.read_json(str(run_file))["run_id"]
+
+    both = clone.start("dvc", "repro", "finetune")
+    wait_until(lambda: clone.saved_step() > stopped_at, both)
+    os.killpg(both.pid, signal.SIGKILL)
+    _, said = both.communicate(timeout=60)
+    assert f"going on from step {stopped_at} of the interrupted fine-tuning" in said
+    assert "stopped after step " not in said
+
+    going_on_from = clone.saved_step()
+    said = clone.run("dvc", "repro", "finetune")
+    assert f"going on from step {going_on_from} of the interrupted fine-tuning" in said
+    assert clone.read_json("out/finetune/run.json")["run_id"] == run_id
+    weights = Path("out") / "finetune" / "checkpoint" / "model.safetensors"
+    assert sha256_file(clone.folder / weights) == sha256_file(whole.folder / weights)
+    assert clone.saved_step() == 0

@@ -6,9 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 from isolated_store import VARIABLES, isolated_store
@@ -46,11 +44,10 @@ def change(folder: Path, parameter: str, value: float) -> None:
     (folder / PARAMS_FILE).write_text(changed)
 
 
-def start(folder: Path, *before: str, variables: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen[str]:
-    """The stage, started by the command that stands before it, if any."""
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
+def start(folder: Path) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return subprocess.Popen(
-        [*before, sys.executable, "-m", "pipeline.stages.finetune", "out/tokenize", "out/base", "out/finetune"],
+        [sys.executable, "-m", "pipeline.stages.finetune", "out/tokenize", "out/base", "out/finetune"],
         cwd=folder,
         env=environment | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(folder), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
@@ -145,22 +142,6 @@ def test_one_that_is_told_to_stop_saves_first(project: Project, whole: Path, tmp
     assert f"going on from step {step} of the interrupted fine-tuning" in finish(parts)
     weights = Path("out") / "finetune" / "checkpoint" / "model.safetensors"
     assert sha256_file(parts / weights) == sha256_file(whole / weights)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end on Linux only")
-def test_one_whose_dvc_is_killed_stops_too(project: Project, tmp_path: Path) -> None:
-    folder = make_folder(project, tmp_path / "project")
-    # A process that starts the stage as DVC does, and waits for it.
-    command = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
-    dvc = start(folder, sys.executable, "-c", command, variables={"DVC_STAGE": "finetune"})
-    wait_for(dvc, 1)
-    dvc.kill()
-    assert dvc.stderr is not None
-    # It ends when the stage does, which holds the other end.
-    assert "stopped after step " in dvc.stderr.read()
-    dvc.wait()
-    (state,) = (file for file in (folder / resume.FOLDER).iterdir())
-    assert resume.ResumeState(state).checkpoint is not None
 
 
 def test_a_second_one_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
