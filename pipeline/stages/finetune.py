@@ -44,16 +44,18 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     end_with_dvc()
-    with reported(), tracking.store_errors(), termination_noted() as stop:
+    with reported(), tracking.store_errors():
         params = load_params().finetune
         processes = join_processes()
         name = fingerprint(arguments.tokens, arguments.base, params, processes.count)
         processes.agree(name, "parameters, data, base, code or libraries")
+        # Noted from here on only: one that waits for the lock has nothing to save.
         if processes.is_first:
-            with locked():
+            with locked(), termination_noted() as stop:
                 train_recorded(arguments.tokens, arguments.base, arguments.out, params, name, processes, stop)
         else:
-            train_along(arguments.tokens, arguments.base, params, name, processes, stop)
+            with termination_noted() as stop:
+                train_along(arguments.tokens, arguments.base, params, name, processes, stop)
         processes.close()
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, GPT2LMHeadModel
 
 from pipeline.checkpoint import attention_implementation
@@ -51,17 +51,22 @@ def packed_attention(
         assert isinstance(attended, torch.Tensor)  # noqa: S101
         return attended[None], None
     parts = [
-        scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scale,
-        )
+        _attend(query[0, :, start:end], key[0, :, start:end], value[0, :, start:end], scale, dropout)
         for start, end in pairwise(cu_seq_lens_q.tolist())
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
+    """Causal attention within one window; all are `[heads, tokens, head width]`.
+
+    On a processor, forward and backward take a third of the time of PyTorch's fused kernel at a few hundred tokens,
+    and keep the weights, which that one computes again.
+    """
+    tokens = query.shape[1]
+    mask = torch.full((tokens, tokens), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
+    scores = torch.baddbmm(mask.expand(len(query), tokens, tokens), query * scale, key.transpose(1, 2))
+    return functional.dropout(scores.softmax(dim=-1), dropout) @ value
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import psutil
 import torch
@@ -17,6 +19,8 @@ USED_SHARE = 0.8
 """Of the free memory; the rest is for what passes through a step and is not kept."""
 STATE_BYTES = {"adamw": 12, "muon": 12}
 """Of a trained weight: its gradient and the optimizer's two moments, in float32. Muon keeps one, but not of all."""
+LOGITS_COPIES = 3
+"""Held at once at most: the logits, what they are scored by, and their gradient."""
 RESIDUE_BYTES = 4
 """Of a number in what a checkpointed block keeps: what went into it."""
 
@@ -72,24 +76,25 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def measure(model: GPT2LMHeadModel, params: FinetuneParams, context_length: int) -> Footprint:
-    """The footprint of training, from what a forward pass keeps for the way back on windows of two lengths.
+    """The footprint of training, from what a forward pass keeps for the way back on one window, and on two.
 
     The random state is left as it was.
     """
-    lengths = (max(2, context_length // 2), max(3, context_length))
-    short, long = (kept_bytes(model, length) for length in lengths)
-    a_token = (long - short) / (lengths[1] - lengths[0])
-    fixed = max(0.0, short - a_token * lengths[0])
+    one, two = (kept_bytes(model, [context_length] * windows) for windows in (1, 2))
+    a_token = (two - one) / context_length
+    fixed = max(0.0, one - a_token * context_length)
     if params.gradient_checkpointing:
         layers, width = model.config.n_layer, model.config.n_embd
         a_token = a_token / layers + layers * width * RESIDUE_BYTES
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    logits = 3 * LOGITS_BYTES[model.device.type]
-    return Footprint(fixed + trained * STATE_BYTES[params.optimizer] + logits, a_token)
+    return Footprint(fixed + trained * STATE_BYTES[params.optimizer] + LOGITS_COPIES * LOGITS_BYTES, a_token)
 
 
-def kept_bytes(model: GPT2LMHeadModel, tokens: int) -> int:
-    """Bytes of the tensors that a forward pass over one window keeps for the backward pass, weights aside."""
+def kept_bytes(model: GPT2LMHeadModel, windows: Sequence[int]) -> int:
+    """Bytes of the tensors that a forward pass over windows of these tokens keeps for the backward pass.
+
+    Weights are left out.
+    """
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -99,8 +104,9 @@ def kept_bytes(model: GPT2LMHeadModel, tokens: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.zeros((1, tokens), dtype=torch.int64, device=model.device)
-    bounds = torch.tensor([0, tokens], dtype=torch.int32, device=model.device)
+    ids = torch.zeros((1, sum(windows)), dtype=torch.int64, device=model.device)
+    bounds = torch.tensor([0, *accumulate(windows)], dtype=torch.int32, device=model.device)
+    positions = torch.cat([torch.arange(tokens, device=model.device) for tokens in windows])[None]
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
     model.train()
@@ -109,12 +115,12 @@ def kept_bytes(model: GPT2LMHeadModel, tokens: int) -> int:
         # Held until it is counted: storage that is let go may be given out again under the same address.
         output = model(
             input_ids=ids,
-            position_ids=torch.arange(tokens, device=model.device)[None],
+            position_ids=positions,
             labels=ids,
             cu_seq_lens_q=bounds,
             cu_seq_lens_k=bounds,
-            max_length_q=tokens,
-            max_length_k=tokens,
+            max_length_q=max(windows),
+            max_length_k=max(windows),
         )
         total = sum(kept.values())
         del output

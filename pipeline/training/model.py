@@ -12,8 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.errors import UserError
 from pipeline.params import FinetuneParams
 from pipeline.training.attention import PACKED
+from pipeline.training.dropout import replace_dropout
 from pipeline.training.objective import Objective, ScoredGPT2
 from pipeline.training.optimizer import freeze
+
+TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+"""Names under which transformers has GELU by tanh (Hendrycks and Gimpel, 2016); the first is GPT-2's."""
 
 
 def load_trainable(base: Path, params: FinetuneParams) -> ScoredGPT2 | PeftModel:
@@ -21,6 +25,11 @@ def load_trainable(base: Path, params: FinetuneParams) -> ScoredGPT2 | PeftModel
     rates = {"embd_pdrop": params.dropout, "resid_pdrop": params.dropout, "attn_pdrop": params.attention_dropout}
     changes = {name: rate for name, rate in rates.items() if rate is not None}
     model: ScoredGPT2 = ScoredGPT2.from_pretrained(base, attn_implementation=PACKED, **changes)
+    for block in model.transformer.h:
+        if model.config.activation_function in TANH_GELU:
+            # The same function in one kernel, which keeps one tensor for the way back, and not five.
+            block.mlp.act = nn.GELU(approximate="tanh")
+    replace_dropout(model)
     model.objective = Objective(params.label_smoothing, params.unlikelihood)
     freeze(model, params.frozen_layers)
     return model if params.lora is None else add_lora(model, params)

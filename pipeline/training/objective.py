@@ -12,8 +12,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from pipeline.training.packing import IGNORED_LABEL
 
-LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**28}
-"""Of the float32 logits that are held at a time: little memory, and work enough for every core."""
+LOGITS_BYTES = 2**28
+"""Of the float32 logits that are held at a time: few passes over the head's gradient, in memory that can be had."""
 LEAST_COMPLEMENT = 1e-5
 """Of a probability: below it, `log(1 - p)` is taken as there."""
 
@@ -89,9 +89,9 @@ class ChunkedLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
         wanted = [hidden.requires_grad, head.requires_grad]
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_head = torch.zeros_like(head) if wanted[1] else None
+        grad_head: torch.Tensor | None = None
         weight = head.detach().to(dtype).requires_grad_(wanted[1])
-        positions = max(1, LOGITS_BYTES[device] // (4 * len(head)))
+        positions = max(1, LOGITS_BYTES // (4 * len(head)))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), positions):
             end = min(start + positions, len(hidden))
@@ -103,8 +103,9 @@ class ChunkedLoss(torch.autograd.Function):
             grads = list(torch.autograd.grad(loss, inputs)) if inputs else []
             if grad_hidden is not None:
                 grad_hidden[start:end] = grads.pop(0)
-            if grad_head is not None:
-                grad_head += grads.pop(0)
+            if wanted[1]:
+                own = grads.pop(0)
+                grad_head = own.to(head.dtype) if grad_head is None else grad_head.add_(own)
         ctx.save_for_backward(grad_hidden, grad_head)
         return total
 

@@ -28,7 +28,7 @@ def model(tiny_checkpoint: Path) -> ScoredGPT2:
 
 
 def test_what_is_kept_grows_with_the_tokens(model: ScoredGPT2) -> None:
-    short, middle, long = (kept_bytes(model, tokens) for tokens in (16, 32, 48))
+    short, middle, long = (kept_bytes(model, [16] * windows) for windows in (1, 2, 3))
     assert long - middle == pytest.approx(middle - short, rel=0.05)
     # Of each of two blocks at least: what goes into its four products and its activation.
     assert (middle - short) / 16 > 2 * (2 * 3 + 2 * 4) * model.config.n_embd
@@ -91,4 +91,4 @@ def test_a_batch_that_cannot_fit_is_refused_with_numbers(
 def test_checkpointing_needs_less(model: ScoredGPT2) -> None:
     plain, checkpointed = (measure(model, params(gradient_checkpointing=on), CONTEXT_LENGTH) for on in (False, True))
     assert checkpointed.a_token < plain.a_token
-    assert math.isclose(checkpointed.fixed, plain.fixed)
+    assert math.isclose(checkpointed.fixed, plain.fixed, rel_tol=1e-6)

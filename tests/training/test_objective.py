@@ -54,7 +54,7 @@ def test_a_chunk_at_a_time_gives_value_and_gradients_of_the_whole(
     hidden, head = torch.randn(len(ids), 5), torch.randn(VOCABULARY, 5)
     leaves = [tensor.clone().requires_grad_() for tensor in (hidden, head, hidden, head)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(objective_module.LOGITS_BYTES, "cpu", chunk * 4 * VOCABULARY)
+        patch.setattr(objective_module, "LOGITS_BYTES", chunk * 4 * VOCABULARY)
         found = ChunkedLoss.apply(leaves[0], leaves[1], Objective(smoothing, unlikelihood).score(ids, labels, bounds))
     logits = leaves[2] @ leaves[3].T
     expected = cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum", ignore_index=IGNORED_LABEL)
