@@ -216,6 +216,7 @@ def test_a_decoding_parameter_reruns_evaluation_and_registration_only(built: tup
     clone.repro()
 
 
+@pytest.mark.slow
 def test_queued_experiments_land_in_the_store_under_their_names_and_over_each_other_in_plots(
     built: tuple[Clone, list[str]],
 ) -> None:
