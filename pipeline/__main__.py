@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     _add_restore(commands)
     _add_ui(commands)
     _add_doctor(commands)
+    _add_find_learning_rate(commands)
     parsed = parser.parse_args(arguments)
     with reported():
         parsed.run(parsed)
@@ -185,6 +186,36 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from pipeline.doctor import report
 
     print(report(arguments.engine))
+
+
+def _add_find_learning_rate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "find-learning-rate",
+        help="suggest finetune.learning_rate by a short test",
+        description="Train the base for some steps at a learning rate that rises from one to the next, and suggest the "
+        "rate by which the loss has done three quarters of its fall. Reads out/tokenize and out/base, as "
+        "`dvc repro tokenize` leaves them, and the finetune section of params.yaml; writes out/learning-rate/ and "
+        "nothing else.",
+    )
+    parser.add_argument("--lowest", type=float, default=1e-6, metavar="RATE", help="default: %(default)s")
+    parser.add_argument("--highest", type=float, default=1e-1, metavar="RATE", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=100, help="default: %(default)s")
+    parser.set_defaults(run=_find_learning_rate)
+
+
+def _find_learning_rate(arguments: argparse.Namespace) -> None:
+    from pipeline.find_learning_rate import find_learning_rate
+
+    found = find_learning_rate(
+        OUT / "tokenize",
+        OUT / "base",
+        OUT / "learning-rate",
+        load_params().finetune,
+        lowest=arguments.lowest,
+        highest=arguments.highest,
+        steps=arguments.steps,
+    )
+    print(found)
 
 
 if __name__ == "__main__":
