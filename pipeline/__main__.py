@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     _add_ui(commands)
     _add_doctor(commands)
     _add_find_learning_rate(commands)
+    _add_advise(commands)
     parsed = parser.parse_args(arguments)
     with reported():
         parsed.run(parsed)
@@ -216,6 +217,28 @@ def _find_learning_rate(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
     )
     print(found)
+
+
+def _add_advise(commands: Any) -> None:
+    parser = commands.add_parser(
+        "advise",
+        help="say whether more data, more epochs or neither helps",
+        description="Fine-tune on shares of the training documents and on all of them, each as a DVC experiment named "
+        "advise-SHARE that leaves the workspace alone, fit the learning curve, and say what to do next. Writes "
+        "out/advise/. What is in DVC's cache is not run again.",
+    )
+    parser.add_argument(
+        "--shares", type=float, nargs="+", metavar="SHARE", help="default: 0.125 0.25 0.5; all of them is always there"
+    )
+    parser.set_defaults(run=_advise)
+
+
+def _advise(arguments: argparse.Namespace) -> None:
+    from pipeline.advise import SHARES, run_advise
+    from pipeline.experiments import check_place
+
+    check_place()
+    print(run_advise(OUT / "advise", arguments.shares or SHARES, load_params().finetune.evaluations))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -147,6 +148,15 @@ class Clone:
     def version(self) -> int:
         return int(self.read_json("out/register/version.json")["version"])
 
+    def times(self, name: str) -> dict[str, int]:
+        """When each file under a folder was written."""
+        return {str(file): file.stat().st_mtime_ns for file in (self.folder / name).rglob("*") if file.is_file()}
+
+    def runs(self) -> list[str]:
+        """The names of the runs in the clone's store."""
+        with sqlite3.connect(self.folder / "mlflow.db") as store:
+            return [name for (name,) in store.execute("SELECT name FROM runs")]
+
     def read_json(self, name: str) -> Any:
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
@@ -232,6 +242,26 @@ def test_queued_experiments_land_in_the_store_under_their_names_and_over_each_ot
     assert len(runs) == 2
     plots = clone.run("dvc", "plots", "diff", *sorted(names), "--targets", "Loss", "--json")
     assert all(f'"rev": "{name}"' in plots for name in names)
+
+
+@pytest.mark.slow
+def test_advise_fine_tunes_beside_the_workspace_and_nothing_twice(built: tuple[Clone, list[str]]) -> None:
+    clone, _ = built
+    status, outputs = clone.run("git", "status", "--porcelain"), clone.times("out")
+    command = (sys.executable, "-m", "pipeline", "advise", "--shares")
+    # All of the text is what `built` has run.
+    assert clone.run(*command, "0.25", "0.5").count("Running stage 'finetune'") == 2
+    points = clone.read_json("out/advise/advice.json")["points"]
+    assert [point["share"] for point in points] == [0.25, 0.5, 1.0]
+    assert points[0]["train_tokens"] < points[1]["train_tokens"] < points[2]["train_tokens"]
+    metrics = clone.read_json("out/finetune/metrics.json")
+    assert {name: metrics[name] for name in points[2].keys() & metrics.keys()}.items() <= points[2].items()
+    assert {"advise-0.25", "advise-0.5"} <= set(clone.runs())
+    assert "Running stage" not in clone.run(*command, "0.5")
+    assert clone.read_json("out/advise/advice.json")["points"] == points[1:]
+    assert clone.run("git", "status", "--porcelain") == status
+    shutil.rmtree(clone.folder / "out" / "advise")
+    assert clone.times("out") == outputs
 
 
 def test_a_deleted_store_is_filled_again(built: tuple[Clone, list[str]], tmp_path: Path) -> None:
