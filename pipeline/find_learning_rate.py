@@ -184,8 +184,9 @@ def told(test: RangeTest, out: Path) -> str:
     lines += [f"{test.rates[step]:8.1e}  {test.losses[step]:7.3f}  {averages[step]:8.3f}" for step in shown]
     lowest, last = test.rates[averages.argmin()], test.rates[-1]
     lines += [
-        f"the smoothed loss is three quarters down at {test.suggestion:g}, lowest at {lowest:.2g}, and "
-        f"{'diverges at' if test.is_diverged else 'does not diverge up to'} {last:.2g}: see {out / 'curve.svg'}",
+        f"the smoothed loss is three quarters down at {test.suggestion:g} and lowest at {lowest:.2g}; it "
+        f"{'diverges at' if test.is_diverged else 'does not diverge up to'} {last:.2g}",
+        f"{out / 'curve.svg'} shows it",
         f"dvc exp run -S finetune.learning_rate={test.suggestion:g}",
     ]
     return "\n".join(lines)

@@ -48,7 +48,7 @@ def test_the_command_tells_a_rate_and_changes_nothing_else(
     with project.entered():
         main(["find-learning-rate", "--steps", "40", "--highest", "1"])
     output = capsys.readouterr()
-    *table, summary, line = output.out.splitlines()
+    *table, summary, _, line = output.out.splitlines()
     assert table[0].split() == ["rate", "loss", "smoothed"]
     assert len(table) > 5
     assert summary.startswith("the smoothed loss is three quarters down at ")
