@@ -45,8 +45,9 @@ medium: data
 		-S finetune.batch_tokens=4096 \
 		-S register.name=harbour-tales-medium
 
+# A test file a core: their models are too small for more threads.
 test: data
-	@python -m pytest -m 'not slow'
+	@OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-slow: data
 	@python -m pytest

@@ -1,25 +1,25 @@
 """What a stage's process owes to those around it: it ends when told to or with its DVC, and alone writes its folder."""
 
-import ctypes
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
 
-PR_SET_PDEATHSIG = 1
 ONE_REQUEST_S = 3
-"""The end of a parent of several threads is told once for each that its child is handed on to."""
+"""Whoever ends a group of processes may tell each of them more than once."""
 STAGE_VARIABLE = "DVC_STAGE"
 """DVC sets it for the commands that it runs."""
+SHELLS = {"ash", "bash", "busybox", "dash", "fish", "ksh", "sh", "zsh"}
+WATCH_S = 0.25
 LOCK_SUFFIX = ".lock"
 LOCK_WAIT_S = 10
 """For one that was told to end: the system clears its memory away first, and lets go of the lock last."""
@@ -54,16 +54,32 @@ def only_writer(folder: Path, wait_s: float) -> Iterator[None]:
 
 
 def end_with_dvc() -> None:
-    """Ask the system for SIGTERM when the DVC that runs this stage is gone, however it went. Linux only.
+    """Send this stage SIGTERM when the DVC that runs it is gone, however it went.
 
     A stage that a person started by hand may outlive the shell.
     """
-    if sys.platform == "linux" and os.environ.get(STAGE_VARIABLE):
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            # Gone before it was asked.
-            os.kill(os.getpid(), signal.SIGTERM)
+    if os.environ.get(STAGE_VARIABLE):
+        threading.Thread(target=_end_after, args=(_runners(),), daemon=True).start()
+
+
+def _runners() -> list[int]:
+    """The process that started this one, and where that is a shell, the one that started the shell.
+
+    DVC runs a command through a shell, and some shells, such as Debian's sh, stay while it runs. A system's call for
+    the end of the parent would tell of the shell's end alone, and that lives on without DVC.
+    """
+    try:
+        parent = psutil.Process(os.getppid())
+        return [parent.pid, parent.ppid()] if parent.name() in SHELLS else [parent.pid]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _end_after(runners: list[int]) -> None:
+    # A process whose parent ends is handed on to another at once, whether or not anybody has asked for its result.
+    while _runners() == runners:
+        time.sleep(WATCH_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

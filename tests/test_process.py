@@ -13,6 +13,11 @@ from pipeline.files import whole_folder
 ROOT = Path(__file__).parents[1]
 # Starts the command that follows as DVC does, and waits for it.
 DVC = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+SHELLS = {
+    "no shell": [],
+    "a shell that becomes the command": ["/bin/sh", "-c", 'exec "$@"', "sh"],
+    "a shell that stays": ["/bin/sh", "-c", '"$@"; exit $?', "sh"],
+}
 SLOW_STAGE = """
 from pathlib import Path
 
@@ -54,14 +59,16 @@ def test_another_one_later_does_what_it_did_before(monkeypatch: pytest.MonkeyPat
 
 def test_a_stage_by_hand_is_bound_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(process.STAGE_VARIABLE, raising=False)
-    monkeypatch.setattr(process.ctypes, "CDLL", None)
+    monkeypatch.setattr(process, "_runners", None)
     process.end_with_dvc()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end on Linux only")
-def test_a_stage_ends_with_its_dvc_and_so_do_its_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shell", SHELLS.values(), ids=SHELLS.keys())
+def test_a_stage_ends_with_its_dvc_and_so_do_its_workers(
+    shell: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment = os.environ | {process.STAGE_VARIABLE: "slow", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", DVC, sys.executable, "-c", SLOW_STAGE]
+    command = [sys.executable, "-c", DVC, *shell, sys.executable, "-c", SLOW_STAGE]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as dvc:
         try:
             assert dvc.stdout is not None
