@@ -30,7 +30,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 data: setup
-	@test -e data || dvc pull --quiet data.dvc
+	@test -e data -a -e base || dvc pull --quiet data.dvc base.dvc
 
 repro: data
 	@dvc repro

@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_export(commands)
+    _add_pack(commands)
     _add_restore(commands)
     _add_ui(commands)
     _add_doctor(commands)
@@ -126,6 +127,26 @@ def _export(arguments: argparse.Namespace) -> None:
     for precision in precisions:
         size = sum(file.stat().st_size for file in (arguments.out / precision).iterdir())
         print(f"{arguments.out / precision}: {size / 1e6:,.1f} MB")
+
+
+def _add_pack(commands: Any) -> None:
+    parser = commands.add_parser(
+        "pack",
+        help="write a checkpoint in float16, as a base to be shipped",
+        description="Write a checkpoint folder with its weights in float16: half of the size, and what base.source "
+        "may name. docs/base.md tells how the bundled base was made.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
+    parser.add_argument("out", type=Path, help="folder of the base; one that is there is replaced")
+    parser.set_defaults(run=_pack)
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from pipeline.checkpoint import WEIGHTS_FILE, pack_checkpoint
+
+    pack_checkpoint(arguments.checkpoint, arguments.out)
+    file = arguments.out / WEIGHTS_FILE
+    print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")
 
 
 def _add_restore(commands: Any) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: a GPT-2 as transformers reads it, its weights in one safetensors file."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import UserError
-from pipeline.files import read_json
-from pipeline.tokens import TOKENIZER_FILE, load_tokenizer
+from pipeline.files import read_json, whole_folder
+from pipeline.tokens import TOKENIZER_FILE, TOKENIZER_FILES, load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
@@ -24,6 +25,28 @@ def save_model(model: GPT2LMHeadModel, folder: Path) -> None:
     with weights_written(folder):
         # One file, whatever its size: without this limit, save_pretrained cuts weights at 5 GB.
         model.save_pretrained(folder, max_shard_size=sys.maxsize)
+
+
+def write_checkpoint(model: GPT2LMHeadModel, *, tokenizer_of: Path, out: Path) -> None:
+    """Write config and weights, and beside them the tokenizer's files of another checkpoint."""
+    save_model(model, out)
+    for file in tokenizer_of.iterdir():
+        if file.name in TOKENIZER_FILES:
+            shutil.copy(file, out)
+
+
+def pack_checkpoint(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint in float16 with its tokenizer, as a base that is shipped: half of the size.
+
+    Raises `UserError` where it is no whole GPT-2, or float16 does not hold a weight.
+    """
+    model = load_checkpoint(checkpoint).half()
+    if not_held := [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+        raise UserError(
+            f"{checkpoint}: float16 does not hold weights as large as in {_some(not_held)}; ship it as it is"
+        )
+    with whole_folder(out) as partial:
+        write_checkpoint(model, tokenizer_of=checkpoint, out=partial)
 
 
 @contextmanager

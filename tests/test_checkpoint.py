@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.checkpoint import load_checkpoint, save_model
+from pipeline.checkpoint import load_checkpoint, pack_checkpoint, save_model
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,28 @@ def test_a_model_is_read_as_it_was_written_in_one_file(tiny_checkpoint: Path, tm
     read = load_checkpoint(tmp_path)
     assert not read.training
     assert all(torch.equal(own, other) for own, other in zip(model.parameters(), read.parameters(), strict=True))
+
+
+def test_a_packed_checkpoint_is_half_as_large_and_says_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pack_checkpoint(tiny_checkpoint, tmp_path / "base")
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tiny_checkpoint, tmp_path / "base")]
+    assert sizes[1] < 0.52 * sizes[0]
+    packed, own = load_checkpoint(tmp_path / "base"), load_checkpoint(tiny_checkpoint)
+    assert packed.dtype == torch.float32
+    assert all(torch.equal(a.half().float(), b) for a, b in zip(own.parameters(), packed.parameters(), strict=True))
+    assert (tmp_path / "base" / "tokenizer.json").read_bytes() == (tiny_checkpoint / "tokenizer.json").read_bytes()
+
+
+def test_what_float16_does_not_hold_is_not_packed(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] = 70_000
+    save(model, tiny_checkpoint, tmp_path / "large")
+    with pytest.raises(
+        UserError, match=r"large: float16 does not hold weights as large as in transformer\.wpe\.weight;"
+    ):
+        pack_checkpoint(tmp_path / "large", tmp_path / "base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -208,6 +208,12 @@ def test_export_makes_an_engine_that_generate_reads(
     assert generated(capsys, *options, "--precision", "int4").startswith(PROMPT)
 
 
+def test_pack_writes_a_base(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["pack", str(tiny_checkpoint), str(tmp_path / "base")])
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'base' / 'model.safetensors'}: 0.")
+    assert (tmp_path / "base" / "tokenizer.json").is_file()
+
+
 def test_export_names_what_is_wrong(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "engine")
     assert refused(capsys, "export", str(tiny_checkpoint), out, "--precision", "int3").startswith(

@@ -15,6 +15,8 @@ from pipeline.stages.register import SERVED_MODULE
 PARAMS = read_yaml(ROOT / "params.yaml")
 READ_ELSEWHERE = {"register": ["evaluate.decoding"]}
 """Parameters of another stage's section that a stage reads."""
+NAMED_BY_PARAMETERS = {"base": [PARAMS["base"]["source"]]}
+"""What a stage reads because a parameter says so."""
 SERVED_LIBRARIES = {"mlflow", "numpy", "onnxruntime", "pandas", "tokenizers"}
 LIGHT = (
     *("pipeline.decoding", "pipeline.params", "pipeline.engine.sampling"),
@@ -139,9 +141,16 @@ def test_what_a_stage_reads_of_others_is_a_dependency(stage: str) -> None:
 
 @each_stage
 def test_every_dependency_is_an_argument_or_a_module(stage: str) -> None:
+    read = [*arguments(stage)[:-1], *NAMED_BY_PARAMETERS.get(stage, [])]
     for dep in STAGES[stage]["deps"]:
-        known = covers("pipeline", dep) or any(covers(argument, dep) for argument in arguments(stage)[:-1])
-        assert known, dep
+        assert covers("pipeline", dep) or any(covers(path, dep) for path in read), dep
+
+
+@each_stage
+def test_what_a_parameter_names_is_bundled_and_a_dependency(stage: str) -> None:
+    for path in NAMED_BY_PARAMETERS.get(stage, []):
+        assert path in STAGES[stage]["deps"]
+        assert (ROOT / f"{path}.dvc").is_file()
 
 
 @each_stage

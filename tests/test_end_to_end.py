@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = ["prepare", "base", "tokenize", "finetune", "export", "evaluate", "register"]
 COMMITTED_TEMPERATURE = YAML().load(ROOT / "params.yaml")["evaluate"]["decoding"]["temperature"]
 TINY = {
+    "base.source": "scratch",
     "base.scratch": {"vocabulary_size": 400, "context_length": 128, "layers": 1, "heads": 2, "width": 32, "seed": 1},
     "finetune.batch_tokens": 256,
     "finetune.epochs": 0.25,
@@ -72,7 +73,7 @@ class Clone:
         self.run("git", "init", "--quiet")
         self.run("git", "add", "--all")
         self.run("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "tiny")
-        self.run("dvc", "pull", "--quiet", "data.dvc")
+        self.run("dvc", "pull", "--quiet", "data.dvc", "base.dvc")
 
     @property
     def environment(self) -> dict[str, str]:

@@ -19,13 +19,13 @@ import transformers
 from transformers import GPT2LMHeadModel, logging, set_seed
 
 from pipeline import tracking
-from pipeline.checkpoint import save_model
+from pipeline.checkpoint import write_checkpoint
 from pipeline.errors import UserError, reported
 from pipeline.files import sha256_file, whole_file, whole_folder, write_json
 from pipeline.imports import PACKAGE, needed_files
 from pipeline.params import PARAMS_FILE, FinetuneParams, SamplesParams, load_params, read_yaml
 from pipeline.process import end_with_dvc, termination_noted
-from pipeline.tokens import TOKENIZER_FILES, TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
+from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.training.memory import parts_of_step
 from pipeline.training.model import gathered, load_trainable, trained_gpt2
 from pipeline.training.packing import PackedSteps
@@ -139,7 +139,7 @@ def finetune(
         work = partial / "work"
         trained = train(tokens, base, params, run, processes or join_processes(), state or ResumeState(work), stop)
         shutil.rmtree(work, ignore_errors=True)
-        write_checkpoint(trained.model, base, partial / "checkpoint")
+        write_checkpoint(trained.model, tokenizer_of=base, out=partial / "checkpoint")
         metrics = summarize(trained)
         write_json(partial / "metrics.json", metrics)
         write_curve(partial / "loss_train.csv", trained.curves.train)
@@ -279,14 +279,6 @@ def log_split(run: tracking.RunLog, name: str, arrays: TokenArrays, tokens: Path
     data_md5 = tracking.dvc_md5("data")
     source = {"split": name, "documents": str(len(arrays)), "tokens": str(len(arrays.tokens))}
     run.log_dataset(name, arrays.sha256[:36], source | ({"dvc.data_md5": data_md5} if data_md5 else {}))
-
-
-def write_checkpoint(model: GPT2LMHeadModel, base: Path, out: Path) -> None:
-    """The weights as safetensors with the base's tokenizer files."""
-    save_model(model, out)
-    for file in base.iterdir():
-        if file.name in TOKENIZER_FILES:
-            shutil.copy(file, out)
 
 
 def summarize(trained: Trained) -> dict[str, float]:
