@@ -58,7 +58,8 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest() -> None:
         muon.step()
         adamw.step()
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight, weights[name])
+        # A hundredth of a step: where a gradient is next to nothing, AdamW makes a whole step of its rounding.
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-4)
 
 
 def test_it_goes_on_from_its_state_and_follows_its_schedule() -> None:
