@@ -49,17 +49,18 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest() -> None:
         for name, weight in weights.items()
         if name not in blocks
     ]
-    adamw = AdamW(others, lr=0.01)
+    adamw = AdamW(others, lr=0.01, fused=True)
     joint = build_optimizer(model, params("muon"))
     for step in range(3):
         set_gradients(model, step)
-        set_gradients(reference, step)
+        # The same to the bit: both optimizers make much of the rounding of a gradient that is next to nothing.
+        for name, weight in model.named_parameters():
+            weights[name].grad = weight.grad.clone()
         joint.step()
         muon.step()
         adamw.step()
     for name, weight in model.named_parameters():
-        # A hundredth of a step: where a gradient is next to nothing, AdamW makes a whole step of its rounding.
-        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-4)
+        torch.testing.assert_close(weight, weights[name])
 
 
 def test_it_goes_on_from_its_state_and_follows_its_schedule() -> None:
