@@ -1,5 +1,6 @@
 """How many tokens a device's memory holds at a time: measured on the model at hand, not guessed from its size."""
 
+import ctypes
 import math
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,20 @@ LOGITS_COPIES = 3
 """Held at once at most: the logits, what they are scored by, and their gradient."""
 RESIDUE_BYTES = 4
 """Of a number in what a checkpointed block keeps: what went into it."""
+
+GLIBC_OPTIONS = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**26), "M_MMAP_MAX": (-4, 0)}
+"""Numbers and values for `mallopt`: give nothing back, ask for much at a time, and never for a tensor by itself."""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that a step frees, for the next one; glibc only.
+
+    It gives large tensors back to the system otherwise, and every step pays for gigabytes of fresh pages: a sixth of
+    its time in GPT-2 Medium's shape on two cores. The peak is the same.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        for option, value in GLIBC_OPTIONS.values():
+            mallopt(option, value)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from transformers import (
 from pipeline.checkpoint import weights_written
 from pipeline.errors import UserError
 from pipeline.params import FinetuneParams
-from pipeline.training.memory import peak_bytes
+from pipeline.training.memory import keep_freed_memory, peak_bytes
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch
 from pipeline.training.precision import supports_bfloat16, supports_tf32
@@ -90,6 +90,8 @@ def finetune_model(
     Raises `UserError` where the loss is no longer finite or explodes, or the GPU's memory is full; and `Stopped` where
     `stop` is set: after the step at hand, with a checkpoint of it.
     """
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     trainer = PackedTrainer(
         model=model,
         params=params,
