@@ -2,8 +2,8 @@
 
 The recipe: the Trainer's defaults in float32 over the training text, concatenated and cut into blocks, two a batch.
 Ours: `params.yaml`, at the recipe's context, tokens a step and learning rate. Each runs in a process of its own, in
-turn, from the same weights, and both are scored alike in the end, on validation documents each alone. Needs
-`dvc repro tokenize`.
+turn, from the same weights, each round with the text in another order, and both are scored alike in the end, on
+validation documents each alone. Needs `dvc repro tokenize`.
 """
 
 import argparse
@@ -73,8 +73,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, default=Path("out/tokenize"), help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="of both contenders (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=8, help="that are scored in the end (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=32, help="that are scored in the end (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a file for the report, beside the terminal")
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -99,9 +100,10 @@ def compare(arguments: argparse.Namespace) -> None:
         model.save_pretrained(folder)
         parameters = model.num_parameters()
         del model
-        for _ in range(arguments.rounds):
+        for seed in range(1, arguments.rounds + 1):
             for name in CONTENDERS:
-                command = [sys.executable, __file__, *sys.argv[1:], "--contender", name, "--base", folder]
+                own = ["--contender", name, "--base", folder, "--seed", str(seed)]
+                command = [sys.executable, __file__, *sys.argv[1:], *own]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found[name].append(Measured(**json.loads(done.stdout.splitlines()[-1])))
                 print(f"{name}: {found[name][-1]}", file=sys.stderr)
@@ -124,6 +126,12 @@ def compare(arguments: argparse.Namespace) -> None:
         f"{ours.peak_memory_mib / peer.peak_memory_mib:.2f} × memory, "
         f"{ours.validation_loss - peer.validation_loss:+.4f} nats"
     )
+    rounds = zip(found["ours"], found["run_clm"], strict=True)
+    lines += [
+        f"round {number}, an order of the text of its own: {own.tokens_per_second / other.tokens_per_second:.2f} ×, "
+        f"{own.validation_loss - other.validation_loss:+.4f} nats"
+        for number, (own, other) in enumerate(rounds, start=1)
+    ]
     report = "\n".join(lines)
     print(report)
     if arguments.out is not None:
@@ -170,6 +178,7 @@ def train_run_clm(arguments: argparse.Namespace) -> Measured:
             model=model,
             args=TrainingArguments(
                 folder,
+                seed=arguments.seed,
                 per_device_train_batch_size=BATCH_BLOCKS,
                 max_steps=arguments.steps,
                 save_strategy="no",
@@ -199,9 +208,10 @@ class Speeds:
             self.tokens_per_second.append(values["tokens_per_second"])
 
 
-def ours_params(steps: int, train: TokenArrays) -> FinetuneParams:
+def ours_params(steps: int, seed: int, train: TokenArrays) -> FinetuneParams:
     batch_tokens = BATCH_BLOCKS * BLOCK_TOKENS
     changes = {
+        "seed": seed,
         "context_length": BLOCK_TOKENS,
         "batch_tokens": batch_tokens,
         "learning_rate": LEARNING_RATE,
@@ -216,7 +226,7 @@ def ours_params(steps: int, train: TokenArrays) -> FinetuneParams:
 def train_ours(arguments: argparse.Namespace) -> Measured:
     """What the stage does, with one document to score meanwhile; a checkpoint is written in the end."""
     train, validation = (load_split(arguments.tokens, split) for split in ("train", "validation"))
-    params = ours_params(arguments.steps, train)
+    params = ours_params(arguments.steps, arguments.seed, train)
     set_seed(params.seed)
     model, log = load_trainable(arguments.base, params), Speeds()
     sizes = {"context_length": BLOCK_TOKENS, "batch_tokens": params.batch_tokens}
