@@ -102,8 +102,8 @@ def compare(arguments: argparse.Namespace) -> None:
         del model
         for seed in range(1, arguments.rounds + 1):
             for name in CONTENDERS:
-                own = ["--contender", name, "--base", folder, "--seed", str(seed)]
-                command = [sys.executable, __file__, *sys.argv[1:], *own]
+                options = ["--contender", name, "--base", folder, "--seed", str(seed)]
+                command = [sys.executable, __file__, *sys.argv[1:], *options]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found[name].append(Measured(**json.loads(done.stdout.splitlines()[-1])))
                 print(f"{name}: {found[name][-1]}", file=sys.stderr)
