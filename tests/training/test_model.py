@@ -1,11 +1,15 @@
-"""LoRA, merged, against the model that was trained; dropout; what is refused."""
+"""LoRA, merged and exported, against the model that was trained; dropout; what is refused."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
+from pipeline.checkpoint import load_checkpoint, write_checkpoint
+from pipeline.engine import Engine
+from pipeline.engine.build import build_engine
 from pipeline.errors import UserError
 from pipeline.params import FinetuneParams, LoraParams, load_params
 from pipeline.training.model import load_trainable, trained_gpt2
@@ -28,7 +32,9 @@ def batch() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("frozen_layers", [0, 1])
-def test_lora_trains_its_matrices_alone_and_merges_without_a_trace(frozen_layers: int, tiny_checkpoint: Path) -> None:
+def test_lora_trains_its_matrices_alone_and_merges_without_a_trace(
+    frozen_layers: int, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     own = params(lora=LORA, learning_rate=0.05, frozen_layers=frozen_layers)
     model = load_trainable(tiny_checkpoint, own)
     assert isinstance(model, PeftModel)
@@ -52,6 +58,13 @@ def test_lora_trains_its_matrices_alone_and_merges_without_a_trace(frozen_layers
     plain = load_trainable(tiny_checkpoint, params())
     assert {name for name, _ in merged.named_parameters()} == {name for name, _ in plain.named_parameters()}
     assert not torch.allclose(after, plain.eval()(**batch()).logits, atol=1e-2)
+
+    write_checkpoint(merged, tokenizer_of=tiny_checkpoint, out=tmp_path / "checkpoint")
+    read = load_checkpoint(tmp_path / "checkpoint")
+    build_engine(read, tmp_path / "checkpoint", tmp_path / "engine", ["float32"])
+    engine = Engine.load(tmp_path / "engine", provider="cpu", threads=1)
+    exported = engine.session.score(batch()["input_ids"][0].tolist(), 0)
+    np.testing.assert_allclose(exported, before[0].numpy(), atol=4e-4, rtol=0)
 
 
 def test_lora_on_layers_that_the_base_lacks_is_refused(tiny_checkpoint: Path) -> None:
