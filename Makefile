@@ -4,7 +4,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data repro medium test test-slow test-gpu check bench bench-gpu ui doctor clean
+.PHONY: help setup data repro medium test test-slow test-gpu check bench bench-finetune bench-gpu ui doctor clean
 
 help:
 	@echo 'make repro      run the whole pipeline: data to registered model'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-gpu   run the tests that need a GPU'
 	@echo 'make check      lint, formatting and types'
 	@echo 'make bench      compare the speed of the engine with its peers (hours; see --help of benchmarks/decode.py)'
+	@echo 'make bench-finetune  compare fine-tuning with transformers'"'"' own recipe (half an hour)'
 	@echo 'make bench-gpu  the same on a GPU, against transformers, Optimum and vLLM'
 	@echo 'make doctor     say what this machine can run, and what CUDA lacks'
 	@echo 'make ui         browse the runs in MLflow'
@@ -63,6 +64,10 @@ check: setup
 # CTranslate2 and llama.cpp take part where pip install '.[bench]' has brought them.
 bench: setup
 	@python benchmarks/decode.py --out benchmarks/results/decode.txt
+
+bench-finetune: data
+	@dvc repro tokenize
+	@python benchmarks/finetune.py --rounds 3 --out benchmarks/results/finetune.txt
 
 bench-gpu: setup
 	@python benchmarks/decode.py --provider cuda --batch 1,8,64 --out benchmarks/results/decode-gpu.txt

@@ -464,3 +464,18 @@ def test_a_hub_that_refuses_is_told_even_where_the_cache_holds_half_the_commit(t
     assert messages == {
         "half": f"error: base.source: {REPOSITORY} is no folder here, and the hub cannot be reached; {ADVICE}\n"
     }
+
+
+def test_the_bundled_base_has_read_english(training_split: Path, tmp_path: Path) -> None:
+    if not (ROOT / "base" / "model.safetensors").exists():
+        pytest.skip("the bundled base is not at base/ (dvc pull base.dvc)")
+    committed = BaseParams.model_validate(read_yaml(ROOT / PARAMS_FILE)["base"])
+    make_base(training_split, tmp_path / "base", committed.model_copy(update={"source": str(ROOT / "base")}))
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    tokenizer = load_tokenizer(tmp_path / "base")
+    losses = []
+    for words in ("He was an old man, and he had been at sea for the greater part of his life.", "life his of part"):
+        ids = torch.tensor([[end_of_text_id(tokenizer), *tokenizer.encode(words).ids]])
+        with torch.inference_mode():
+            losses.append(model(ids, labels=ids).loss.item())
+    assert losses[0] < 4.0 < 6.0 < losses[1]
