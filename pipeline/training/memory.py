@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from weakref import WeakSet
 
 import psutil
 import torch
@@ -105,19 +106,25 @@ def measure(model: GPT2LMHeadModel, params: FinetuneParams, context_length: int)
     return Footprint(fixed + trained * STATE_BYTES[params.optimizer] + LOGITS_COPIES * LOGITS_BYTES, a_token)
 
 
+class _Kept:
+    """A tensor for as long as a graph keeps it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 def kept_bytes(model: GPT2LMHeadModel, windows: Sequence[int]) -> int:
     """Bytes of the tensors that a forward pass over windows of these tokens keeps for the backward pass.
 
     Weights are left out.
     """
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, int] = {}
+    # What the loss keeps for its own gradients goes with them, and its addresses are given out again.
+    kept: WeakSet[_Kept] = WeakSet()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(tensor: torch.Tensor) -> _Kept:
+        held = _Kept(tensor)
+        kept.add(held)
+        return held
 
     ids = torch.zeros((1, sum(windows)), dtype=torch.int64, device=model.device)
     bounds = torch.tensor([0, *accumulate(windows)], dtype=torch.int32, device=model.device)
@@ -125,9 +132,9 @@ def kept_bytes(model: GPT2LMHeadModel, windows: Sequence[int]) -> int:
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
     model.train()
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor)
     with torch.random.fork_rng(devices=devices), autocast(model.device), hooks:
-        # Held until it is counted: storage that is let go may be given out again under the same address.
+        # Held until its way back is counted.
         output = model(
             input_ids=ids,
             position_ids=positions,
@@ -137,8 +144,11 @@ def kept_bytes(model: GPT2LMHeadModel, windows: Sequence[int]) -> int:
             max_length_q=max(windows),
             max_length_k=max(windows),
         )
-        total = sum(kept.values())
-        del output
+    storages = {storage.data_ptr(): storage for storage in (held.tensor.untyped_storage() for held in kept)}
+    for weight in model.parameters():
+        storages.pop(weight.untyped_storage().data_ptr(), None)
+    total = sum(storage.nbytes() for storage in storages.values())
+    del output
     model.train(was_training)
     return total
 

@@ -34,6 +34,16 @@ def test_what_is_kept_grows_with_the_tokens(model: ScoredGPT2) -> None:
     assert (middle - short) / 16 > 2 * (2 * 3 + 2 * 4) * model.config.n_embd
 
 
+def test_measuring_gives_the_same_again_wherever_tensors_lie(model: ScoredGPT2) -> None:
+    def scattered(count: int) -> int:
+        others = [torch.empty(257 * (1 + index)) for index in range(count)]
+        kept = kept_bytes(model, [CONTEXT_LENGTH] * 2)
+        del others
+        return kept
+
+    assert len({scattered(count) for count in range(40)}) == 1
+
+
 def test_measuring_changes_neither_model_nor_random_numbers(model: ScoredGPT2) -> None:
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.eval()
