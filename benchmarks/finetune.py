@@ -15,7 +15,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -120,17 +120,18 @@ def compare(arguments: argparse.Namespace) -> None:
             f"{name:10} {own.tokens_per_second:9.1f} {own.peak_memory_mib:9.0f} {own.trained_tokens:8} "
             f"{own.validation_loss:16.4f}"
         )
-    ours, peer = middle["ours"], middle["run_clm"]
+    # Within a round, which the machine's mood does not part.
+    rounds = list(zip(found["ours"], found["run_clm"], strict=True))
+    speeds = [own.tokens_per_second / other.tokens_per_second for own, other in rounds]
+    memories = [own.peak_memory_mib / other.peak_memory_mib for own, other in rounds]
+    losses = [own.validation_loss - other.validation_loss for own, other in rounds]
     lines.append(
-        f"ours / run_clm: {ours.tokens_per_second / peer.tokens_per_second:.2f} × tokens a second, "
-        f"{ours.peak_memory_mib / peer.peak_memory_mib:.2f} × memory, "
-        f"{ours.validation_loss - peer.validation_loss:+.4f} nats"
+        f"ours / run_clm: {median(speeds):.2f} × tokens a second, {median(memories):.2f} × memory, "
+        f"{mean(losses):+.4f} nats" + (f" ± {stdev(losses) / math.sqrt(len(losses)):.4f}" if len(losses) > 1 else "")
     )
-    rounds = zip(found["ours"], found["run_clm"], strict=True)
     lines += [
-        f"round {number}, an order of the text of its own: {own.tokens_per_second / other.tokens_per_second:.2f} ×, "
-        f"{own.validation_loss - other.validation_loss:+.4f} nats"
-        for number, (own, other) in enumerate(rounds, start=1)
+        f"round {number}, an order of the text of its own: {speed:.2f} ×, {loss:+.4f} nats"
+        for number, (speed, loss) in enumerate(zip(speeds, losses, strict=True), start=1)
     ]
     report = "\n".join(lines)
     print(report)
