@@ -21,8 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-# Read by mlflow when it is imported: no telemetry, no bars for files of a few kB.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# Read by mlflow when it is imported: no bars for files of a few kB.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
