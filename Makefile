@@ -4,7 +4,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data repro medium test test-slow test-gpu check bench bench-finetune bench-gpu ui doctor clean
+.PHONY: help setup data repro medium test test-slow test-gpu check bench bench-finetune bench-gpu bench-serve soak serve ui doctor clean
 
 help:
 	@echo 'make repro      run the whole pipeline: data to registered model'
@@ -16,6 +16,9 @@ help:
 	@echo 'make bench-finetune  compare fine-tuning with transformers'"'"' own recipe (half an hour)'
 	@echo 'make bench-gpu  the same on a GPU, against transformers, Optimum and vLLM'
 	@echo 'make doctor     say what this machine can run, and what CUDA lacks'
+	@echo 'make bench-serve  compare the server with the engine alone and with a peer (half an hour)'
+	@echo 'make soak       let sixteen clients do what they want to a server for ten minutes'
+	@echo 'make serve      serve the registered champion: http://127.0.0.1:8000'
 	@echo 'make ui         browse the runs in MLflow'
 	@echo 'make medium     the pipeline on GPT-2 Medium, as a DVC experiment (fetches 1.5 GB)'
 	@echo 'make clean      remove stage outputs; data, runs and .venv stay'
@@ -71,6 +74,15 @@ bench-finetune: data
 
 bench-gpu: setup
 	@python benchmarks/decode.py --provider cuda --batch 1,8,64 --out benchmarks/results/decode-gpu.txt
+
+bench-serve: setup
+	@python benchmarks/serve.py --out benchmarks/results/serve.txt
+
+soak: setup
+	@python benchmarks/soak.py
+
+serve: setup
+	@python -m pipeline serve
 
 doctor: setup
 	@python -m pipeline doctor

@@ -11,12 +11,14 @@ from pipeline.errors import UserError, reported
 from pipeline.params import load_params
 
 OUT = Path("out")
+UI_PORT = 5000
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description="Commands around the pipeline of dvc.yaml.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_serve(commands)
     _add_export(commands)
     _add_pack(commands)
     _add_restore(commands)
@@ -67,6 +69,62 @@ def _generate(arguments: argparse.Namespace) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP, as OpenAI's API does",
+        description="Serve a registered model, whose alias is watched, or an engine folder. Keys that clients must "
+        "have stand in the environment variable PIPELINE_API_KEYS, parted by commas. docs/serving.md tells more.",
+    )
+    parser.add_argument(
+        "--model",
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, or an engine folder (default: the champion of register.name)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, which only this machine reaches")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--precision", default="auto", help="one that the engine holds (default: its first)")
+    parser.add_argument("--threads", type=int, help="cores that an operator may use (default: all)")
+    parser.add_argument("--slots", type=int, default=8, help="continuations at once (default: %(default)s)")
+    parser.add_argument("--max-queue", type=int, default=64, help="continuations that may wait (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="of a continuation at most (default: what the context holds)")
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="of a request (default: %(default)g)")
+    parser.add_argument("--cors-origin", nargs="+", default=[], metavar="URL", help="of pages that may ask")
+    parser.add_argument("--open-metrics", action="store_true", help="show /metrics without a key")
+    parser.add_argument(
+        "--mlflow-url", help="where MLflow shows the runs, for links (default: the store, if a server, or that of ui)"
+    )
+    parser.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from pipeline.serving.server import serve
+    from pipeline.tracking import store_errors, store_uri
+
+    store = store_uri()
+    ui_url = store if store.startswith(("http://", "https://")) else f"http://127.0.0.1:{UI_PORT}"
+    model = arguments.model or f"models:/{load_params().register_.name}@champion"
+    # A registered model brings its own decoding.
+    decoding = SamplingParams() if model.startswith("models:") else load_params().evaluate.decoding
+    with store_errors():
+        serve(
+            model,
+            decoding,
+            host=arguments.host,
+            port=arguments.port,
+            provider=arguments.provider,
+            precision=arguments.precision,
+            threads=arguments.threads,
+            slots=arguments.slots,
+            max_queue=arguments.max_queue,
+            max_tokens=arguments.max_tokens,
+            timeout_s=arguments.timeout_s,
+            origins=tuple(arguments.cors_origin),
+            open_metrics=arguments.open_metrics,
+            mlflow_url=arguments.mlflow_url or ui_url,
+        )
 
 
 def _engine_and_decoding(model: str | None) -> tuple[Path, SamplingParams]:
@@ -177,7 +235,7 @@ def _add_ui(commands: Any) -> None:
         help="browse the runs in MLflow",
         description="Show the tracking store, the embedded one or that of MLFLOW_TRACKING_URI, in MLflow's UI.",
     )
-    parser.add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=UI_PORT, help="on 127.0.0.1 (default: %(default)s)")
     parser.set_defaults(run=_ui)
 
 

@@ -1,5 +1,6 @@
 """The model registry: versions found by what they are made of, and the rule by which aliases move."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature, get_model_info
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError
@@ -20,6 +22,9 @@ CHALLENGER = "challenger"
 FINGERPRINT_TAG = "pipeline.fingerprint"
 TEST_SPLIT_TAG = "pipeline.test_split_sha256"
 BITS_PER_BYTE_TAG = "pipeline.test_bits_per_byte"
+RUN_TAG = "pipeline.run_id"
+_ABSENT = (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE))
+"""How a store says that it has no such model, or no such alias."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,30 @@ def score_of(version: ModelVersion) -> Score | None:
     return Score(version.tags[TEST_SPLIT_TAG], float(version.tags[BITS_PER_BYTE_TAG]))
 
 
-def fetch_model(uri: str) -> tuple[Path, SamplingParams]:
+def resolve(client: MlflowClient, uri: str) -> ModelVersion:
+    """The version that `models:/NAME@ALIAS` or `models:/NAME/N` names by now. Raises `UserError` without one."""
+    parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+    if parts is None:
+        raise UserError(f"{uri}: is no model of the registry; write models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, alias, number = parts.groups()
+    try:
+        if alias is not None:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code not in _ABSENT:
+            raise
+        raise UserError(f"{uri}: the registry does not hold it ({str(error).splitlines()[0]})") from error
+
+
+def fetch_model(uri: str, into: Path | None = None) -> tuple[Path, SamplingParams]:
     """The engine folder and the decoding parameters of a registered model, `models:/NAME@ALIAS` or `models:/NAME/N`.
 
-    Its code is not read. Raises `UserError` where the registry does not hold it, or `register` did not make it.
+    They lie in a copy where `into` is given. Its code is not read. Raises `UserError` where the registry does not hold
+    it, or `register` did not make it.
     """
     try:
-        folder = Path(mlflow.artifacts.download_artifacts(uri))
+        folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if into is None else str(into)))
     except (MlflowException, OSError) as error:
         raise UserError(f"{uri}: the registry does not hold it ({str(error).splitlines()[0]})") from error
     artifacts = Model.load(str(folder)).flavors.get("python_function", {}).get("artifacts", {})

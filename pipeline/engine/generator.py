@@ -130,7 +130,7 @@ class Engine:
         Raises `UserError` for a text without tokens, longer than the context, or with ids outside the vocabulary.
         """
         for ids in texts:
-            self._check_text(ids)
+            self.check_text(ids)
         scores = []
         for ids in texts:
             parts = [np.zeros(0)]
@@ -146,12 +146,30 @@ class Engine:
 
         The first token has neither: nothing stands before it. Raises `UserError` as `score` does.
         """
-        self._check_text(text)
-        tokens = [Token(text[0])]
+        return [token for tokens in self.echo_chunks(text, top_count) for token in tokens]
+
+    def echo_chunks(self, text: Sequence[int], top_count: int) -> Iterator[list[Token]]:
+        """`echo` in parts, between which other requests may go on; only one text is scored at a time."""
+        self.check_text(text)
+        yield [Token(text[0])]
         for start, logits in self._logits(text):
-            for row, token_id in zip(logits, text[start + 1 :], strict=False):
-                tokens.append(Token(token_id, *token_logprobs(row, token_id, top_count)))
-        return tokens
+            followers = text[start + 1 : start + 1 + len(logits)]
+            yield [
+                Token(token_id, *token_logprobs(row, token_id, top_count))
+                for row, token_id in zip(logits, followers, strict=False)
+            ]
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raises the `UserError` for which a prompt would be refused. Safe to call from any thread."""
+        self._context(prompt, params)
+
+    def check_text(self, text: Sequence[int], name: str = "text") -> None:
+        """Raises the `UserError` for which a text would not be scored. Safe to call from any thread."""
+        self._check_ids(name, text)
+        if len(text) == 0:
+            raise UserError(f"{name}: has no tokens; give at least one, such as end-of-text")
+        if len(text) > self.context_length:
+            raise UserError(f"{name}: {len(text)} tokens do not fit in the context of {self.context_length}")
 
     def _stream(self, context: Sequence[int], params: SamplingParams) -> Iterator[Token]:
         (request,) = self.scheduler.submit(context, params, _seed(params))
@@ -186,13 +204,6 @@ class Engine:
             f"prompt: {len(context)} tokens leave no room in the context of {self.context_length}; shorten it, "
             "or set context_overflow to slide"
         )
-
-    def _check_text(self, ids: Sequence[int]) -> None:
-        self._check_ids("text", ids)
-        if len(ids) == 0:
-            raise UserError("text: has no tokens; give at least one, such as end-of-text")
-        if len(ids) > self.context_length:
-            raise UserError(f"text: {len(ids)} tokens do not fit in the context of {self.context_length}")
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         for token_id in ids:

@@ -10,9 +10,13 @@ from tokenizers.decoders import DecodeStream
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Token
+from pipeline.engine.generator import SLOTS
 from pipeline.engine.scheduler import FinishReason, Request
 from pipeline.errors import UserError
 from pipeline.tokens import load_tokenizer, prompt_ids
+
+BYTES = "bytes:"
+"""How the text of a token begins that is no whole character: its bytes follow, spelled out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +36,20 @@ class TextGenerator:
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.token_texts = TokenTexts(tokenizer)
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, precision: str = "auto", provider: str = "auto", threads: int | None = None
+        cls,
+        folder: str | Path,
+        *,
+        precision: str = "auto",
+        provider: str = "auto",
+        threads: int | None = None,
+        slots: int = SLOTS,
     ) -> "TextGenerator":
         """Load an exported engine and the tokenizer beside it. Raises `UserError`."""
-        engine = Engine.load(folder, precision=precision, provider=provider, threads=threads)
+        engine = Engine.load(folder, precision=precision, provider=provider, threads=threads, slots=slots)
         return cls(engine, load_tokenizer(Path(folder)))
 
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[str]:
@@ -51,11 +62,22 @@ class TextGenerator:
         One that its stop text ends frees its place at once.
         """
         pairs = [(prompt_ids(self.tokenizer, prompt), own) for prompt, own in zip(prompts, params, strict=True)]
-        requests = self.engine.submit_all((ids, _for_engine(own)) for ids, own in pairs)
+        requests = self.submit(pairs)
         stops = [own.stop for _, own in pairs for _ in range(own.n)]
         texts = {request: _Text(self.tokenizer, request, stop) for request, stop in zip(requests, stops, strict=True)}
         self.engine.run(requests, lambda request: texts[request].take())
         return [text.completion() for text in texts.values()]
+
+    def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
+        """Queue the continuations of prompts in tokens, as `Engine.submit_all` does; stop texts are left to the caller.
+
+        Raises `UserError` for one that does not fit.
+        """
+        return self.engine.submit_all((ids, _for_engine(own)) for ids, own in prompts)
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raises the `UserError` for which `submit` would refuse a prompt. Safe to call from any thread."""
+        self.engine.check(prompt, _for_engine(params))
 
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[str]:
         """The continuation in pieces of whole characters, as they come.
@@ -100,9 +122,44 @@ class Detokenizer:
         piece, self._held = self._held[:end], self._held[end:]
         return piece
 
+    @property
+    def held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
+
     def finish(self) -> str:
         """What was held back for a stop text that did not come."""
         return "" if self.stopped else self._held
+
+
+class TokenTexts:
+    """The text of each token id; of one that is no whole character, its bytes as OpenAI's API spells them.
+
+    For the byte-level BPE of GPT-2 (Radford et al. 2019), which writes a byte as a character of its own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def __getitem__(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._text_of(token_id)
+        return text
+
+    def _text_of(self, token_id: int) -> str:
+        written = self._tokenizer.id_to_token(token_id)
+        if written is None:
+            # An embedding may have rows to which the tokenizer gives no text.
+            return ""
+        if not all(character in _BYTES for character in written):
+            return str(written)
+        spelled = bytes(_BYTES[character] for character in written)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return BYTES + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 class _Text:
@@ -146,6 +203,16 @@ def bias_of(ids: Sequence[int], values: Sequence[float]) -> dict[int, float]:
     if len(ids) != len(values):
         raise UserError(f"logit_bias_values: {len(values)} values for {len(ids)} ids in logit_bias_ids")
     return dict(zip(ids, values, strict=True))
+
+
+def _written_bytes() -> dict[str, int]:
+    """The byte that each character stands for: itself where it is printable, the others in order from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTES = _written_bytes()
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -97,7 +97,7 @@ def register(
                     requirements=requirements(),
                     tags={
                         **tracking.lineage(),
-                        "pipeline.run_id": parent,
+                        registry.RUN_TAG: parent,
                         registry.TEST_SPLIT_TAG: score.test_split_sha256,
                         registry.BITS_PER_BYTE_TAG: repr(score.bits_per_byte),
                         **{f"evaluated.{name}": scores["protocol"][name] for name in ("provider", "precision")},

@@ -1,0 +1,79 @@
+"""What Prometheus reads of the server."""
+
+from collections.abc import Callable
+from typing import get_args
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from pipeline.serving.openai import Outcome
+
+FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+BETWEEN_TOKENS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+# When a counter began says nothing that Prometheus does not see by itself, and doubles the list.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Metrics:
+    """The measures of one server; `models` gives what it holds when it is read."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "pipeline_requests", "Requests for completions by how they ended", ["outcome"], registry=self._registry
+        )
+        for outcome in get_args(Outcome):
+            self.requests.labels(outcome)
+        self.time_to_first_token = Histogram(
+            "pipeline_time_to_first_token_seconds",
+            "From the arrival of a request to the first token of a continuation",
+            buckets=FIRST_TOKEN_SECONDS,
+            registry=self._registry,
+        )
+        self.time_between_tokens = Histogram(
+            "pipeline_time_between_tokens_seconds",
+            "From a token of a continuation to the next",
+            buckets=BETWEEN_TOKENS_SECONDS,
+            registry=self._registry,
+        )
+        self.prompt_tokens = Counter("pipeline_prompt_tokens", "Tokens of prompts taken", registry=self._registry)
+        self.generated_tokens = Counter("pipeline_generated_tokens", "Tokens drawn", registry=self._registry)
+
+    def on_tokens(self, count: int, seconds: float, is_first: bool) -> None:
+        """A continuation went on by so many tokens, so long after its request or its last token."""
+        self.generated_tokens.inc(count)
+        if is_first:
+            self.time_to_first_token.observe(seconds)
+        else:
+            self.time_between_tokens.observe(seconds / count)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A number that is read when Prometheus asks."""
+        Gauge(name, text, registry=self._registry).set_function(read)
+
+    def model_info(self, read: Callable[[], dict[str, str]]) -> None:
+        """Tell which model is served, as it is when Prometheus asks."""
+        self._registry.register(_ModelInfo(read))
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _ModelInfo:
+    def __init__(self, read: Callable[[], dict[str, str]]) -> None:
+        self._read = read
+
+    def collect(self) -> list[Metric]:
+        labels = self._read()
+        family = GaugeMetricFamily("pipeline_model_info", "The model that takes new requests", labels=list(labels))
+        family.add_metric(list(labels.values()), 1)
+        return [family]

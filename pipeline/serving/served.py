@@ -1,0 +1,302 @@
+"""The model that is served: loaded from a folder or the registry, and exchanged for its next version as it runs."""
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import requests
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipeline import tracking
+from pipeline.decoding import SamplingParams
+from pipeline.errors import UserError
+from pipeline.registry import RUN_TAG, fetch_model, resolve
+from pipeline.serving.text import TextGenerator
+from pipeline.serving.worker import OnTokens, Worker
+
+WATCH_SECONDS = 10.0
+UNREACHABLE = (MlflowException, requests.RequestException, OSError)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a version consists of, ready to be loaded."""
+
+    engine: Path
+    decoding: SamplingParams
+    lineage: dict[str, str | None]
+    remove: Callable[[], None]
+    """Remove the copy, where it is one."""
+
+
+class Source(Protocol):
+    """Where versions come from."""
+
+    name: str
+
+    def newest(self) -> str | None:
+        """The version that should be served; none where there are no versions."""
+
+    def fetch(self, version: str | None) -> Files:
+        """Bring a version here. Raises `UserError` where it will not do."""
+
+
+class FolderSource:
+    """An engine folder, which does not change."""
+
+    def __init__(self, folder: Path, decoding: SamplingParams) -> None:
+        self.name = folder.resolve().name
+        self._folder = folder
+        self._decoding = decoding
+
+    def newest(self) -> None:
+        return None
+
+    def fetch(self, version: str | None) -> Files:
+        return Files(self._folder, self._decoding, _lineage(), lambda: None)
+
+
+class RegistrySource:
+    """A registered model by `models:/NAME@ALIAS`, which may move, or `models:/NAME/VERSION`."""
+
+    def __init__(self, client: MlflowClient, uri: str, ui_url: str) -> None:
+        self.name = resolve(client, uri).name
+        self._client = client
+        self._uri = uri
+        self._ui_url = ui_url
+
+    def newest(self) -> str:
+        return str(resolve(self._client, self._uri).version)
+
+    def fetch(self, version: str | None) -> Files:
+        found = self._client.get_model_version(self.name, str(version))
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pipeline-served-")))
+            engine, decoding = fetch_model(f"models:/{self.name}/{version}", folder)
+            lineage = self._lineage(found)
+            return Files(engine, decoding, lineage, stack.pop_all().close)
+
+    def _lineage(self, version: ModelVersion) -> dict[str, str | None]:
+        tags, run_id = version.tags, version.tags.get(RUN_TAG)
+        base, url = None, None
+        if run_id is not None:
+            try:
+                run = self._client.get_run(run_id)
+            except MlflowException:
+                # Runs may be deleted, and the versions that came of them stay.
+                run = None
+            if run is not None:
+                base = run.data.params.get("base.source")
+                url = f"{self._ui_url.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+        return _lineage(
+            run_id=run_id,
+            run_url=url,
+            git_commit=tags.get("git.commit"),
+            git_dirty=tags.get("git.dirty"),
+            data_md5=tags.get("dvc.data_md5"),
+            base=base,
+            registered=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+        )
+
+
+def _lineage(**known: str | None) -> dict[str, str | None]:
+    names = ("run_id", "run_url", "git_commit", "git_dirty", "data_md5", "base", "registered")
+    return {name: known.get(name) for name in names}
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A version with its engine at work."""
+
+    name: str
+    version: str | None
+    files: Files
+    worker: Worker
+    loaded: datetime = field(default_factory=lambda: datetime.now(UTC))
+    users: int = 0
+    """Requests that are not yet answered."""
+
+    @property
+    def generator(self) -> TextGenerator:
+        return self.worker.generator
+
+    @property
+    def fingerprint(self) -> str:
+        """Name, version and precision: what answered."""
+        session = self.generator.engine.session
+        return "/".join(part for part in (self.name, self.version, session.precision) if part is not None)
+
+    def card(self) -> dict[str, Any]:
+        """What `/v1/models` says of it."""
+        session = self.generator.engine.session
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": int(self.loaded.timestamp()),
+            "owned_by": "pipeline",
+            "version": self.version,
+            "precision": session.precision,
+            "provider": session.provider,
+            "context_length": session.manifest.context_length,
+            "vocabulary_size": session.manifest.vocabulary_size,
+            "decoding": self.files.decoding.to_mapping(),
+            "lineage": self.files.lineage,
+        }
+
+    def close(self) -> None:
+        self.worker.stop()
+        self.files.remove()
+
+
+class Served:
+    """The version that takes new requests, and those that finish what they have.
+
+    A thread asks the source every `watch_seconds` which version it should be. A new one is loaded and has drawn its
+    first tokens before it takes the place of the old; one that will not do is refused once, and the old one stays.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        load: Callable[[Path], TextGenerator],
+        *,
+        max_queue: int,
+        on_tokens: OnTokens = lambda count, seconds, is_first: None,
+        on_death: Callable[[], None] = lambda: None,
+        watch_seconds: float = WATCH_SECONDS,
+    ) -> None:
+        self._source = source
+        self._load = load
+        self._max_queue = max_queue
+        self._on_tokens = on_tokens
+        self._on_death = on_death
+        self._watch_seconds = watch_seconds
+        self._lock = threading.Lock()
+        self._retired: list[ServedModel] = []
+        self._refused: str | None = None
+        """The version whose files will not do."""
+        self._said: str | None = None
+        self._wake = threading.Event()
+        self._closing = False
+        self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
+        self.current: ServedModel
+        self.started = False
+        self.draining = False
+        """Whether the server has been told to end, and takes no new request."""
+
+    @property
+    def ready(self) -> bool:
+        return self.started and not self.draining and not self.current.worker.ended
+
+    def start(self) -> None:
+        """Load the version that should be served. Raises `UserError` where that will not do."""
+        self.current = self._open(self._source.newest())
+        self.started = True
+        logger.info("serving %s on %s", self.current.fingerprint, self.current.generator.engine.session.provider)
+        self._watcher.start()
+
+    def close(self) -> None:
+        """End every engine; what still runs ends with an error."""
+        self._closing = True
+        self._wake.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        if self.started:
+            for model in (self.current, *self._retired):
+                model.close()
+
+    @contextmanager
+    def lease(self) -> Iterator[ServedModel]:
+        """The current version, which is not let go before the block ends."""
+        with self._lock:
+            model = self.current
+            model.users += 1
+        try:
+            yield model
+        finally:
+            with self._lock:
+                model.users -= 1
+                is_idle = model.users == 0 and model is not self.current
+            if is_idle:
+                self._wake.set()
+
+    @property
+    def models(self) -> list[ServedModel]:
+        """The current version, and those that finish what they have."""
+        with self._lock:
+            return [self.current, *self._retired]
+
+    def look(self) -> None:
+        """Exchange the current version where the source names another, and let go of those that are done."""
+        self._let_go()
+        try:
+            version = self._source.newest()
+            if version in (self.current.version, self._refused):
+                return
+            model = self._open(version)
+        except UserError as error:
+            self._say(f"{error}; {self.current.fingerprint} stays")
+            return
+        except UNREACHABLE as error:
+            self._say(f"the registry does not answer ({error}); {self.current.fingerprint} stays")
+            return
+        self._said = None
+        with self._lock:
+            old, self.current = self.current, model
+            self._retired.append(old)
+        logger.info("serving %s; %s finishes what it has", model.fingerprint, old.fingerprint)
+        self._let_go()
+
+    def _say(self, text: str) -> None:
+        """Log what keeps a version out, once."""
+        if text != self._said:
+            logger.warning(text)
+        self._said = text
+
+    def _open(self, version: str | None) -> ServedModel:
+        files = self._source.fetch(version)
+        worker = Worker(
+            lambda: self._load(files.engine),
+            max_queue=self._max_queue,
+            on_tokens=self._on_tokens,
+            on_death=self._on_death,
+        )
+        try:
+            worker.start()
+        except UserError:
+            files.remove()
+            self._refused = version
+            raise
+        return ServedModel(self._source.name, version, files, worker)
+
+    def _let_go(self) -> None:
+        with self._lock:
+            idle = [model for model in self._retired if model.users == 0]
+            self._retired = [model for model in self._retired if model.users > 0]
+        for model in idle:
+            model.close()
+            logger.info("%s is done", model.fingerprint)
+
+    def _watch(self) -> None:
+        while not self._closing:
+            self._wake.wait(self._watch_seconds)
+            self._wake.clear()
+            if not self._closing:
+                self.look()
+
+
+def source_of(model: str, decoding: SamplingParams, ui_url: str) -> Source:
+    """The source that `--model` names; `ui_url` is where MLflow shows the runs. Raises `UserError`."""
+    if model.startswith("models:"):
+        return RegistrySource(tracking.connect(create=False), model, tracking.without_password(ui_url))
+    return FolderSource(Path(model), decoding)

@@ -1,0 +1,446 @@
+"""The engine in a thread of its own: jobs come from any thread, and what they gain is delivered step by step.
+
+A job is one request of a client: prompts, each continued `n` times, perhaps after its own tokens were scored (`echo`).
+In the thread a loop takes what was asked, scores a chunk of a text, lets every running continuation go on by a token,
+and delivers. Nothing else touches the engine.
+"""
+
+import math
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from pipeline.decoding import SamplingParams
+from pipeline.engine.scheduler import FinishReason, Request, Token
+from pipeline.errors import UserError
+from pipeline.serving.text import BYTES, Detokenizer, TextGenerator, TokenTexts
+from pipeline.tokens import prompt_ids
+
+OnTokens = Callable[[int, float, bool], None]
+"""Told of each continuation that went on: by how many tokens, after how many seconds, whether they are the first."""
+
+WARM_UP_TOKENS = 4
+MEMORY_OF_DURATIONS = 0.9
+"""How much of the mean duration of a continuation is kept when another has ended."""
+LONGEST_RETRY_SECONDS = 60
+
+
+class QueueFullError(Exception):
+    """No more can wait; it is worth trying again after so many seconds."""
+
+    def __init__(self, retry_after_seconds: int) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after_seconds} s")
+        self.retry_after_seconds = retry_after_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A token as a client reads it."""
+
+    text: str
+    offset: int
+    """Of its first character in the text of the choice."""
+    logprob: float | None
+    top_logprobs: dict[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a choice has gained."""
+
+    index: int
+    text: str
+    tokens: list[TokenText]
+    """Those that the text completes; none where no log-probabilities were asked for."""
+    token_count: int
+    """Tokens drawn meanwhile."""
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is continued."""
+
+    ids: list[int]
+    text: str
+    """As `echo` gives it back."""
+    has_context: bool
+    """Whether the first of the ids is the end-of-text before a document, which is no part of the text."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A client's request; choice j of prompt i has the index `i * n + j`."""
+
+    prompts: list[Prompt]
+    params: SamplingParams
+    deliver: Callable[[list[Piece] | Exception], None]
+    """Called in the engine's thread with what a step has given, or with what ended the job."""
+    echo: bool = False
+    draws: bool = True
+    """Whether anything is drawn at all."""
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def choices(self) -> int:
+        return len(self.prompts) * self.params.n
+
+
+class Worker:
+    """An engine's thread. Jobs beyond the slots wait, at most `max_queue` continuations of them."""
+
+    def __init__(
+        self,
+        load: Callable[[], TextGenerator],
+        *,
+        max_queue: int = sys.maxsize,
+        on_tokens: OnTokens = lambda count, seconds, is_first: None,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._load = load
+        self._max_queue = max_queue
+        self._on_tokens = on_tokens
+        self._on_death = on_death
+        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._loaded = threading.Event()
+        self._refusal: Exception | None = None
+        self._lock = threading.Lock()
+        self._open = 0
+        self._mean_seconds = 1.0
+        self._scoring: deque[_Scoring] = deque()
+        self._running: dict[Job, list[_Choice]] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.generator: TextGenerator
+        self.ended = False
+        """Whether the thread takes nothing more, as it was told to stop or an error ended it."""
+
+    def start(self) -> None:
+        """Load the engine and let it draw a few tokens. Raises what loading raises, `UserError` for a wrong folder."""
+        self._thread.start()
+        self._loaded.wait()
+        if self._refusal is not None:
+            self._thread.join()
+            raise self._refusal
+
+    def stop(self) -> None:
+        """End the thread when it has nothing left to do; what is open ends with an error."""
+        self._asked.put(None)
+        self._thread.join()
+
+    @property
+    def slots(self) -> int:
+        return self.generator.engine.session.slots
+
+    @property
+    def running(self) -> int:
+        """Continuations that have a slot."""
+        return self.generator.engine.scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        """Continuations and texts to be scored that wait for their turn."""
+        return max(0, self._open - self.running)
+
+    def submit(self, job: Job) -> None:
+        """Take a job. Raises `QueueFullError`, and `UserError` where it asks for more than can ever be taken."""
+        most = self.slots + self._max_queue
+        if job.choices > most:
+            raise UserError(f"n: {job.choices} continuations are more than the {most} that are taken at a time")
+        with self._lock:
+            if self.ended:
+                raise RuntimeError("the engine has ended")
+            if self._open + job.choices > most:
+                rounds = 1 + (self._open - self.slots) / self.slots
+                seconds = math.ceil(max(1.0, rounds * self._mean_seconds))
+                raise QueueFullError(min(seconds, LONGEST_RETRY_SECONDS))
+            self._open += job.choices
+            self._asked.put(partial(self._begin, job))
+
+    def cancel(self, job: Job) -> None:
+        """End a job before the next step, and free its slots; nothing for one that has ended."""
+        self._asked.put(partial(self._cancel, job))
+
+    def _run(self) -> None:
+        try:
+            self.generator = self._load()
+            self._warm_up()
+        except (UserError, OSError) as error:
+            self._refusal = error
+            return
+        finally:
+            if not hasattr(self, "generator") and self._refusal is None:
+                self._refusal = UserError("the engine does not load; the log tells why")
+            self._loaded.set()
+        self._work()
+
+    def _work(self) -> None:
+        """Serve until told to stop. An error that no request can be blamed for ends the thread, and is shown."""
+        stopped = False
+        try:
+            while self._take():
+                self._score()
+                self._step()
+            stopped = True
+        finally:
+            with self._lock:
+                self.ended = True
+            self._fail(RuntimeError("the engine has ended"))
+            if not stopped:
+                self._on_death()
+
+    def _warm_up(self) -> None:
+        engine = self.generator.engine
+        tokens = min(WARM_UP_TOKENS, engine.context_length - 1)
+        engine.generate([[engine.end_of_text_id]] * engine.session.slots, SamplingParams(max_new_tokens=tokens, seed=0))
+
+    def _take(self) -> bool:
+        """Do what was asked meanwhile, waiting for something where nothing runs; false at the end."""
+        while True:
+            try:
+                ask = self._asked.get(block=not (self._running or self._scoring))
+            except queue.Empty:
+                return True
+            if ask is None:
+                return False
+            ask()
+
+    def _begin(self, job: Job) -> None:
+        wants_scores = job.echo and job.params.logprobs is not None
+        if wants_scores:
+            self._scoring.append(_Scoring(self.generator, job))
+            return
+        self._draw(job, [[Piece(0, prompt.text, [], 0)] if job.echo else [] for prompt in job.prompts])
+
+    def _score(self) -> None:
+        """Score the next chunk of the first text that waits for it."""
+        if not self._scoring:
+            return
+        scoring = self._scoring[0]
+        try:
+            done = scoring.advance()
+        except UserError as error:
+            self._scoring.popleft()
+            self._end(scoring.job, error)
+            return
+        if done:
+            self._scoring.popleft()
+            self._draw(scoring.job, [[piece] for piece in scoring.pieces])
+
+    def _draw(self, job: Job, echoed: list[list[Piece]]) -> None:
+        """Submit the continuations of a job, and deliver what goes before them."""
+        n = job.params.n
+        heads = [replace(piece, index=index) for index in range(job.choices) for piece in echoed[index // n]]
+        if not job.draws:
+            ends = [Piece(index, "", [], 0, "length") for index in range(job.choices)]
+            job.deliver(heads + ends)
+            self._close(job.choices)
+            return
+        if heads:
+            job.deliver(heads)
+        try:
+            requests = self.generator.submit([(prompt.ids, job.params) for prompt in job.prompts])
+        except UserError as error:
+            self._end(job, error)
+            return
+        begun = [len(pieces[0].text) if pieces else 0 for pieces in echoed]
+        self._running[job] = [
+            _Choice(index, request, self.generator, job, begun[index // n]) for index, request in enumerate(requests)
+        ]
+
+    def _step(self) -> None:
+        if not self._running:
+            return
+        self.generator.engine.scheduler.step()
+        now = time.perf_counter()
+        for job, choices in list(self._running.items()):
+            failed = next((choice.request.error for choice in choices if choice.request.error is not None), None)
+            if failed is not None:
+                self._cancel_choices(choices)
+                del self._running[job]
+                job.deliver(failed)
+                continue
+            pieces = [piece for choice in choices if (piece := self._advance(choice, now)) is not None]
+            if pieces:
+                job.deliver(pieces)
+            if all(choice.ended for choice in choices):
+                del self._running[job]
+
+    def _advance(self, choice: "_Choice", now: float) -> Piece | None:
+        if choice.ended:
+            return None
+        piece = choice.take()
+        if piece is None:
+            return None
+        if piece.token_count:
+            since = choice.job.began if choice.last is None else choice.last
+            self._on_tokens(piece.token_count, now - since, choice.last is None)
+            choice.last = now
+        if piece.finish_reason is not None:
+            # A stop text ends the text, and not yet what draws it.
+            self.generator.engine.scheduler.cancel(choice.request)
+            choice.ended = True
+            self._close(1, now - choice.job.began)
+        return piece
+
+    def _cancel(self, job: Job) -> None:
+        for scoring in [scoring for scoring in self._scoring if scoring.job is job]:
+            self._scoring.remove(scoring)
+            self._close(job.choices)
+        if job in self._running:
+            self._cancel_choices(self._running.pop(job))
+
+    def _cancel_choices(self, choices: Sequence["_Choice"]) -> None:
+        for choice in choices:
+            if not choice.ended:
+                self.generator.engine.scheduler.cancel(choice.request)
+                choice.ended = True
+                self._close(1)
+
+    def _end(self, job: Job, error: Exception) -> None:
+        job.deliver(error)
+        self._close(job.choices)
+
+    def _close(self, count: int, seconds: float | None = None) -> None:
+        with self._lock:
+            self._open -= count
+            if seconds is not None:
+                self._mean_seconds += (1 - MEMORY_OF_DURATIONS) * (seconds - self._mean_seconds)
+
+    def _fail(self, error: Exception) -> None:
+        """End every job that is open: nobody will go on with it."""
+        jobs = [*self._running, *(scoring.job for scoring in self._scoring)]
+        while not self._asked.empty():
+            ask = self._asked.get()
+            if isinstance(ask, partial) and ask.func == self._begin:
+                jobs.append(ask.args[0])
+        for job in jobs:
+            job.deliver(error)
+
+
+def run_job(worker: Worker, prompts: list[Prompt], params: SamplingParams) -> Iterator[Piece]:
+    """The pieces of a job as they come, for a caller that waits for them; one that leaves ends the job.
+
+    Raises what `Worker.submit` raises, at the first piece, and what ended the job.
+    """
+    got: queue.SimpleQueue[list[Piece] | Exception] = queue.SimpleQueue()
+    job = Job(prompts, params, got.put)
+    worker.submit(job)
+    left = job.choices
+    try:
+        while left:
+            pieces = got.get()
+            if isinstance(pieces, Exception):
+                raise pieces
+            for piece in pieces:
+                left -= piece.finish_reason is not None
+                yield piece
+    finally:
+        worker.cancel(job)
+
+
+def text_prompt(generator: TextGenerator, text: str) -> Prompt:
+    """A text as the beginning of a document."""
+    return Prompt(prompt_ids(generator.tokenizer, text), text, has_context=True)
+
+
+class _Choice:
+    """A continuation, and the text that it has given so far."""
+
+    def __init__(self, index: int, request: Request, generator: TextGenerator, job: Job, begun: int) -> None:
+        self.index = index
+        self.request = request
+        self.job = job
+        self.last: float | None = None
+        """When the last token came."""
+        self.ended = False
+        self._detokenizer = Detokenizer(generator.tokenizer, job.params.stop)
+        self._texts = generator.token_texts if job.params.logprobs is not None else None
+        self._given = begun
+        """Characters of the choice's text that were delivered."""
+        self._tokens: deque[TokenText] = deque()
+
+    def take(self) -> Piece | None:
+        """What has come since it was asked last; none where nothing has."""
+        text, count = "", 0
+        reason: FinishReason | None = None
+        while self.request.tokens and not self._detokenizer.stopped:
+            token = self.request.tokens.popleft()
+            if token.token_id is not None:
+                count += 1
+                begin = self._given + len(text) + self._detokenizer.held
+                text += self._detokenizer.feed(token.token_id)
+                if self._texts is not None:
+                    end = self._given + len(text) + self._detokenizer.held
+                    self._tokens.append(token_text(self._texts, token, begin, end))
+            reason = token.finish_reason or reason
+        if self._detokenizer.stopped:
+            reason = "stop"
+        if reason is not None:
+            text += self._detokenizer.finish()
+        if not text and not count and reason is None:
+            return None
+        self._given += len(text)
+        tokens: list[TokenText] = []
+        # One of which no character is there yet waits for it; what spells a stop text is no part of the text.
+        is_whole = reason is not None and not self._detokenizer.stopped
+        while self._tokens and (is_whole or self._tokens[0].offset < self._given):
+            tokens.append(self._tokens.popleft())
+        return Piece(self.index, text, tokens, count, reason)
+
+
+class _Scoring:
+    """A job whose prompts are being scored."""
+
+    def __init__(self, generator: TextGenerator, job: Job) -> None:
+        self.job = job
+        self.pieces: list[Piece] = []
+        """Of the prompts that are done."""
+        self._texts = generator.token_texts
+        self._engine = generator.engine
+        self._tokenizer = generator.tokenizer
+        self._tokens: list[Token] = []
+        self._chunks = self._begin()
+
+    def advance(self) -> bool:
+        """Score a chunk; whether all prompts are done. Raises `UserError` for one that does not fit."""
+        chunk = next(self._chunks, None)
+        if chunk is not None:
+            self._tokens += chunk
+            return False
+        prompt = self.job.prompts[len(self.pieces)]
+        detokenizer = Detokenizer(self._tokenizer, ())
+        tokens: list[TokenText] = []
+        length = 0
+        for token in self._tokens[1:] if prompt.has_context else self._tokens:
+            begin = length
+            if token.token_id is not None:
+                length += len(detokenizer.feed(token.token_id))
+            tokens.append(token_text(self._texts, token, begin, length))
+        self.pieces.append(Piece(0, prompt.text, tokens, 0))
+        self._tokens = []
+        if len(self.pieces) == len(self.job.prompts):
+            return True
+        self._chunks = self._begin()
+        return False
+
+    def _begin(self) -> Iterator[list[Token]]:
+        prompt = self.job.prompts[len(self.pieces)]
+        return self._engine.echo_chunks(prompt.ids, self.job.params.logprobs or 0)
+
+
+def token_text(texts: TokenTexts, token: Token, begin: int, end: int) -> TokenText:
+    """A token as a client reads it; it made a text of `begin` characters one of `end`.
+
+    Bytes of a character begin where that will stand. Whole characters end the text: what goes before them then is the
+    mark for bytes that came to nothing.
+    """
+    if token.token_id is None:
+        raise ValueError("the token has no id")
+    text, top = texts[token.token_id], token.top_logprobs
+    offset = begin if text.startswith(BYTES) else max(begin, end - len(text))
+    return TokenText(text, offset, token.logprob, None if top is None else {texts[i]: p for i, p in top.items()})

@@ -1,0 +1,85 @@
+"""A server on a port of 127.0.0.1 in a thread of the test's process, and what tests ask of it."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+import uvicorn
+from fastapi import FastAPI
+
+from pipeline.decoding import SamplingParams
+from pipeline.serving.app import Limits, create_app
+from pipeline.serving.metrics import Metrics
+from pipeline.serving.served import FolderSource, Served, Source
+from pipeline.serving.text import TextGenerator
+
+OWN_DECODING = SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=12)
+SLOTS = 4
+PATIENCE_S = 30
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers."""
+
+    url: str
+    served: Served
+
+    def post(self, **body: object) -> requests.Response:
+        return requests.post(f"{self.url}/v1/completions", json=body, timeout=PATIENCE_S)
+
+    def metric(self, name: str) -> float:
+        """A measure by its whole name, with labels where it has them."""
+        lines = requests.get(f"{self.url}/metrics", timeout=PATIENCE_S).text.splitlines()
+        (value,) = (line.rpartition(" ")[2] for line in lines if line.rpartition(" ")[0] == name)
+        return float(value)
+
+
+def served_folder(folder: Path, *, source: Source | None = None, max_queue: int = 8) -> tuple[Served, Metrics]:
+    """An engine folder in float32 on one core, to be served."""
+    metrics = Metrics()
+
+    def load(engine: Path) -> TextGenerator:
+        return TextGenerator.load(engine, precision="float32", provider="cpu", threads=1, slots=SLOTS)
+
+    source = source or FolderSource(folder, OWN_DECODING)
+    return Served(source, load, max_queue=max_queue, on_tokens=metrics.on_tokens, watch_seconds=0.05), metrics
+
+
+@contextmanager
+def running_server(
+    folder: Path, *, source: Source | None = None, max_queue: int = 8, **options: object
+) -> Iterator[Running]:
+    served, metrics = served_folder(folder, source=source, max_queue=max_queue)
+    app = create_app(served, metrics, **{"limits": Limits(), **options})  # type: ignore[arg-type]
+    with listening(app) as url:
+        yield Running(url, served)
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """Serve an application; its address."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE_S))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
+        thread.start()
+        try:
+            wait_for(lambda: server.started or not thread.is_alive())
+            yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def wait_for(holds: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    """Wait until something holds; fails where it does not."""
+    end = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)

@@ -1,0 +1,382 @@
+"""The server over a socket: answers, streams, errors, keys and limits; `openai`'s own client asks, too."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import requests
+from openai import OpenAI
+from served_model import OWN_DECODING, PATIENCE_S, SLOTS, Running, running_server, wait_for
+
+from pipeline.decoding import SamplingParams
+from pipeline.engine import Engine
+from pipeline.serving.app import Limits, keys_from_environment, playground
+from pipeline.serving.text import TextGenerator
+from pipeline.tokens import prompt_ids
+
+ENDLESS = {"max_tokens": 60, "ignore_eos": True, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def running(tiny_engine_folder: Path) -> Iterator[Running]:
+    with running_server(tiny_engine_folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(running: Running) -> OpenAI:
+    return OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def generator(tiny_engine: Engine, tiny_tokenizer: Any) -> TextGenerator:
+    return TextGenerator(tiny_engine, tiny_tokenizer)
+
+
+def events(response: requests.Response) -> list[dict[str, Any]]:
+    """The events of a stream but for its `[DONE]`, which must be the last."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_openais_client_completes(client: OpenAI, generator: TextGenerator) -> None:
+    (expected,) = generator.complete(["The lamp"], [SamplingParams(temperature=0.7, max_new_tokens=20, seed=5)])
+    found = client.completions.create(
+        model="engine", prompt="The lamp", temperature=0.7, top_p=1, max_tokens=20, seed=5
+    )
+    assert found.choices[0].text == expected.text
+    assert found.choices[0].finish_reason == expected.finish_reason
+    assert found.system_fingerprint == "engine/float32"
+    assert found.usage is not None
+    tokens = len(prompt_ids(generator.tokenizer, "The lamp"))
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (tokens, len(expected.token_ids))
+
+
+def test_openais_client_streams_what_it_completes(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "engine", "prompt": "The lamp", "max_tokens": 30, "seed": 4, "n": 2}
+    whole = client.completions.create(**asked)
+    texts, reasons = ["", ""], ["", ""]
+    chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+
+
+def test_openais_client_lists_models(client: OpenAI) -> None:
+    (card,) = client.models.list().data
+    assert card.id == "engine"
+    assert client.models.retrieve("engine") == card
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-5")
+
+
+def test_a_stream_ends_with_its_usage(running: Running) -> None:
+    found = events(running.post(prompt="The lamp", seed=3, stream=True))
+    assert [("usage" in event) for event in found] == [*([False] * (len(found) - 1)), True]
+    assert found[-1]["usage"] == running.post(prompt="The lamp", seed=3).json()["usage"]
+    assert found[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_every_parameter_reaches_the_engine(running: Running, generator: TextGenerator) -> None:
+    params = SamplingParams(
+        temperature=1.2,
+        top_k=50,
+        top_p=0.9,
+        min_p=0.01,
+        typical_p=0.95,
+        repetition_penalty=1.1,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        no_repeat_ngram_size=3,
+        logit_bias={5: 3.5},
+        min_new_tokens=4,
+        max_new_tokens=25,
+        stop=("q",),
+        stop_token_ids=(9,),
+        seed=11,
+        n=2,
+    )
+    values = params.to_mapping()
+    names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+    body = {names.get(name, name): value for name, value in values.items()}
+    body["logit_bias"] = {"5": 3.5}
+    expected = [done.text for done in generator.complete(["The lamp", "A cat"], [params] * 2)]
+    found = running.post(prompt=["The lamp", "A cat"], **body).json()
+    assert [choice["text"] for choice in found["choices"]] == expected
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+
+
+def test_a_request_gives_the_same_alone_and_among_others(running: Running) -> None:
+    def ask(seed: int) -> str:
+        return str(running.post(prompt="The lamp", **{**ENDLESS, "seed": seed}).json()["choices"][0]["text"])
+
+    alone = ask(7)
+    found: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: found.update({seed: ask(seed)}))  # type: ignore[misc]
+        for seed in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[7] == alone
+
+
+def test_token_ids_are_read_as_they_are(running: Running, generator: TextGenerator) -> None:
+    ids = prompt_ids(generator.tokenizer, "The lamp")
+    by_text = running.post(prompt="The lamp", seed=2).json()["choices"][0]["text"]
+    assert running.post(prompt=ids, seed=2).json()["choices"][0]["text"] == by_text
+    assert running.post(prompt=[ids, ids], seed=2).json()["choices"][1]["text"] == by_text
+
+
+def test_an_echo_with_log_probabilities_scores_a_text(running: Running, generator: TextGenerator) -> None:
+    ids = generator.tokenizer.encode("The lamp on Gull Rock").ids
+    expected = generator.engine.echo(ids, 2)
+    for most in (0, 1):
+        body = running.post(prompt=[ids], echo=True, logprobs=2, max_tokens=most, temperature=0).json()
+        (choice,) = body["choices"]
+        report = choice["logprobs"]
+        assert len(report["tokens"]) == len(ids) + most
+        assert report["token_logprobs"][0] is None
+        assert report["token_logprobs"][1 : len(ids)] == [token.logprob for token in expected[1:]]
+        assert [len(top) for top in report["top_logprobs"][1:]] == [2] * (len(ids) + most - 1)
+        assert choice["text"].startswith("The lamp on Gull Rock")
+        assert body["usage"]["completion_tokens"] == most
+        for token, offset in zip(report["tokens"], report["text_offset"], strict=True):
+            assert token.startswith("bytes:") or choice["text"].startswith(token, offset)
+
+
+def test_streamed_log_probabilities_are_those_of_the_whole(running: Running) -> None:
+    asked = {"prompt": "The lamp", "seed": 6, "logprobs": 3, "echo": True, "max_tokens": 20}
+    whole = running.post(**asked).json()["choices"][0]
+    chunks = [event["choices"][0] for event in events(running.post(**asked, stream=True))]
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+    for name, values in whole["logprobs"].items():
+        assert [value for chunk in chunks for value in chunk["logprobs"][name]] == values
+
+
+def test_tokens_there_and_back(running: Running) -> None:
+    text = "The lamp, über ☃"
+    ids = requests.post(f"{running.url}/tokenize", json={"prompt": text}, timeout=PATIENCE_S).json()
+    assert ids["count"] == len(ids["tokens"])
+    assert ids["max_model_len"] == 64
+    back = requests.post(f"{running.url}/detokenize", json={"tokens": ids["tokens"]}, timeout=PATIENCE_S)
+    assert back.json() == {"prompt": text}
+    wrong = requests.post(f"{running.url}/detokenize", json={"tokens": [300]}, timeout=PATIENCE_S)
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "tokens")
+
+
+def test_the_card_tells_what_is_served(running: Running) -> None:
+    (card,) = requests.get(f"{running.url}/v1/models", timeout=PATIENCE_S).json()["data"]
+    assert card["precision"] == "float32"
+    assert card["provider"] == "cpu"
+    assert card["context_length"] == 64
+    assert card["decoding"] == OWN_DECODING.to_mapping()
+    assert card["version"] is None
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "message"),
+    [
+        ({"temperature": -1}, 400, "temperature", "temperature: -1.0 is out of range, must be at least 0"),
+        ({"max_tokens": -3}, 400, "max_tokens", "max_tokens: -3 is out of range, must be at least 1"),
+        ({"best_of": 2}, 400, "best_of", "best_of: no such field; /docs lists those that are"),
+        ({"suffix": "x"}, 400, "suffix", "suffix: the model continues a text and fills no gap; leave it out"),
+        ({"model": "gpt-5"}, 404, "model", "model: 'gpt-5' is not served here, engine is"),
+        ({"prompt": [300]}, 400, "prompt", "prompt: token id 300 is not in [0, 300)"),
+        ({"logit_bias": {"300": 1}}, 400, "logit_bias", "logit_bias: no token has the id 300"),
+        ({"prompt": [5] * 64}, 400, "prompt", "prompt: 64 tokens leave no room in the context of 64"),
+        ({"n": 1000}, 400, "n", "n: 1000 continuations are more than the 12 that are taken at a time"),
+        ({"prompt": [[]], "echo": True, "max_tokens": 0, "logprobs": 1}, 400, "prompt", "prompt: has no tokens"),
+    ],
+)
+def test_an_error_names_its_field(
+    body: dict[str, Any], status: int, param: str, message: str, running: Running
+) -> None:
+    for stream in (False, True):
+        found = running.post(**{"prompt": "a", **body}, stream=stream)
+        error = found.json()["error"]
+        assert (found.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
+        assert error["message"].startswith(message)
+
+
+def test_openais_client_knows_the_errors(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"top_p: 2.* is out of range"):
+        client.completions.create(model="engine", prompt="a", top_p=2)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"prompt": "' + b"\\ud800" + b'"}', b"[" * 100_000])
+def test_rubbish_is_refused(body: bytes, running: Running) -> None:
+    headers = {"Content-Type": "application/json"}
+    found = requests.post(f"{running.url}/v1/completions", data=body, headers=headers, timeout=PATIENCE_S)
+    assert found.status_code == 400
+    assert found.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_no_token_left_fails_alone_and_says_so(running: Running) -> None:
+    body = {"prompt": "a", "stop_token_ids": list(range(300)), "min_tokens": 3}
+    found = running.post(**body)
+    assert found.status_code == 400
+    assert "leave no token to draw" in found.json()["error"]["message"]
+    lines = running.post(**body, stream=True).text
+    assert "leave no token to draw" in json.loads(lines.removeprefix("data: "))["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_refused(running: Running) -> None:
+    found = running.post(prompt="a" * 3_000_000)
+    assert found.status_code == 413
+
+    def chunks() -> Iterator[bytes]:
+        yield b'{"prompt": "'
+        for _ in range(30):
+            yield b"a" * 100_000
+        yield b'"}'
+
+    headers = {"Content-Type": "application/json"}
+    unsized = requests.post(f"{running.url}/v1/completions", data=chunks(), headers=headers, timeout=PATIENCE_S)
+    assert unsized.status_code == 413
+
+
+def test_a_client_that_goes_away_frees_its_slot(running: Running) -> None:
+    before = running.metric('pipeline_requests_total{outcome="cancelled"}')
+    long = {"prompt": "The lamp", "max_tokens": 60, "n": 12, "ignore_eos": True}
+    for stream in (True, False):
+        body = json.dumps({**long, "stream": stream}).encode()
+        with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            if stream:
+                assert connection.recv(12) == b"HTTP/1.1 200"
+    wait_for(lambda: running.metric('pipeline_requests_total{outcome="cancelled"}') == before + 2)
+    wait_for(lambda: running.metric("pipeline_cache_slots_used") == 0)
+    wait_for(lambda: running.metric("pipeline_queue_length") == 0)
+
+
+def test_measures_are_there_for_prometheus(running: Running) -> None:
+    names = ("pipeline_generated_tokens_total", "pipeline_prompt_tokens_total")
+    first = "pipeline_time_to_first_token_seconds_count"
+    between = "pipeline_time_between_tokens_seconds_count"
+    completed = 'pipeline_requests_total{outcome="completed"}'
+    before = {name: running.metric(name) for name in (*names, first, between, completed)}
+    usage = running.post(prompt="The lamp", **ENDLESS).json()["usage"]
+    wait_for(lambda: running.metric(completed) == before[completed] + 1)
+    assert running.metric(names[0]) == before[names[0]] + usage["completion_tokens"]
+    assert running.metric(names[1]) == before[names[1]] + usage["prompt_tokens"]
+    assert running.metric(first) == before[first] + 1
+    assert running.metric(between) > before[between]
+    assert running.metric("pipeline_cache_slots") == SLOTS
+    info = 'pipeline_model_info{name="engine",precision="float32",provider="cpu",version=""}'
+    assert running.metric(info) == 1
+    refused = 'pipeline_requests_total{outcome="refused"}'
+    count = running.metric(refused)
+    running.post(prompt=5)
+    running.post(prompt="a", top_p=5)
+    assert running.metric(refused) == count + 2
+
+
+def test_it_lives_and_is_ready(running: Running) -> None:
+    assert requests.get(f"{running.url}/health", timeout=PATIENCE_S).json() == {"status": "alive"}
+    assert requests.get(f"{running.url}/ready", timeout=PATIENCE_S).json() == {"status": "ready"}
+    running.served.draining = True
+    try:
+        assert requests.get(f"{running.url}/ready", timeout=PATIENCE_S).status_code == 503
+        assert running.post(prompt="a").status_code == 503
+    finally:
+        running.served.draining = False
+
+
+def test_the_documentation_asks_nobody_else(running: Running) -> None:
+    page = requests.get(f"{running.url}/docs", timeout=PATIENCE_S).text
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_the_page_may_run_its_own_script_alone(running: Running) -> None:
+    found = requests.get(f"{running.url}/", timeout=PATIENCE_S)
+    page, policy = playground()
+    assert found.text == page
+    assert found.headers["Content-Security-Policy"] == policy
+    assert "unsafe" not in policy
+
+
+def test_a_queue_that_is_full_says_when_to_come_again(tiny_engine_folder: Path) -> None:
+    with running_server(tiny_engine_folder, max_queue=0) as running:
+        statuses = set()
+        blocking = {"prompt": "The lamp", "max_tokens": 60, "n": SLOTS, "ignore_eos": True, "stream": True}
+        with requests.post(f"{running.url}/v1/completions", json=blocking, stream=True, timeout=PATIENCE_S) as held:
+            assert held.status_code == 200
+            for _ in range(50):
+                found = running.post(prompt="a", n=SLOTS, max_tokens=60)
+                statuses.add(found.status_code)
+                if found.status_code == 429:
+                    assert int(found.headers["Retry-After"]) >= 1
+                    assert found.json()["error"]["code"] == "queue_full"
+                    break
+        assert running.metric('pipeline_requests_total{outcome="rejected"}') == (429 in statuses)
+
+
+def test_a_request_has_its_time(tiny_engine_folder: Path) -> None:
+    with running_server(tiny_engine_folder, limits=Limits(timeout_s=1e-6)) as running:
+        found = running.post(prompt="The lamp", **ENDLESS)
+        assert (found.status_code, found.json()["error"]["code"]) == (504, "timeout")
+        stream = running.post(prompt="The lamp", **ENDLESS, stream=True).text
+        assert json.loads(stream.removeprefix("data: "))["error"]["code"] == "timeout"
+        wait_for(lambda: running.metric("pipeline_cache_slots_used") == 0)
+        assert running.metric('pipeline_requests_total{outcome="timed_out"}') == 2
+
+
+def test_a_server_may_limit_what_is_drawn(tiny_engine_folder: Path) -> None:
+    with running_server(tiny_engine_folder, limits=Limits(max_tokens=5)) as running:
+        assert running.post(prompt="a", ignore_eos=True).json()["usage"]["completion_tokens"] == 5
+        assert running.post(prompt="a", max_tokens=6).status_code == 400
+
+
+def test_who_has_no_key_stays_out(tiny_engine_folder: Path) -> None:
+    with running_server(tiny_engine_folder, keys=("one", "two")) as running:
+        for path in ("/v1/models", "/v1/models/engine", "/metrics"):
+            assert requests.get(f"{running.url}{path}", timeout=PATIENCE_S).status_code == 401
+            for key in ("one", "two"):
+                given = {"Authorization": f"Bearer {key}"}
+                assert requests.get(f"{running.url}{path}", headers=given, timeout=PATIENCE_S).status_code == 200
+        for path in ("/v1/completions", "/tokenize", "/detokenize"):
+            found = requests.post(f"{running.url}{path}", json={"prompt": "a"}, timeout=PATIENCE_S)
+            assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
+        for path in ("/health", "/ready", "/", "/docs", "/openapi.json"):
+            assert requests.get(f"{running.url}{path}", timeout=PATIENCE_S).status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            OpenAI(base_url=f"{running.url}/v1", api_key="three").models.list()
+
+
+def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_API_KEYS", " one, two ,")
+    assert keys_from_environment() == ("one", "two")
+    monkeypatch.delenv("PIPELINE_API_KEYS")
+    assert keys_from_environment() == ()
+
+
+def test_metrics_may_be_open_where_the_rest_is_not(tiny_engine_folder: Path) -> None:
+    with running_server(tiny_engine_folder, keys=("one",), open_metrics=True) as running:
+        assert running.metric("pipeline_cache_slots") == SLOTS
+
+
+def test_other_origins_may_ask_only_where_they_are_named(tiny_engine_folder: Path, running: Running) -> None:
+    asking = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    assert (
+        "Access-Control-Allow-Origin"
+        not in requests.options(f"{running.url}/v1/completions", headers=asking, timeout=PATIENCE_S).headers
+    )
+    with running_server(tiny_engine_folder, origins=("https://example.org",)) as open_to:
+        found = requests.options(f"{open_to.url}/v1/completions", headers=asking, timeout=PATIENCE_S)
+        assert found.headers["Access-Control-Allow-Origin"] == "https://example.org"

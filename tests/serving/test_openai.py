@@ -1,0 +1,123 @@
+"""What a body of the API becomes, and how it is refused."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.decoding import SamplingParams
+from pipeline.serving.openai import ApiError, CompletionRequest, invalid
+
+OWN = SamplingParams(temperature=0.7, top_k=40, min_new_tokens=20, max_new_tokens=50, stop=("The end",))
+
+
+def sampling(own: SamplingParams = OWN, most_tokens: int | None = None, **fields: Any) -> SamplingParams:
+    return CompletionRequest(**fields).sampling(own, most_tokens)
+
+
+def test_nothing_given_is_the_models_own_decoding() -> None:
+    assert sampling() == OWN
+    assert sampling(temperature=None, stop=None, max_tokens=None, logit_bias=None) == OWN
+
+
+def test_what_is_given_stands_over_the_models_own() -> None:
+    found = sampling(
+        temperature=0.0,
+        top_k=5,
+        top_p=0.5,
+        min_p=0.1,
+        typical_p=0.9,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        no_repeat_ngram_size=3,
+        logit_bias={"7": -100.0},
+        max_tokens=30,
+        min_tokens=2,
+        stop=["x", "y"],
+        stop_token_ids=[3],
+        ignore_eos=True,
+        seed=5,
+        n=2,
+        logprobs=0,
+    )
+    assert found == SamplingParams(
+        temperature=0.0,
+        top_k=5,
+        top_p=0.5,
+        min_p=0.1,
+        typical_p=0.9,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        no_repeat_ngram_size=3,
+        logit_bias={7: -100.0},
+        max_new_tokens=30,
+        min_new_tokens=2,
+        stop=("x", "y"),
+        stop_token_ids=(3,),
+        ignore_eos=True,
+        seed=5,
+        n=2,
+        logprobs=0,
+    )
+
+
+def test_the_models_own_minimum_yields_to_a_shorter_request() -> None:
+    assert sampling(max_tokens=5).min_new_tokens == 5
+    with pytest.raises(ApiError, match=r"^min_tokens: 9 is out of range, must be at most max_tokens \(5\)$"):
+        sampling(max_tokens=5, min_tokens=9)
+
+
+def test_the_servers_limit_holds_whoever_asks_for_more() -> None:
+    assert sampling(most_tokens=10).max_new_tokens == 10
+    assert sampling(SamplingParams(), most_tokens=10).max_new_tokens == 10
+    with pytest.raises(ApiError, match=r"^max_tokens: 11 is more than 10$"):
+        sampling(most_tokens=10, max_tokens=11)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", -1.0, "temperature: -1.0 is out of range, must be at least 0"),
+        ("max_tokens", -1, "max_tokens: -1 is out of range, must be at least 1"),
+        ("logit_bias", {"x": 1.0}, "logit_bias: expected a whole number, got 'x'"),
+        ("stop", [""], "stop: expected texts that are not empty, got ''"),
+        ("seed", 2**63, f"seed: {2**63} is out of range, must be below 2**63"),
+    ],
+)
+def test_a_range_is_that_of_the_decoding_parameters(field: str, value: object, message: str) -> None:
+    with pytest.raises(ApiError) as refusal:
+        sampling(**{field: value})
+    assert (refusal.value.status, refusal.value.message, refusal.value.param) == (400, message, field)
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "message"),
+    [
+        ({"temprature": 1}, "temprature", "temprature: no such field; /docs lists those that are"),
+        ({"stream_options": {"x": 1}}, "stream_options", "stream_options.x: no such field; /docs lists those that are"),
+        ({"temperature": "hot"}, "temperature", "temperature: input should be a valid number"),
+        ({"max_tokens": True}, "max_tokens", "max_tokens: input should be a valid integer"),
+        ({"max_tokens": 1.5}, "max_tokens", "max_tokens: input should be a valid integer"),
+        ({"prompt": 5}, "prompt", "prompt: expected a text, token ids, or a list of either"),
+        ({"prompt": ["a", 5]}, "prompt", "prompt: expected a text, token ids, or a list of either"),
+        ({"prompt": []}, "prompt", "prompt: the list is empty; give a prompt, '' to start from nothing"),
+        ({"prompt": "\ud800"}, "prompt", "prompt: holds half of a surrogate pair, which is no character"),
+        ({"suffix": "x"}, "suffix", "suffix: the model continues a text and fills no gap; leave it out"),
+        ({"logprobs": 21}, "logprobs", "logprobs: input should be less than or equal to 20"),
+    ],
+)
+def test_a_body_is_refused_by_its_field(body: dict[str, object], field: str, message: str) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        CompletionRequest.model_validate(body)
+    error = invalid(refusal.value.errors())
+    assert (error.status, error.param, error.message) == (400, field, message)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), ([[]], [[]])],
+)
+def test_a_prompt_has_four_shapes(prompt: Any, prompts: Any) -> None:
+    assert CompletionRequest(prompt=prompt).prompts() == prompts

@@ -1,0 +1,112 @@
+"""Versions from a real registry: what is fetched of them, and an alias that moves under a running server."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import requests
+from isolated_store import isolated_store
+from mlflow import MlflowClient
+from served_model import PATIENCE_S, running_server, wait_for
+
+from pipeline import tracking
+from pipeline.decoding import SamplingParams
+from pipeline.errors import UserError
+from pipeline.files import write_json
+from pipeline.registry import RUN_TAG, resolve
+from pipeline.serving import pyfunc
+from pipeline.serving.served import RegistrySource, source_of
+from pipeline.stages.register import SIGNATURE
+
+NAME = "tides"
+URI = f"models:/{NAME}@champion"
+DECODING = SamplingParams(temperature=0.7, max_new_tokens=9)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
+    with isolated_store(tmp_path_factory.mktemp("store")):
+        yield tracking.connect()
+
+
+def register(client: MlflowClient, engine: Path | None) -> str:
+    """A version as the stage registers one, or one of another model; its number."""
+    decoding = Path("decoding.json")
+    write_json(decoding, DECODING.to_mapping())
+    artifacts = {} if engine is None else {"engine": str(engine), "decoding": str(decoding)}
+    with mlflow.start_run(experiment_id=tracking.experiment_id(client)) as run:
+        mlflow.log_param("base.source", "gpt2")
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=pyfunc.__file__,
+            artifacts=artifacts,
+            signature=SIGNATURE,
+            model_config={"provider": "auto", "precision": "auto"},
+            pip_requirements=[],
+        )
+    tags = {RUN_TAG: run.info.run_id, "git.commit": "c0ffee", "git.dirty": "false", "dvc.data_md5": "d41d"}
+    return str(mlflow.register_model(logged.model_uri, NAME, tags=tags).version)
+
+
+@pytest.fixture(scope="module")
+def versions(client: MlflowClient, tiny_engine_folder: Path) -> list[str]:
+    """Two that can be served, and one that cannot."""
+    return [register(client, engine) for engine in (tiny_engine_folder, tiny_engine_folder, None)]
+
+
+def move(client: MlflowClient, version: str) -> None:
+    client.set_registered_model_alias(NAME, "champion", version)
+
+
+def test_a_version_is_fetched_with_what_it_came_of(client: MlflowClient, versions: list[str]) -> None:
+    move(client, versions[0])
+    source = source_of(URI, SamplingParams(), "http://mlflow.example/")
+    assert source.name == NAME
+    assert source.newest() == versions[0]
+    files = source.fetch(versions[0])
+    assert files.decoding == DECODING
+    assert (files.engine / "engine.json").is_file()
+    run_id = files.lineage["run_id"]
+    experiment = client.get_run(str(run_id)).info.experiment_id
+    assert files.lineage["run_url"] == f"http://mlflow.example/#/experiments/{experiment}/runs/{run_id}"
+    assert files.lineage["git_commit"] == "c0ffee"
+    assert files.lineage["data_md5"] == "d41d"
+    assert files.lineage["base"] == "gpt2"
+    files.remove()
+    assert not files.engine.exists()
+
+
+def test_the_server_follows_the_alias(client: MlflowClient, versions: list[str], caplog: Any) -> None:
+    caplog.set_level(logging.WARNING, "pipeline")
+    move(client, versions[0])
+    source = RegistrySource(client, URI, "http://mlflow.example")
+    with running_server(Path(), source=source) as running:
+        card = requests.get(f"{running.url}/v1/models", timeout=PATIENCE_S).json()["data"][0]
+        assert (card["id"], card["version"], card["decoding"]) == (NAME, versions[0], DECODING.to_mapping())
+        move(client, versions[1])
+        wait_for(lambda: running.served.current.version == versions[1])
+        assert running.post(prompt="a").json()["system_fingerprint"] == f"{NAME}/{versions[1]}/float32"
+        assert running.post(prompt="a", model=f"{NAME}/{versions[1]}").status_code == 200
+        assert running.post(prompt="a", model=f"{NAME}/{versions[0]}").status_code == 404
+        move(client, versions[2])
+        wait_for(lambda: any("holds no engine with its decoding" in one.getMessage() for one in caplog.records))
+        client.delete_registered_model_alias(NAME, "champion")
+        wait_for(lambda: any("does not hold it" in one.getMessage() for one in caplog.records))
+        assert running.post(prompt="a").json()["system_fingerprint"] == f"{NAME}/{versions[1]}/float32"
+        move(client, versions[0])
+        wait_for(lambda: running.served.current.version == versions[0])
+
+
+@pytest.mark.parametrize("uri", ["models:/nobody@champion", "models:/nobody/1", f"models:/{NAME}@nobody"])
+def test_what_the_registry_does_not_hold_is_refused(uri: str, client: MlflowClient, versions: list[str]) -> None:
+    with pytest.raises(UserError, match=f"^{uri}: the registry does not hold it"):
+        resolve(client, uri)
+
+
+@pytest.mark.parametrize("uri", ["models:/tides", "models:/tides/latest", "runs:/1/model", "models:/a@b@c"])
+def test_what_names_no_version_is_refused(uri: str, client: MlflowClient) -> None:
+    with pytest.raises(UserError, match="is no model of the registry; write models:/NAME@ALIAS"):
+        resolve(client, uri)
