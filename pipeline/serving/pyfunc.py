@@ -1,8 +1,31 @@
 """The registered model: MLflow runs this file when it loads one, with the packed engine, tokenizer and decoding."""
 
-import logging
-from concurrent.futures import ThreadPoolExecutor
+# ruff: noqa: E402
+
 from pathlib import Path
+
+import pipeline
+
+
+def refuse_foreign(packed: Path) -> None:
+    """Raises `ImportError` where another `pipeline` was imported before the one that the model brings.
+
+    It would answer in its place, and differently.
+    """
+    for file in sorted(packed.rglob("*.py")):
+        own = file.relative_to(packed)
+        imported = [Path(folder) / own for folder in pipeline.__path__]
+        if not any(other.is_file() and other.read_bytes() == file.read_bytes() for other in imported):
+            raise ImportError(
+                f"the package `pipeline` that is imported here is not the one that the model brings ({own} differs); "
+                "load the model in a process that has not imported another"
+            )
+
+
+refuse_foreign(Path(__file__).parent / "code" / "pipeline")
+
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,25 +38,28 @@ from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.serving.text import TextGenerator, bias_of, merge_decoding
+from pipeline.serving.worker import Prompt, Worker, run_job, text_prompt
 
 logger = logging.getLogger(__name__)
 
 
 class TextModel(PythonModel):
-    """`predict(["The lamp"], params={"temperature": 0.7})` gives the continuations, without their prompts."""
+    """`predict(["The lamp"], params={"temperature": 0.7})` gives the continuations, without their prompts.
+
+    Calls may come from any thread, several at once: their rows share the running batch.
+    """
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the engine; `model_config` names `provider` and `precision`, each `auto` by default."""
-        # Servers call from any thread, several at once; the engine knows one.
-        self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self.generator = self._engine_thread.submit(
-            TextGenerator.load,
-            context.artifacts["engine"],
-            precision=context.model_config["precision"],
-            provider=context.model_config["provider"],
-        ).result()
+        config = context.model_config
         self.decoding = SamplingParams.from_mapping(read_json(Path(context.artifacts["decoding"])))
-        session = self.generator.engine.session
+        self._worker = Worker(
+            lambda: TextGenerator.load(
+                context.artifacts["engine"], precision=config["precision"], provider=config["provider"]
+            )
+        )
+        self._worker.start()
+        session = self._worker.generator.engine.session
         logger.info("loaded on %s in %s", session.provider, session.precision)
 
     def predict(
@@ -44,14 +70,33 @@ class TextModel(PythonModel):
         Raises `MlflowException` (HTTP 400 behind `mlflow models serve`) naming field, value and range.
         """
         try:
-            prompts = model_input.iloc[:, 0].tolist()
-            for row, prompt in enumerate(prompts):
-                if not isinstance(prompt, str):
-                    raise UserError(f"row {row}: holds no text to continue ({prompt!r}); '' starts from nothing")
-            decoding = self._decoding(params or {})
-            return self._engine_thread.submit(self.generator.generate, prompts, decoding).result()
+            prompts, decoding = self._prompts(model_input.iloc[:, 0].tolist()), self._decoding(params or {})
+            texts = [""] * (len(prompts) * decoding.n)
+            for piece in run_job(self._worker, prompts, decoding):
+                texts[piece.index] += piece.text
+            return texts
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
+
+    def predict_stream(
+        self, context: PythonModelContext, model_input: str, params: dict[str, Any] | None = None
+    ) -> Iterator[str]:
+        """Continue one prompt, in pieces of whole characters as they are drawn. Raises as `predict` does."""
+        try:
+            decoding = self._decoding(params or {})
+            if decoding.n != 1:
+                raise UserError(f"n: a stream is one continuation, got {decoding.n}")
+            for piece in run_job(self._worker, self._prompts([model_input]), decoding):
+                if piece.text:
+                    yield piece.text
+        except UserError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+
+    def _prompts(self, prompts: list[Any]) -> list[Prompt]:
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise UserError(f"row {row}: holds no text to continue ({prompt!r}); '' starts from nothing")
+        return [text_prompt(self._worker.generator, prompt) for prompt in prompts]
 
     def _decoding(self, params: dict[str, Any]) -> SamplingParams:
         # MLflow casts to NumPy's types, which are not those of the language.

@@ -1,5 +1,8 @@
 """The model class as MLflow saves it from code and loads it; `tests/stages/test_register.py` has the registry."""
 
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.serving import pyfunc
 from pipeline.serving.text import TextGenerator
-from pipeline.stages.register import SIGNATURE
+from pipeline.stages.register import SIGNATURE, pack_code
 
 DECODING = SamplingParams(temperature=0.7, top_k=40, max_new_tokens=12, logit_bias={7: -2.0})
 SEEDED = {"seed": 5}
@@ -33,6 +36,7 @@ def saved(tiny_engine_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         signature=SIGNATURE,
         model_config={"provider": "auto", "precision": "auto"},
         pip_requirements=[],
+        code_paths=[str(pack_code(folder / "pipeline"))],
     )
     return folder / "model"
 
@@ -122,3 +126,51 @@ def test_model_config_chooses_the_precision(saved: Path) -> None:
         UserError, match=r"^precision: .* holds float32, float16, int8, int4, int8_float16, not 'int3'$"
     ):
         mlflow.pyfunc.load_model(str(saved), model_config={"precision": "int3"})
+
+
+def test_a_stream_gives_the_same_text_in_pieces(model: Any) -> None:
+    (expected,) = model.predict(["The lamp"], params=SEEDED)
+    pieces = list(model.predict_stream("The lamp", params=SEEDED))
+    assert "".join(pieces) == expected
+    assert len(pieces) > 1
+
+
+def test_a_stream_that_is_left_frees_its_slot(model: Any) -> None:
+    endless = {"max_new_tokens": 10_000, "context_overflow": "slide", "ignore_eos": True}
+    stream = model.predict_stream("The lamp", params=endless)
+    next(stream)
+    stream.close()
+    assert model.predict(["The lamp"], params=SEEDED)
+
+
+def test_a_stream_is_of_one_continuation(model: Any) -> None:
+    with pytest.raises(MlflowException, match="n: a stream is one continuation, got 2"):
+        list(model.predict_stream("a", params={"n": 2}))
+
+
+FOREIGN = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+sys.path.insert(0, sys.argv[2])
+import pipeline
+import mlflow
+mlflow.pyfunc.load_model(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("own_file", [None, "decoding.py"])
+def test_a_foreign_package_is_refused(own_file: str | None, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    if own_file is None:
+        folder.mkdir()
+        (folder / "__init__.py").write_text("")
+    else:
+        shutil.copytree(saved / "code" / "pipeline", folder)
+        with (folder / own_file).open("a") as file:
+            file.write("# another version")
+    done = subprocess.run(
+        [sys.executable, "-c", FOREIGN, str(saved), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "is not the one that the model brings" in done.stderr
+    assert (own_file or "__init__.py") in done.stderr
