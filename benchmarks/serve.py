@@ -1,0 +1,318 @@
+"""Compare the server with the engine alone, and with llama.cpp's server: the same requests, by the same filters.
+
+Requests have prompts and continuations of mixed lengths, and are dealt to as many clients as there are streams; a
+client sends its next request when the last has ended. In every round each contender serves all of them once. The engine
+alone is given all of them at once, without a server. llama.cpp's server takes part where
+`pip install 'llama-cpp-python[server]'` has brought it.
+"""
+
+import argparse
+import http.client
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from contenders import SAMPLED, Contender, parse_contender
+from conversion import GGUF_FILE, ROOT
+from decode import find_checkpoint, prepare
+
+from pipeline import machine
+from pipeline.decoding import SamplingParams
+from pipeline.errors import UserError, reported
+from pipeline.files import whole_file
+
+SHORTEST, LONGEST = 16, 192
+"""Words of a prompt, and tokens of a continuation: drawn evenly between the two."""
+WORDS = ("the", "lamp", "on", "gull", "rock", "went", "out", "before", "morning", "and", "nobody", "said", "so", "but")
+PEERS = {"int8": "llama.cpp-q8_0", "int4": "llama.cpp-q4_0", "float32": "llama.cpp-f32"}
+START_S = 300
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request."""
+
+    prompt: str
+    max_tokens: int
+    seed: int
+
+
+@dataclass
+class Served:
+    """What the clients of one round saw."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    lost: int = 0
+    first_s: list[float] = field(default_factory=list)
+    between_s: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="medium", help="a folder, medium or tiny (default: %(default)s)")
+    parser.add_argument("--precision", choices=PEERS, default="int8", help="default: %(default)s")
+    parser.add_argument("--streams", default="1,8,32", help="clients at once, each a part (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=32, help="of each part (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="default: the number of physical cores")
+    parser.add_argument("--work", type=Path, default=Path("out") / "benchmarks", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="write the result there too")
+    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    with reported():
+        threads = arguments.threads or machine.physical_cores()
+        if arguments.alone is not None:
+            alone(arguments.alone, arguments.precision, threads)
+            return
+        streams = [int(number) for number in arguments.streams.split(",")]
+        text = benchmark(arguments, streams, threads)
+        print(text, end="")
+        if arguments.out is not None:
+            with whole_file(arguments.out) as partial:
+                partial.write_text(text, encoding="utf-8")
+
+
+def benchmark(arguments: argparse.Namespace, streams: Sequence[int], threads: int) -> str:
+    checkpoint = find_checkpoint(arguments.checkpoint, arguments.work)
+    contenders = [parse_contender(f"engine-{arguments.precision}", "cpu")]
+    left_out: dict[str, str] = {}
+    if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("starlette_context"):
+        contenders.append(parse_contender(PEERS[arguments.precision], "cpu"))
+    else:
+        left_out[PEERS[arguments.precision]] = "its server is not installed (pip install 'llama-cpp-python[server]')"
+    folders = {
+        contender: folder
+        for contender, (folder, _) in prepare(
+            checkpoint, contenders, threads, arguments.work / "serve", left_out
+        ).items()
+    }
+    asked = requests_of(arguments.requests)
+    found: dict[tuple[int, str], list[Served]] = {}
+    for count in streams:
+        for number in range(arguments.rounds):
+            print(f"{count} streams: round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+            if count > 1:
+                engine = folders[contenders[0]]
+                found.setdefault((count, "engine alone"), []).append(
+                    run_alone(engine, arguments.precision, threads, asked)
+                )
+            for contender in folders:
+                with served(contender, folders[contender], threads, max_queue=len(asked)) as port:
+                    drive(port, contender, asked[: min(4, len(asked))], 4)
+                    found.setdefault((count, contender.name), []).append(drive(port, contender, asked, count))
+    return report(arguments, threads, found, left_out)
+
+
+def requests_of(count: int) -> list[Asked]:
+    """Requests of mixed lengths, the same on every call."""
+    generator = np.random.default_rng(7)
+    lengths = generator.integers(SHORTEST, LONGEST, size=(count, 2), endpoint=True).tolist()
+    return [
+        Asked(" ".join(generator.choice(WORDS, size=words)), tokens, seed)
+        for seed, (words, tokens) in enumerate(lengths)
+    ]
+
+
+def body_of(asked: Asked, contender: Contender) -> dict[str, Any]:
+    """A request as the contender's API takes it: every one goes on to its last token."""
+    body: dict[str, Any] = {
+        "prompt": asked.prompt,
+        "max_tokens": asked.max_tokens,
+        "seed": asked.seed,
+        "stream": True,
+        "temperature": SAMPLED.temperature,
+        "top_k": SAMPLED.top_k,
+        "top_p": SAMPLED.top_p,
+    }
+    if contender.family == "engine":
+        return body | {"repetition_penalty": SAMPLED.repetition_penalty, "ignore_eos": True}
+    # Of random weights it is next to nothing, and the tokenizer's last one ends a text.
+    return body | {"repeat_penalty": SAMPLED.repetition_penalty}
+
+
+@contextmanager
+def served(contender: Contender, folder: Path, threads: int, *, max_queue: int) -> Iterator[int]:
+    """A server as a process; its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    if contender.family == "engine":
+        command = ["-m", "pipeline", "serve", "--model", str(folder.resolve()), "--precision", contender.precision]
+        command += ["--provider", "cpu", "--threads", str(threads), "--max-queue", str(max_queue)]
+    else:
+        command = ["-m", "llama_cpp.server", "--model", str(folder / GGUF_FILE), "--n_ctx", "1024"]
+        command += ["--n_threads", str(threads), "--n_threads_batch", str(threads), "--verbose", "false"]
+        command += ["--interrupt_requests", "false"]
+    process = subprocess.Popen(
+        [sys.executable, *command, "--port", str(port)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait_until_it_answers(process, port, contender)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def drive(port: int, contender: Contender, asked: Sequence[Asked], streams: int) -> Served:
+    """Serve all requests to so many clients, and take their times."""
+    total = Served()
+    lock = threading.Lock()
+    left = iter(asked)
+
+    def client() -> None:
+        while True:
+            with lock:
+                one = next(left, None)
+            if one is None:
+                return
+            times = stream(port, body_of(one, contender))
+            with lock:
+                # A piece is a token, but for one that is no whole character by itself.
+                if times is None:
+                    total.lost += 1
+                    continue
+                total.tokens += one.max_tokens
+                total.first_s.append(times[1] - times[0])
+                total.between_s += np.diff(times[1:]).tolist()
+
+    began = time.perf_counter()
+    threads = [threading.Thread(target=client) for _ in range(streams)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    total.seconds = time.perf_counter() - began
+    return total
+
+
+def stream(port: int, body: dict[str, Any]) -> list[float] | None:
+    """When a request was sent, and when each of its events came; none where it did not come to its last token."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S)
+    times = [time.perf_counter()]
+    last = b""
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        for line in response:
+            if line.startswith(b"data: {"):
+                times.append(time.perf_counter())
+                last = line
+    except OSError:
+        return None
+    finally:
+        connection.close()
+    if not last:
+        return None
+    choices = json.loads(last.removeprefix(b"data: ")).get("choices")
+    return times if choices and choices[0]["finish_reason"] == "length" else None
+
+
+def run_alone(folder: Path, precision: str, threads: int, asked: Sequence[Asked]) -> Served:
+    """The engine with the same requests in a process of its own, without a server."""
+    command = [sys.executable, __file__, "--alone", str(folder), "--precision", precision, "--threads", str(threads)]
+    given = json.dumps([[one.prompt, one.max_tokens, one.seed] for one in asked])
+    done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = float(done.stdout)
+    return Served(seconds=seconds, tokens=sum(one.max_tokens for one in asked))
+
+
+def alone(folder: Path, precision: str, threads: int) -> None:
+    """What `run_alone` starts: print the seconds that the requests on the standard input take."""
+    from pipeline.serving.text import TextGenerator
+
+    generator = TextGenerator.load(folder, precision=precision, provider="cpu", threads=threads)
+    asked = [Asked(*entry) for entry in json.load(sys.stdin)]
+    params = [
+        SamplingParams(
+            temperature=SAMPLED.temperature,
+            top_k=SAMPLED.top_k,
+            top_p=SAMPLED.top_p,
+            repetition_penalty=SAMPLED.repetition_penalty,
+            max_new_tokens=one.max_tokens,
+            ignore_eos=True,
+            seed=one.seed,
+        )
+        for one in asked
+    ]
+    warm = slice(0, generator.engine.session.slots)
+    generator.complete([one.prompt for one in asked[warm]], params[warm])
+    began = time.perf_counter()
+    generator.complete([one.prompt for one in asked], params)
+    print(time.perf_counter() - began)
+
+
+def report(
+    arguments: argparse.Namespace,
+    threads: int,
+    found: dict[tuple[int, str], list[Served]],
+    left_out: dict[str, str],
+) -> str:
+    lines = [
+        *(f"{name}: {value}" for name, value in machine.describe().items()),
+        f"checkpoint: {Path(arguments.checkpoint).name}, {arguments.precision}; {threads} threads, 8 slots",
+        f"requests: {arguments.requests}, prompts of {SHORTEST} to {LONGEST} words, continuations of as many tokens; "
+        f"median of {arguments.rounds} rounds",
+        "",
+        f"{'streams':>7} {'':22} {'tokens/s':>9} {'first token, s':>16} {'between tokens, ms':>20} {'lost':>5}",
+        f"{'':7} {'':22} {'':9} {'p50':>8}{'p99':>8} {'p50':>10}{'p99':>10}",
+    ]
+    for (streams, name), rounds in found.items():
+        first, between = ([one for own in rounds for one in getattr(own, kind)] for kind in ("first_s", "between_s"))
+        times = " " * 37
+        if first:
+            times = f"{_quantile(first, 50):8.2f}{_quantile(first, 99):8.2f} "
+            times += f"{1000 * _quantile(between, 50):10.1f}{1000 * _quantile(between, 99):10.1f}"
+        rate, lost = median(own.rate for own in rounds), sum(own.lost for own in rounds)
+        lines.append(f"{streams:7} {name:22} {rate:9.1f} {times} {lost:5}")
+    lines.append("")
+    ours = f"engine-{arguments.precision}"
+    for (streams, name), rounds in found.items():
+        if name != ours:
+            ratios = [mine.rate / other.rate for mine, other in zip(found[streams, ours], rounds, strict=True)]
+            shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            lines.append(f"{streams} streams, server / {name}: {median(ratios):.2f} × ({shown})")
+    lines += [f"left out: {name}, {reason}" for name, reason in left_out.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _quantile(values: Sequence[float], percent: int) -> float:
+    return float(np.percentile(values, percent))
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int, contender: Contender) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", "/v1/models")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            time.sleep(0.1)
+        finally:
+            connection.close()
+    raise UserError(f"{contender.name}: its server does not start")
+
+
+if __name__ == "__main__":
+    main()
