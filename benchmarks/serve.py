@@ -32,8 +32,9 @@ from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError, reported
 from pipeline.files import whole_file
 
-SHORTEST, LONGEST = 16, 192
-"""Words of a prompt, and tokens of a continuation: drawn evenly between the two."""
+PROMPT_WORDS = (4, 40)
+NEW_TOKENS = (16, 192)
+"""Both drawn evenly between the two. A word is four tokens of the stand-in tokenizer, and one of GPT-2's."""
 WORDS = ("the", "lamp", "on", "gull", "rock", "went", "out", "before", "morning", "and", "nobody", "said", "so", "but")
 PEERS = {"int8": "llama.cpp-q8_0", "int4": "llama.cpp-q4_0", "float32": "llama.cpp-f32"}
 START_S = 300
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="medium", help="a folder, medium or tiny (default: %(default)s)")
     parser.add_argument("--precision", choices=PEERS, default="int8", help="default: %(default)s")
     parser.add_argument("--streams", default="1,8,32", help="clients at once, each a part (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=32, help="of each part (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=48, help="of each part (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: the number of physical cores")
     parser.add_argument("--work", type=Path, default=Path("out") / "benchmarks", help="default: %(default)s")
@@ -122,10 +123,12 @@ def benchmark(arguments: argparse.Namespace, streams: Sequence[int], threads: in
 def requests_of(count: int) -> list[Asked]:
     """Requests of mixed lengths, the same on every call."""
     generator = np.random.default_rng(7)
-    lengths = generator.integers(SHORTEST, LONGEST, size=(count, 2), endpoint=True).tolist()
+    words, tokens = (
+        generator.integers(*between, size=count, endpoint=True).tolist() for between in (PROMPT_WORDS, NEW_TOKENS)
+    )
     return [
-        Asked(" ".join(generator.choice(WORDS, size=words)), tokens, seed)
-        for seed, (words, tokens) in enumerate(lengths)
+        Asked(" ".join(generator.choice(WORDS, size=length)), most, seed)
+        for seed, (length, most) in enumerate(zip(words, tokens, strict=True))
     ]
 
 
@@ -270,7 +273,8 @@ def report(
     lines = [
         *(f"{name}: {value}" for name, value in machine.describe().items()),
         f"checkpoint: {Path(arguments.checkpoint).name}, {arguments.precision}; {threads} threads, 8 slots",
-        f"requests: {arguments.requests}, prompts of {SHORTEST} to {LONGEST} words, continuations of as many tokens; "
+        f"requests: {arguments.requests}, prompts of {PROMPT_WORDS[0]} to {PROMPT_WORDS[1]} words, "
+        f"continuations of {NEW_TOKENS[0]} to {NEW_TOKENS[1]} tokens; "
         f"median of {arguments.rounds} rounds",
         "",
         f"{'streams':>7} {'':22} {'tokens/s':>9} {'first token, s':>16} {'between tokens, ms':>20} {'lost':>5}",

@@ -67,6 +67,41 @@ def test_finetune_compares_training_with_transformers_recipe(tiny_tokenizer: Tok
     assert str(tmp_path) not in result
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the machine from /proc")
+def test_serve_compares_the_server_with_the_engine_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/serve.py", "--checkpoint", "tiny", "--precision", "float32"]
+    command += ["--threads", "1", "--streams", "1,2", "--requests", "4", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "result")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    result = (tmp_path / "result").read_text()
+    assert result == done.stdout
+    assert "2 streams, server / engine alone: " in result
+    assert str(tmp_path) not in result
+
+
+def test_a_soak_leaves_the_server_as_it_was(tiny_engine_folder: Path) -> None:
+    command = [sys.executable, "benchmarks/soak.py", "--engine", str(tiny_engine_folder), "--precision", "float32"]
+    done = subprocess.run(
+        [*command, "--seconds", "6", "--clients", "8"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "in use in the end: nothing" in done.stdout
+
+
 @pytest.mark.skipif(not cuda.obstacles(), reason="CUDA runs here")
 def test_a_gpu_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/decode.py", "--checkpoint", "tiny", "--provider", "cuda"]

@@ -1,5 +1,6 @@
 """The engine: token ids in, token ids out."""
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class Engine:
         try:
             while any(request.finish_reason is None for request in requests):
                 # Nobody waits for the first of them: prompts are read as slots come free.
-                self.scheduler.step(prefill_tokens=None)
+                self.scheduler.step(prefill_tokens=math.inf)
                 for request in requests:
                     if request.error is not None:
                         raise request.error

@@ -1,5 +1,6 @@
 """The process of the server: it loads, listens, finishes what runs when it is told to end, and ends."""
 
+import logging
 import socket
 import threading
 from pathlib import Path
@@ -9,10 +10,14 @@ import uvicorn
 
 from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError
-from pipeline.serving.app import Limits, create_app, keys_from_environment
+from pipeline.serving.app import KEYS_VARIABLE, Limits, create_app, keys_from_environment
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.served import Served, source_of
 from pipeline.serving.text import TextGenerator
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+logger = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -61,6 +66,8 @@ def serve(
     if timeout_s <= 0:
         raise UserError(f"--timeout-s: {timeout_s:g} is out of range, must be above 0")
     keys = keys_from_environment()
+    if not keys and host not in LOOPBACK:
+        logger.warning("--host %s: whoever reaches the port may ask; %s can name keys", host, KEYS_VARIABLE)
     metrics = Metrics()
     died = threading.Event()
 
