@@ -188,8 +188,10 @@ class Call:
         """Check a request and hand it to the engine. Raises `ApiError`."""
         params = asked.sampling(model.files.decoding, limits.max_tokens)
         draws = asked.max_tokens != 0
-        prompts = [await _prompt(entry, model) for entry in asked.prompts()]
         try:
+            # Before work is done for prompts that nobody will continue.
+            model.worker.check(len(asked.prompts()) * params.n)
+            prompts = [await _prompt(entry, model) for entry in asked.prompts()]
             for prompt in prompts:
                 if draws:
                     model.generator.check(prompt.ids, params)
@@ -203,8 +205,6 @@ class Call:
         job.deliver = lambda pieces: _deliver(loop, call._pieces, pieces)
         try:
             model.worker.submit(job)
-        except UserError as error:
-            raise refused(error) from error
         except QueueFullError as error:
             headers = {"Retry-After": str(error.retry_after_seconds)}
             raise ApiError(429, str(error), code="queue_full", outcome="rejected", headers=headers) from error

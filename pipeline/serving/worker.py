@@ -146,15 +146,23 @@ class Worker:
         """Continuations and texts to be scored that wait for their turn."""
         return max(0, self._open - self.running)
 
+    @property
+    def most(self) -> int:
+        """Continuations that may run and wait."""
+        return self.slots + self._max_queue
+
+    def check(self, choices: int) -> None:
+        """Raises `UserError` for a job of so many continuations that it could never be taken."""
+        if choices > self.most:
+            raise UserError(f"n: {choices} continuations are more than the {self.most} that are taken at a time")
+
     def submit(self, job: Job) -> None:
-        """Take a job. Raises `QueueFullError`, and `UserError` where it asks for more than can ever be taken."""
-        most = self.slots + self._max_queue
-        if job.choices > most:
-            raise UserError(f"n: {job.choices} continuations are more than the {most} that are taken at a time")
+        """Take a job. Raises `QueueFullError`, and what `check` raises."""
+        self.check(job.choices)
         with self._lock:
             if self.ended:
                 raise RuntimeError("the engine has ended")
-            if self._open + job.choices > most:
+            if self._open + job.choices > self.most:
                 rounds = 1 + (self._open - self.slots) / self.slots
                 seconds = math.ceil(max(1.0, rounds * self._mean_seconds))
                 raise QueueFullError(min(seconds, LONGEST_RETRY_SECONDS))
