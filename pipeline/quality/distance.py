@@ -1,0 +1,163 @@
+"""How far samples are from what people wrote: the one number that a search of decoding parameters makes small.
+
+No figure of samples is good by itself. Cold decoding repeats itself and is too easy to predict, hot decoding babbles;
+what people wrote stands between (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). So the distance
+is a sum over figures of weight · |own - human| / scale.
+
+The scale of a figure is a tenth of the people's own, or its standard error over their texts where that is larger: a
+term of 1, at weight 1, is a tenth more or less than people have, and no more than that where other texts of the same
+people would differ by as much. So weights say what matters, and not in which unit a figure comes. Standard errors alone
+would not do: that of a figure that hardly moves among people would drown all others. Lengths and perplexities are
+compared by their logarithms, that twice and half as much are as far off.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.quality.bootstrap import jackknife_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The figures of a set of samples, of which each is a term of the distance."""
+
+    rep_2: float
+    rep_3: float
+    rep_4: float
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
+    zipf: float
+    """`zipf_coefficient`."""
+    self_bleu: float
+    """For the same n on both sides."""
+    perplexity: float
+    """Of the samples under the base, which did not write them and has not read what the people wrote."""
+    mean_tokens: float
+    longest_copy_tokens: float
+    looping_share: float
+    mauve: float | None = None
+    """Against the people's texts; of these themselves it is 1, whatever stands here. Where None, it is no term."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a difference of one scale costs in each figure; 0 leaves it out. Raises `UserError` for what is below 0.
+
+    Figures that tell one fault at several lengths share a weight of 1.
+    """
+
+    rep_2: float = 1 / 3
+    """Repetition within a sample, the fault of cold decoding: Welleck et al. 2020, "Neural Text Generation with
+    Unlikelihood Training"."""
+    rep_3: float = 1 / 3
+    rep_4: float = 1 / 3
+    distinct_1: float = 1 / 3
+    """Variety over all samples, too small when cold and too large when hot: Li et al. 2016, "A Diversity-Promoting
+    Objective Function for Neural Conversation Models"."""
+    distinct_2: float = 1 / 3
+    distinct_3: float = 1 / 3
+    zipf: float = 0.5
+    """Whether rare words come as often: Holtzman et al. 2020. Half, since distinct-1 tells much of it."""
+    self_bleu: float = 1.0
+    """Whether samples are all one sample: Zhu et al. 2018, "Texygen". Not told by repetition within one."""
+    perplexity: float = 1.0
+    """Whether the text is as hard to predict as people's: Holtzman et al. 2020, who find it the plainest sign of both
+    faults."""
+    mean_tokens: float = 0.5
+    """Whether texts end where people end theirs. Half, since the limit of tokens cuts both short."""
+    longest_copy_tokens: float = 1.0
+    """Only what is above people's: Carlini et al. 2023, "Quantifying Memorization Across Neural Language Models"."""
+    looping_share: float = 1.0
+    """Only what is above people's. A loop spoils a sample whole, and is told by rep-n too."""
+    mauve: float = 1.0
+    """What no count of tokens sees: Pillutla et al. 2021, "MAUVE"."""
+
+    def __post_init__(self) -> None:
+        for name, weight in vars(self).items():
+            if not 0 <= weight < math.inf:
+                raise UserError(f"weight of {name}: {weight} is out of range, must be 0 or more")
+
+
+BALANCED = Weights()
+TERMS = tuple(field.name for field in fields(Weights))
+LOGARITHMS: dict[str, Callable[[float], float]] = {
+    "perplexity": math.log,
+    "mean_tokens": math.log,
+    "longest_copy_tokens": math.log1p,
+}
+"""What is compared by its logarithm. One is added to the copy, which may have no token."""
+PENALTIES = ("longest_copy_tokens", "looping_share")
+"""Terms of what is above people's only: nobody has copied or looped too little."""
+SHARE_OF_HUMAN = 0.1
+"""The part of the people's figure that counts as 1, where chance makes no more; a step of 0.1 in a logarithm is nearly
+the same part."""
+DOCUMENTED_SCALES = {"longest_copy_tokens": math.log(2), "mauve": SHARE_OF_HUMAN}
+"""Where people's texts have no standard error to give: a copy is the longest of all, and counts 1 at twice the length;
+MAUVE takes two sets of texts, and the people's own is 1."""
+LEAST_SCALE = 0.002
+"""Of any figure, as where nobody repeats four tokens: less than that is no difference."""
+
+
+class Distance(NamedTuple):
+    """The distance, and by the name of its figure each term that it is the sum of."""
+
+    total: float
+    terms: dict[str, float]
+
+
+def distance(own: Scores, human: Scores, scales: Mapping[str, float], weights: Weights = BALANCED) -> Distance:
+    """How far samples are from people's texts, of which the `human_scales` are.
+
+    0 for figures that are the people's; other texts of theirs come to less than the sum of the weights, mostly. Of both
+    sides there should be as many samples, for the same prompts, cut at the same length: figures depend on that. Raises
+    `UserError`, naming the term, for a figure or a scale that is not a finite number, or that has no logarithm.
+    """
+    here, there = _coordinates(own, "own"), _coordinates(human, "human")
+    there["mauve"] = 1.0
+    terms = {}
+    for name, place in here.items():
+        scale = scales.get(name, math.nan)
+        if not 0 < scale < math.inf:
+            raise UserError(f"distance: the scale of {name} is {scale}, must be a number above 0")
+        gap = place - there[name]
+        terms[name] = getattr(weights, name) * (max(0.0, gap) if name in PENALTIES else abs(gap)) / scale
+    return Distance(math.fsum(terms.values()), terms)
+
+
+def human_scales(human: Scores, without: Sequence[Scores]) -> dict[str, float]:
+    """The scale of each term, from the figures of people's texts, and those `without` one text each (see `left_out`).
+
+    That of the share of loops is one sample at least. Raises `UserError` for fewer than two texts, and as `distance`
+    does.
+    """
+    rows = [_coordinates(scores, "human") for scores in without]
+    names = [name for name in TERMS if name not in DOCUMENTED_SCALES]
+    errors = jackknife_error(np.array([[row[name] for name in names] for row in rows]))
+    scales = dict(DOCUMENTED_SCALES)
+    places = _coordinates(human, "human")
+    for name, error in zip(names, errors.tolist(), strict=True):
+        tenth = SHARE_OF_HUMAN * (1 if name in LOGARITHMS else abs(places[name]))
+        least = 1 / len(rows) if name == "looping_share" else LEAST_SCALE
+        scales[name] = max(error, tenth, least)
+    return scales
+
+
+def _coordinates(scores: Scores, whose: str) -> dict[str, float]:
+    """Each figure that is there, on the axis on which its differences are taken."""
+    places = {}
+    for name in TERMS:
+        value = getattr(scores, name)
+        if value is None:
+            continue
+        if not math.isfinite(value):
+            raise UserError(f"distance: {name} of the {whose} samples is {value}, must be a finite number")
+        if LOGARITHMS.get(name) is math.log and value <= 0:
+            raise UserError(f"distance: {name} of the {whose} samples is {value}, must be above 0; are they empty?")
+        places[name] = LOGARITHMS[name](value) if name in LOGARITHMS else value
+    return places

@@ -1,0 +1,229 @@
+"""The distance of samples from people's texts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from pipeline.quality.bootstrap import left_out
+from pipeline.quality.distance import (
+    DOCUMENTED_SCALES,
+    LEAST_SCALE,
+    PENALTIES,
+    TERMS,
+    Scores,
+    Weights,
+    distance,
+    human_scales,
+)
+from pipeline.quality.diversity import distinct_n
+from pipeline.quality.repetition import mean_rep_n
+from pipeline.quality.self_bleu import self_bleu
+from pipeline.quality.zipf import zipf_coefficient
+
+same_examples = settings(derandomize=True, deadline=None)
+
+HUMAN = Scores(
+    rep_2=0.12,
+    rep_3=0.03,
+    rep_4=0.01,
+    distinct_1=0.16,
+    distinct_2=0.63,
+    distinct_3=0.87,
+    zipf=0.9,
+    self_bleu=0.3,
+    perplexity=60.0,
+    mean_tokens=360.0,
+    longest_copy_tokens=15.0,
+    looping_share=0.02,
+)
+SCALES = dict.fromkeys(TERMS, 0.1)
+EVERY_WEIGHT = Weights(**dict.fromkeys(TERMS, 1.0))
+
+each_term = pytest.mark.parametrize("term", TERMS)
+each_compared = pytest.mark.parametrize("term", [name for name in TERMS if name != "mauve"])
+
+
+def moved(term: str, factor: float) -> Scores:
+    return replace(HUMAN, **{term: factor * getattr(HUMAN, term)})
+
+
+def test_people_are_at_no_distance_from_themselves() -> None:
+    assert distance(HUMAN, HUMAN, SCALES).total == 0
+    assert distance(replace(HUMAN, mauve=1.0), HUMAN, SCALES).total == 0
+    assert distance(replace(HUMAN, mauve=1.0), replace(HUMAN, mauve=1.0), SCALES).total == 0
+
+
+def test_scores_and_weights_have_the_same_terms() -> None:
+    assert set(asdict(HUMAN)) == set(TERMS)
+
+
+def test_distance_by_hand() -> None:
+    own = replace(
+        HUMAN,
+        rep_2=0.18,
+        distinct_1=0.11,
+        perplexity=60 / math.e,
+        mean_tokens=720.0,
+        longest_copy_tokens=31.0,
+        looping_share=0.12,
+        mauve=0.7,
+    )
+    scales = SCALES | {"rep_2": 0.02, "perplexity": 0.5} | DOCUMENTED_SCALES
+    total, terms = distance(own, HUMAN, scales, replace(EVERY_WEIGHT, rep_2=2.0, looping_share=0.5))
+    expected = {
+        "rep_2": 2 * 3,
+        "distinct_1": 0.5,
+        "perplexity": 2,
+        "mean_tokens": math.log(2) / 0.1,
+        "longest_copy_tokens": 1,
+        "looping_share": 0.5,
+        "mauve": 3,
+    }
+    assert terms == pytest.approx(dict.fromkeys(TERMS, 0) | expected)
+    assert total == pytest.approx(sum(expected.values()))
+
+
+@each_compared
+def test_more_of_a_figure_is_farther_and_moves_its_term_alone(term: str) -> None:
+    near, far = (distance(moved(term, factor), HUMAN, SCALES, EVERY_WEIGHT) for factor in (1.05, 1.5))
+    assert 0 < near.total < far.total
+    assert {name for name, value in far.terms.items() if value > 0} == {term}
+    assert far.total == far.terms[term]
+
+
+@each_compared
+def test_less_of_a_figure_is_farther_but_for_penalties(term: str) -> None:
+    near, far = (distance(moved(term, factor), HUMAN, SCALES, EVERY_WEIGHT).total for factor in (0.95, 0.5))
+    if term in PENALTIES:
+        assert near == far == 0
+    else:
+        assert 0 < near < far
+
+
+def test_twice_and_half_are_as_far() -> None:
+    for term in ("perplexity", "mean_tokens"):
+        assert distance(moved(term, 2), HUMAN, SCALES).total == pytest.approx(
+            distance(moved(term, 0.5), HUMAN, SCALES).total
+        )
+
+
+def test_less_mauve_is_farther_and_none_is_no_term() -> None:
+    worst, better = (distance(replace(HUMAN, mauve=mauve), HUMAN, SCALES) for mauve in (0.1, 0.9))
+    assert worst.total > better.total > 0
+    assert "mauve" not in distance(HUMAN, HUMAN, SCALES).terms
+    # What stands for the people's own is not asked for.
+    assert distance(replace(HUMAN, mauve=0.9), replace(HUMAN, mauve=0.3), SCALES) == better
+
+
+@each_compared
+def test_weight_and_scale_of_a_term(term: str) -> None:
+    own = moved(term, 1.5)
+    one = distance(own, HUMAN, SCALES, EVERY_WEIGHT).total
+    assert distance(own, HUMAN, SCALES, replace(EVERY_WEIGHT, **{term: 3.0})).total == pytest.approx(3 * one)
+    assert distance(own, HUMAN, SCALES | {term: 0.2}, EVERY_WEIGHT).total == pytest.approx(one / 2)
+    assert distance(own, HUMAN, SCALES, replace(EVERY_WEIGHT, **{term: 0.0})).total == 0
+
+
+@same_examples
+@given(st.lists(st.floats(0.01, 100), min_size=len(TERMS), max_size=len(TERMS)))
+def test_total_is_the_sum_of_the_terms_and_never_below_0(values: list[float]) -> None:
+    own = Scores(**dict(zip(TERMS, values, strict=True)))
+    total, terms = distance(own, HUMAN, SCALES)
+    assert set(terms) == set(TERMS)
+    assert total == pytest.approx(sum(terms.values()))
+    assert min(terms.values()) >= 0
+
+
+@each_term
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_figure_that_is_no_number_is_an_error_naming_the_term(term: str, value: float) -> None:
+    broken = replace(HUMAN, **{term: value})
+    with pytest.raises(UserError, match=f"^distance: {term} of the own samples is {value}, must be a finite number$"):
+        distance(broken, HUMAN, SCALES)
+    with pytest.raises(UserError, match=f"^distance: {term} of the human samples"):
+        distance(HUMAN, broken, SCALES)
+
+
+@pytest.mark.parametrize("term", ["perplexity", "mean_tokens"])
+def test_no_token_is_an_error_naming_the_term(term: str) -> None:
+    with pytest.raises(UserError, match=f"^distance: {term} of the own samples is 0.0, must be above 0"):
+        distance(moved(term, 0), HUMAN, SCALES)
+
+
+@pytest.mark.parametrize("scale", [0.0, math.nan, -1.0])
+def test_scale_that_is_none_is_an_error_naming_the_term(scale: float) -> None:
+    with pytest.raises(UserError, match=f"^distance: the scale of rep_3 is {scale}, must be a number above 0$"):
+        distance(HUMAN, HUMAN, SCALES | {"rep_3": scale})
+    with pytest.raises(UserError, match="the scale of zipf is nan"):
+        distance(HUMAN, HUMAN, {name: 0.1 for name in TERMS if name != "zipf"})
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_weight_out_of_range_is_an_error_naming_the_term(weight: float) -> None:
+    with pytest.raises(UserError, match=f"^weight of rep_2: {weight} is out of range"):
+        Weights(rep_2=weight)
+
+
+def scales_of_moving(shares: NDArray[np.float64], losses: NDArray[np.float64]) -> dict[str, float]:
+    """Scales of texts that differ in a share and in their loss alone."""
+
+    def scores(rows: Sequence[int]) -> Scores:
+        return replace(HUMAN, rep_2=float(shares[list(rows)].mean()), perplexity=math.exp(losses[list(rows)].mean()))
+
+    return human_scales(scores(range(len(shares))), left_out(range(len(shares)), scores))
+
+
+def test_scale_is_the_standard_error_where_figures_of_people_move() -> None:
+    rng = np.random.default_rng(8)
+    shares, losses = rng.uniform(0, 1, 9), rng.normal(4, 3, 9)
+    scales = scales_of_moving(shares, losses)
+    assert scales["rep_2"] == pytest.approx(shares.std(ddof=1) / 3)
+    assert scales["perplexity"] == pytest.approx(losses.std(ddof=1) / 3)
+
+
+def test_scale_is_a_tenth_of_the_peoples_figure_where_it_does_not() -> None:
+    scales = scales_of_moving(np.full(9, 0.2), np.full(9, 4.0))
+    assert set(scales) == set(TERMS)
+    assert scales["rep_2"] == pytest.approx(0.02)
+    assert scales["zipf"] == pytest.approx(HUMAN.zipf / 10)
+    assert scales["perplexity"] == scales["mean_tokens"] == pytest.approx(0.1)
+    # A tenth of 0.01 is less than the least.
+    assert scales["rep_4"] == LEAST_SCALE
+    assert scales["looping_share"] == pytest.approx(1 / 9)
+    assert scales["longest_copy_tokens"] == pytest.approx(math.log(2))
+    assert scales["mauve"] == 0.1
+
+
+def test_other_texts_of_the_same_people_are_near() -> None:
+    rng = np.random.default_rng(9)
+    texts = [rng.zipf(1.3, size=size).clip(max=2000).tolist() for size in rng.integers(100, 150, 40)]
+
+    def scores(own: list[list[int]]) -> Scores:
+        return replace(
+            HUMAN,
+            **{f"rep_{n}": mean_rep_n(own, n) for n in (2, 3, 4)},
+            **{f"distinct_{n}": distinct_n(own, n) for n in (1, 2, 3)},
+            zipf=zipf_coefficient(own),
+            self_bleu=self_bleu(own, 4),
+            mean_tokens=float(np.mean([len(text) for text in own])),
+        )
+
+    some, others = texts[:20], texts[20:]
+    found = distance(scores(some), scores(others), human_scales(scores(others), left_out(others, scores)))
+    assert 0 < found.total < sum(asdict(Weights()).values())
+
+
+def test_scales_of_one_text_or_of_what_is_no_number_are_errors() -> None:
+    with pytest.raises(UserError, match="two samples at least, there are 1"):
+        human_scales(HUMAN, [HUMAN])
+    with pytest.raises(UserError, match="two samples at least, there are 0"):
+        human_scales(HUMAN, [])
+    with pytest.raises(UserError, match="zipf of the human samples is nan"):
+        human_scales(HUMAN, [HUMAN, replace(HUMAN, zipf=math.nan)])
