@@ -47,7 +47,7 @@ def _add_generate(commands: Any) -> None:
         if name not in ("n", "logprobs", "ignore_eos"):
             group.add_argument(_option(name), type=kind, metavar="WORD" if kind is str else "NUMBER")
     for name, kind in list_types().items():
-        group.add_argument(_option(name), type=kind, nargs="+", metavar="TEXT" if kind is str else "ID")
+        group.add_argument(_option(name), type=kind, nargs="+", metavar=_metavar(name, kind))
     group.add_argument("--logit-bias", type=_bias, nargs="+", metavar="ID=BIAS")
     group.add_argument(_option("ignore_eos"), action="store_true", default=None)
     parser.set_defaults(run=_generate)
@@ -140,6 +140,11 @@ def _engine_and_decoding(model: str | None) -> tuple[Path, SamplingParams]:
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def _metavar(name: str, kind: type) -> str:
+    """What an entry of a list is called."""
+    return "TEXT" if kind is str else "ID" if name.endswith("_ids") else "NUMBER"
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -7,6 +7,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pipeline.errors import UserError
 
+LONGEST_LOOP_TOKENS = 1024
+"""Of a run that `repetition_detection` looks for: what a step costs at most grows with it."""
 CONTEXT_OVERFLOWS = ("end", "slide")
 
 
@@ -36,6 +38,10 @@ class SamplingParams:
     """Subtracted once an occurrence from the logit of each token in the output. In [-2, 2]; 0 is off."""
     no_repeat_ngram_size: int = 0
     """Never complete an n-gram of this many tokens that prompt and output already hold. At least 0; 0 is off."""
+    repetition_detection: tuple[int, ...] = ()
+    """Two numbers, such as `[20, 3]`: end the continuation once its end is a run of at most 20 tokens, 3 times over. A
+    third is the shortest run that counts. The first in [0, 1024], 0 is off; the second at least 2; the third in [1, the
+    first]."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids. In [-100, 100]."""
     banned_token_ids: tuple[int, ...] = ()
@@ -93,6 +99,7 @@ class SamplingParams:
         for name in ("banned_token_ids", "allowed_token_ids", "stop_token_ids"):
             for token_id in _tuple_of(self, name):
                 _check_integer(name, token_id, minimum=0)
+        _check_repetition_detection(_tuple_of(self, "repetition_detection"))
         for text in _tuple_of(self, "stop"):
             if not isinstance(text, str) or not text:
                 raise UserError(f"stop: expected texts that are not empty, got {text!r}")
@@ -155,6 +162,20 @@ def _tuple_of(params: SamplingParams, name: str) -> tuple[Any, ...]:
         raise UserError(f"{name}: expected a list, got {value!r}")
     object.__setattr__(params, name, tuple(value))
     return tuple(value)
+
+
+def _check_repetition_detection(values: tuple[Any, ...]) -> None:
+    name = "repetition_detection"
+    for value in values:
+        _check_integer(name, value, minimum=0)
+    if not values or (longest := values[0]) == 0:
+        return
+    if len(values) not in (2, 3):
+        raise UserError(f"{name}: expected the longest run and how often it may stand, as [20, 3], got {list(values)}")
+    _check_range(name, longest, longest <= LONGEST_LOOP_TOKENS, f"at most {LONGEST_LOOP_TOKENS}")
+    _check_range(name, values[1], values[1] >= 2, "at least 2 (how often the run stands in a row)")
+    for shortest in values[2:]:
+        _check_range(name, shortest, 1 <= shortest <= longest, f"in [1, {longest}] (the shortest run that counts)")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -140,6 +140,12 @@ def test_lists_and_biases_are_options(engine: str, capsys: pytest.CaptureFixture
     assert generated(capsys, *plain, *only, "--stop", text[0]) == f"{PROMPT}\n"
 
 
+def test_a_loop_ends_the_text(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--model", engine, "--max-new-tokens", "20", "--logit-bias", "65=100", "--repetition-penalty", "1")
+    text = generated(capsys, *options, "--repetition-detection", "4", "3").removeprefix(PROMPT)
+    assert (len(text), len(set(text))) == (4, 2)  # three times the same, and the end of the line
+
+
 def test_a_registered_model_brings_its_own_decoding(
     engine: str, champion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +183,7 @@ def test_without_an_export_it_says_how_to_make_one(capsys: pytest.CaptureFixture
     [
         (("--top-p", "1.5"), "top_p: 1.5 is out of range, must be in (0, 1]"),
         (("--temperature", "nan"), "temperature: expected a finite number, got nan"),
+        (("--repetition-detection", "20"), "repetition_detection: expected the longest run and how often it may stand"),
         (("--max-new-tokens", "0"), "max_new_tokens: 0 is out of range, must be at least 1"),
         (("--banned-token-ids", "-1"), "banned_token_ids: -1 is out of range"),
         (("--logit-bias", "5=101"), "logit_bias: 101.0 is out of range, must be in [-100, 100]"),

@@ -125,6 +125,31 @@ def test_logit_bias_maps_token_ids_to_biases_in_range(value: Any, message: str) 
         SamplingParams(logit_bias=value)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (20, "expected a list, got 20"),
+        ([20], r"expected the longest run and how often it may stand, as \[20, 3\], got \[20\]"),
+        ([20, 3, 2, 1], r"expected the longest run and how often it may stand, as \[20, 3\], got \[20, 3, 2, 1\]"),
+        ([20, 2.5], r"expected a whole number, got 2\.5"),
+        ([-1, 3], "-1 is out of range, must be at least 0"),
+        ([1025, 3], "1025 is out of range, must be at most 1024"),
+        ([20, 1], r"1 is out of range, must be at least 2 \(how often the run stands in a row\)"),
+        ([20, 3, 0], r"0 is out of range, must be in \[1, 20\] \(the shortest run that counts\)"),
+        ([20, 3, 21], r"21 is out of range, must be in \[1, 20\] \(the shortest run that counts\)"),
+    ],
+)
+def test_repetition_detection_is_two_or_three_numbers(value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^repetition_detection: {message}$"):
+        SamplingParams(repetition_detection=value)
+
+
+@pytest.mark.parametrize("value", [[], [0], [0, 0, 1], [1, 2], [1024, 2], [20, 3, 1], [20, 3, 20]])
+def test_repetition_detection_is_off_or_within_its_range(value: list[int]) -> None:
+    params = SamplingParams(repetition_detection=tuple(value))
+    assert SamplingParams.from_mapping(params.to_mapping()) == params
+
+
 def test_unknown_name_is_refused_with_its_section() -> None:
     with pytest.raises(UserError, match=r"^evaluate\.decoding\.topk: no such decoding parameter; known are .*top_k"):
         SamplingParams.from_mapping({"topk": 5}, section="evaluate.decoding")
@@ -155,6 +180,7 @@ token_ids = st.lists(st.integers(0, 2**20), max_size=4).map(tuple)
         top_p=st.floats(0, 1, exclude_min=True),
         repetition_penalty=st.floats(0.1, 10),
         banned_token_ids=token_ids,
+        repetition_detection=st.sampled_from([(), (20, 3), (5, 2, 4)]),
         stop=st.lists(st.text(min_size=1), max_size=3).map(tuple),
         ignore_eos=st.booleans(),
         seed=st.none() | st.integers(0, 2**63 - 1),

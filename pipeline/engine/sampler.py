@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import sampling
+from pipeline.engine.loops import Loops
 
 UNIFORMS_AHEAD = 64
 """Random numbers are made for so many steps at a time."""
@@ -60,6 +61,8 @@ class Continuation:
         self._latest: tuple[int, ...] = ()
         self._counts: Counter[int] = Counter()
         self._removed: set[int] = set()
+        self._loops = Loops(*params.repetition_detection) if any(params.repetition_detection[:1]) else None
+        self._ends_in_loop = False
         # The tokens whose logits are changed, and by what: logit + bias, then the penalty, then less the offset.
         self._changes: dict[int, int] = {}
         self._is_changed = np.zeros(vocabulary_size, np.bool_)
@@ -81,6 +84,11 @@ class Continuation:
         """The tokens that end it."""
         params = self.params
         return params.stop_token_ids if params.ignore_eos else (self.end_of_text_id, *params.stop_token_ids)
+
+    @property
+    def is_looping(self) -> bool:
+        """Whether `repetition_detection` ends it here; before `min_new_tokens` nothing does."""
+        return self._ends_in_loop and len(self.output_ids) >= self.params.min_new_tokens
 
     @np.errstate(over="ignore")  # of cooled logits to -inf, where the probability is 0 as well
     def draw(self, logits: Logits, top_logits: Logits, top_ids: TokenIds) -> int:
@@ -118,6 +126,8 @@ class Continuation:
         """Go on with this token."""
         self.output_ids.append(token_id)
         self._counts[token_id] += 1
+        if self._loops is not None:
+            self._ends_in_loop = self._loops.append(token_id)
         self._see(token_id)
         self._set_offset(token_id)
         self._update_removed()

@@ -27,8 +27,9 @@ PREFILL_CHUNK_TOKENS = {"cpu": 32, "cuda": 128}
 """Tokens of prompts read in one step while others decode. On two cores 32 take the time of two steps, and longer parts
 are read a tenth faster at most (GPT-2 Medium's shape, int8); on a GPU this was not measured."""
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""`stop`: end-of-text or a stop id was drawn. `length`: `max_new_tokens` or the end of the context was reached."""
+FinishReason = Literal["stop", "length", "repetition", "cancelled", "error"]
+"""`stop`: end-of-text or a stop id was drawn. `length`: `max_new_tokens` or the end of the context was reached.
+`repetition`: the continuation ends in a loop as `repetition_detection` describes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,12 +296,16 @@ class Scheduler:
         continuation.append(token_id)
         request.context.append(token_id)
         full = len(request.context) == self._session.manifest.context_length
+        reason: FinishReason | None = None
         if len(continuation.output_ids) == params.max_new_tokens or (full and params.context_overflow == "end"):
-            request.tokens.append(Token(token_id, logprob, top, "length"))
-            self._finish(request, "length", told=True)
-            return
-        request.tokens.append(Token(token_id, logprob, top))
-        if full:
+            reason = "length"
+        elif continuation.is_looping:
+            reason = "repetition"
+        request.tokens.append(Token(token_id, logprob, top, reason))
+        if reason is not None:
+            # What a device has drawn beyond it meanwhile is not taken.
+            self._finish(request, reason, told=True)
+        elif full:
             # The newest half is read again, from position 0.
             request.context = request.context[-(len(request.context) // 2) :]
             request.cached = 0

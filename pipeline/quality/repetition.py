@@ -20,14 +20,14 @@ def mean_rep_n(samples: Sequence[TokenIds], n: int) -> float:
     return float(np.mean([rep_n(sample, n) for sample in samples])) if samples else 0.0
 
 
-def is_looping(token_ids: TokenIds, max_ngram_tokens: int, repeats: int) -> bool:
-    """Whether the end is one n-gram of at most `max_ngram_tokens` tokens, `repeats` times in a row.
+def is_looping(token_ids: TokenIds, max_ngram_tokens: int, repeats: int, min_ngram_tokens: int = 1) -> bool:
+    """Whether the end is one n-gram of `min_ngram_tokens` to `max_ngram_tokens` tokens, `repeats` times in a row.
 
     A loop that is cut off in the middle of the n-gram counts: its end repeats the n-gram from another token on. The
     definition is ours; Holtzman et al. 2020 describe such loops in "The Curious Case of Neural Text Degeneration".
     """
     ids = np.asarray(token_ids, dtype=np.int64)
-    for n in range(1, min(max_ngram_tokens, len(ids) // repeats) + 1):
+    for n in range(min_ngram_tokens, min(max_ngram_tokens, len(ids) // repeats) + 1):
         end = ids[len(ids) - n * repeats :]
         if (end[n:] == end[:-n]).all():
             return True

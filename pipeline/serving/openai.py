@@ -23,6 +23,7 @@ DECODING_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
     "no_repeat_ngram_size",
+    "repetition_detection",
     "logit_bias",
     "max_tokens",
     "min_tokens",
@@ -82,6 +83,19 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class RepetitionDetection(BaseModel):
+    """A loop as vLLM describes it; ranges are those of `SamplingParams.repetition_detection`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    max_pattern_size: int = Field(0, description="Tokens of the longest run that counts; 0 is off")
+    min_pattern_size: int = Field(0, description="Tokens of the shortest; 0 is 1")
+    min_count: int = Field(0, description="How often the run stands in a row")
+
+    def values(self) -> list[int]:
+        return [self.max_pattern_size, self.min_count, self.min_pattern_size or 1]
+
+
 class CompletionRequest(BaseModel):
     """What is null or not given is the model's own decoding; ranges are those of `SamplingParams`."""
 
@@ -111,6 +125,9 @@ class CompletionRequest(BaseModel):
     typical_p: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
+    repetition_detection: RepetitionDetection | None = Field(
+        None, description="Ends a choice that has fallen into a loop, with the finish_reason `repetition`"
+    )
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = None
@@ -149,6 +166,8 @@ class CompletionRequest(BaseModel):
         A `max_tokens` of 0 draws nothing, and stands for what the model's own is. Raises `ApiError`.
         """
         values = {OWN_NAMES.get(name, name): getattr(self, name) for name in DECODING_FIELDS}
+        if self.repetition_detection is not None:
+            values["repetition_detection"] = self.repetition_detection.values()
         if isinstance(self.stop, str):
             values["stop"] = [self.stop] if self.stop else None
         most = self.max_tokens or own.max_new_tokens

@@ -85,6 +85,7 @@ SETTINGS: list[SamplingParams] = [
     SamplingParams(seed=8, allowed_token_ids=tuple(range(50, 90)), top_p=0.8, max_new_tokens=15),
     SamplingParams(seed=9, top_p=0.9999, temperature=3.0, max_new_tokens=8, ignore_eos=True),
     SamplingParams(seed=10, top_k=30, context_overflow="slide", max_new_tokens=90, ignore_eos=True),
+    SamplingParams(seed=11, temperature=0.3, repetition_detection=(8, 2), max_new_tokens=50, ignore_eos=True),
 ]
 
 

@@ -1,5 +1,6 @@
 """The engine against the same checkpoint in PyTorch, without padding and without a cache."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import GPT2LMHeadModel
 from pipeline.engine import Completion, Engine, SamplingParams, Token, generator
 from pipeline.engine.sampling import log_softmax, sample
 from pipeline.errors import UserError
+from pipeline.quality.repetition import is_looping
 
 TEXTS = ("The lamp", "The baker lit her second oven before the morning tide.", "N", "Nobody said so, nobody")
 LOGIT_TOLERANCE = 1e-4
@@ -232,6 +234,30 @@ def test_max_new_tokens_finish_by_length(tiny_engine: Engine) -> None:
     params = SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=5)
     completion = tiny_engine.generate([[40]], params)[0]
     assert (len(completion.token_ids), completion.finish_reason) == (5, "length")
+
+
+def test_a_loop_finishes_by_repetition(tiny_engine: Engine) -> None:
+    # So likely that nothing else is drawn.
+    params = SamplingParams(temperature=0, logit_bias={9: 100.0}, repetition_detection=(2, 4), max_new_tokens=12)
+    assert tiny_engine.generate([[9, 9, 9]], params) == [Completion([9] * 4, "repetition")]
+    last = list(tiny_engine.stream([40], params))[-1]
+    assert (last.token_id, last.finish_reason) == (9, "repetition")
+    # A run of two at least, and not before the least that is asked for; the greatest number comes first.
+    assert tiny_engine.generate([[40]], replace(params, repetition_detection=(2, 4, 2)))[0].token_ids == [9] * 8
+    assert tiny_engine.generate([[40]], replace(params, min_new_tokens=7)) == [Completion([9] * 7, "repetition")]
+    assert tiny_engine.generate([[40]], replace(params, max_new_tokens=4)) == [Completion([9] * 4, "length")]
+
+
+def test_what_a_loop_ends_is_what_is_drawn_without_it(tiny_engine: Engine, prompts: list[list[int]]) -> None:
+    longest, repeats = 6, 2
+    for seed in range(8):
+        free = SamplingParams(seed=seed, temperature=0.4, ignore_eos=True, max_new_tokens=30)
+        ended = replace(free, repetition_detection=(longest, repeats))
+        pairs = zip(tiny_engine.generate(prompts, free), tiny_engine.generate(prompts, ended), strict=True)
+        for whole, cut in pairs:
+            ids = whole.token_ids
+            end = next((n for n in range(1, len(ids)) if is_looping(ids[:n], longest, repeats)), None)
+            assert cut == (whole if end is None else Completion(ids[:end], "repetition"))
 
 
 def test_the_end_of_the_context_finishes_by_length_and_is_never_passed(

@@ -63,10 +63,10 @@ def test_any_repeated_end_is_a_loop(beginning: list[int], ngram: list[int], repe
     assert is_looping(beginning + ngram * repeats, longest, repeats)
 
 
-@given(st.lists(st.integers(0, 1), max_size=24), st.integers(1, 5), st.integers(2, 4))
-def test_loop_against_its_definition(token_ids: list[int], longest: int, repeats: int) -> None:
-    ends = (token_ids[-n:] * repeats for n in range(1, longest + 1) if n * repeats <= len(token_ids))
-    assert is_looping(token_ids, longest, repeats) == any(token_ids[-len(end) :] == end for end in ends)
+@given(st.lists(st.integers(0, 1), max_size=24), st.integers(1, 5), st.integers(2, 4), st.integers(1, 5))
+def test_loop_against_its_definition(token_ids: list[int], longest: int, repeats: int, shortest: int) -> None:
+    ends = (token_ids[-n:] * repeats for n in range(shortest, longest + 1) if n * repeats <= len(token_ids))
+    assert is_looping(token_ids, longest, repeats, shortest) == any(token_ids[-len(end) :] == end for end in ends)
 
 
 def test_share_looping_counts_samples() -> None:

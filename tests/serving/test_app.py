@@ -99,6 +99,7 @@ def test_every_parameter_reaches_the_engine(running: Running, generator: TextGen
         presence_penalty=0.3,
         frequency_penalty=0.2,
         no_repeat_ngram_size=3,
+        repetition_detection=(4, 2, 2),
         logit_bias={5: 3.5},
         min_new_tokens=4,
         max_new_tokens=25,
@@ -111,10 +112,27 @@ def test_every_parameter_reaches_the_engine(running: Running, generator: TextGen
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
     body = {names.get(name, name): value for name, value in values.items()}
     body["logit_bias"] = {"5": 3.5}
+    body["repetition_detection"] = {"max_pattern_size": 4, "min_count": 2, "min_pattern_size": 2}
     expected = [done.text for done in generator.complete(["The lamp", "A cat"], [params] * 2)]
     found = running.post(prompt=["The lamp", "A cat"], **body).json()
     assert [choice["text"] for choice in found["choices"]] == expected
     assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_loop_ends_with_a_reason_of_its_own(stream: bool, client: OpenAI) -> None:
+    # So likely that nothing else is drawn.
+    asked: dict[str, Any] = {"model": "engine", "prompt": "The lamp", "logit_bias": {"65": 100}, "max_tokens": 30}
+    loops = {"repetition_detection": {"max_pattern_size": 4, "min_count": 5}}
+    if stream:
+        pieces = [piece.choices[0] for piece in client.completions.create(**asked, stream=True, extra_body=loops)]
+        text, reason = "".join(piece.text for piece in pieces), pieces[-1].finish_reason
+    else:
+        found = client.completions.create(**asked, extra_body=loops)
+        assert found.usage is not None
+        assert found.usage.completion_tokens == 5
+        text, reason = found.choices[0].text, found.choices[0].finish_reason
+    assert (len(text), len(set(text)), str(reason)) == (5, 1, "repetition")
 
 
 def test_a_request_gives_the_same_alone_and_among_others(running: Running) -> None:

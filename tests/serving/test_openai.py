@@ -31,6 +31,7 @@ def test_what_is_given_stands_over_the_models_own() -> None:
         presence_penalty=0.5,
         frequency_penalty=-0.5,
         no_repeat_ngram_size=3,
+        repetition_detection={"max_pattern_size": 20, "min_count": 3, "min_pattern_size": 2},
         logit_bias={"7": -100.0},
         max_tokens=30,
         min_tokens=2,
@@ -51,6 +52,7 @@ def test_what_is_given_stands_over_the_models_own() -> None:
         presence_penalty=0.5,
         frequency_penalty=-0.5,
         no_repeat_ngram_size=3,
+        repetition_detection=(20, 3, 2),
         logit_bias={7: -100.0},
         max_new_tokens=30,
         min_new_tokens=2,
@@ -61,6 +63,14 @@ def test_what_is_given_stands_over_the_models_own() -> None:
         n=2,
         logprobs=0,
     )
+
+
+def test_loops_are_described_as_vllm_does() -> None:
+    own = SamplingParams(repetition_detection=(20, 3))
+    assert sampling(own).repetition_detection == (20, 3)
+    assert sampling(own, repetition_detection={"max_pattern_size": 4, "min_count": 2}).repetition_detection == (4, 2, 1)
+    off = sampling(own, repetition_detection={"max_pattern_size": 0})
+    assert off.repetition_detection[0] == 0
 
 
 def test_the_models_own_minimum_yields_to_a_shorter_request() -> None:
@@ -84,6 +94,11 @@ def test_the_servers_limit_holds_whoever_asks_for_more() -> None:
         ("logit_bias", {"x": 1.0}, "logit_bias: expected a whole number, got 'x'"),
         ("stop", [""], "stop: expected texts that are not empty, got ''"),
         ("seed", 2**63, f"seed: {2**63} is out of range, must be below 2**63"),
+        (
+            "repetition_detection",
+            {"max_pattern_size": 20},
+            "repetition_detection: 0 is out of range, must be at least 2 (how often the run stands in a row)",
+        ),
     ],
 )
 def test_a_range_is_that_of_the_decoding_parameters(field: str, value: object, message: str) -> None:
@@ -105,6 +120,11 @@ def test_a_range_is_that_of_the_decoding_parameters(field: str, value: object, m
         ({"prompt": []}, "prompt", "prompt: the list is empty; give a prompt, '' to start from nothing"),
         ({"prompt": "\ud800"}, "prompt", "prompt: holds half of a surrogate pair, which is no character"),
         ({"suffix": "x"}, "suffix", "suffix: the model continues a text and fills no gap; leave it out"),
+        (
+            {"repetition_detection": {"max_size": 3}},
+            "repetition_detection",
+            "repetition_detection.max_size: no such field; /docs lists those that are",
+        ),
         ({"logprobs": 21}, "logprobs", "logprobs: input should be less than or equal to 20"),
     ],
 )

@@ -96,9 +96,16 @@ def test_every_kind_of_parameter_reaches_the_engine(model: Any, generator: TextG
     assert len(found) == 4
 
 
+def test_a_loop_ends_the_text(model: Any) -> None:
+    looping = {"logit_bias_ids": [65], "logit_bias_values": [100.0], "repetition_detection": [4, 3]}
+    (text,) = model.predict(["The lamp"], params=looping | SEEDED)
+    assert (len(text), len(set(text))) == (3, 1)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
+        ({"repetition_detection": [4, 1]}, "repetition_detection: 1 is out of range, must be at least 2"),
         ({"top_p": 1.5}, r"top_p: 1\.5 is out of range, must be in \(0, 1\]"),
         ({"logit_bias_ids": [3]}, "logit_bias_values: 0 values for 1 ids"),
         ({"banned_token_ids": [300]}, "banned_token_ids: no token has the id 300"),
