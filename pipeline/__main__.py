@@ -176,17 +176,28 @@ def _add_export(commands: Any) -> None:
         default=8,
         help="of a number in the KV cache of int8 and int4 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--verbatim-index",
+        type=Path,
+        metavar="FOLDER",
+        help="a split as the tokenize stage writes it, such as out/tokenize/train: the engine then holds that text, "
+        "and max_verbatim_tokens can be asked for (default: none)",
+    )
     parser.set_defaults(run=_export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import load_checkpoint
     from pipeline.engine.build import build_engine, check_precisions
+    from pipeline.engine.verbatim import index_text
+    from pipeline.tokens import load_tokens, tokenizer_sha256
 
     precisions = arguments.precision.split(",")
     check_precisions(precisions)
-    model = load_checkpoint(arguments.checkpoint)
-    build_engine(model, arguments.checkpoint, arguments.out, precisions, cache_bits=arguments.cache_bits)
+    checkpoint, split = arguments.checkpoint, arguments.verbatim_index
+    model = load_checkpoint(checkpoint)
+    index = None if split is None else index_text(load_tokens(split, tokenizer_sha256(checkpoint)).tokens)
+    build_engine(model, checkpoint, arguments.out, precisions, cache_bits=arguments.cache_bits, index=index)
     for precision in precisions:
         size = sum(file.stat().st_size for file in (arguments.out / precision).iterdir())
         print(f"{arguments.out / precision}: {size / 1e6:,.1f} MB")

@@ -38,6 +38,10 @@ class SamplingParams:
     """Subtracted once an occurrence from the logit of each token in the output. In [-2, 2]; 0 is off."""
     no_repeat_ngram_size: int = 0
     """Never complete an n-gram of this many tokens that prompt and output already hold. At least 0; 0 is off."""
+    max_verbatim_tokens: int = 0
+    """Never draw more than this many tokens in a row that stand so in the training text. At least 0; 0 is off. Needs an
+    engine with an index of that text (`export.verbatim_index`). A prompt does not count; end-of-text is never removed,
+    nor are stop ids."""
     repetition_detection: tuple[int, ...] = ()
     """Two numbers, such as `[20, 3]`: end the continuation once its end is a run of at most 20 tokens, 3 times over. A
     third is the shortest run that counts. The first in [0, 1024], 0 is off; the second at least 2; the third in [1, the
@@ -79,7 +83,7 @@ class SamplingParams:
             _check_range(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
         _check_range("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         _check_range("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
-        for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
+        for name in ("top_k", "no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens"):
             _check_integer(name, getattr(self, name), minimum=0)
         _check_integer("n", self.n, minimum=1)
         for name, minimum in (("max_new_tokens", 1), ("seed", 0), ("logprobs", 0)):

@@ -235,6 +235,8 @@ class ExportParams(Section):
     """What the engine holds; the first is what is evaluated, and what runs where nobody asks for another."""
     cache_bits: Literal[8, 32]
     """Of a number in the KV cache of int8 and int4; 8 take a quarter of the memory and less time to read."""
+    verbatim_index: bool
+    """Whether the engine holds its training text with an index, 6 bytes a token, which `max_verbatim_tokens` needs."""
     parity: PrecisionsParityParams
 
 

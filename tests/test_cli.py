@@ -18,6 +18,7 @@ from pipeline.__main__ import main
 from pipeline.decoding import SamplingParams
 from pipeline.files import write_json
 from pipeline.params import PARAMS_FILE
+from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
 
 ROOT = Path(pipeline.__file__).parents[1]
 PROMPT = "The lamp"
@@ -213,6 +214,27 @@ def test_export_makes_an_engine_that_generate_reads(
     options = ("--model", str(tmp_path / "engine"), "--max-new-tokens", "8", "--seed", "7")
     assert generated(capsys, *options).startswith(PROMPT)
     assert generated(capsys, *options, "--precision", "int4").startswith(PROMPT)
+
+
+def test_export_takes_the_training_text_along(
+    tiny_checkpoint: Path, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train").mkdir()
+    tokenizer, digest = load_tokenizer(tiny_checkpoint), tokenizer_sha256(tiny_checkpoint)
+    options = ("--max-new-tokens", "8", "--logit-bias", "65=100", "--repetition-penalty", "1", "--seed", "7")
+    copied = generated(capsys, "--model", engine, *options).removeprefix(PROMPT).rstrip("\n")
+    assert (len(copied), len(set(copied))) == (8, 1)
+    write_tokens(tmp_path / "train", [copied], tokenizer, digest)
+    out = str(tmp_path / "engine")
+    main(["export", str(tiny_checkpoint), out, "--verbatim-index", str(tmp_path / "train")])
+    assert generated(capsys, "--model", out, *options) == f"{PROMPT}{copied}\n"
+    limited = generated(capsys, "--model", out, *options, "--max-verbatim-tokens", "2").removeprefix(PROMPT)
+    assert limited.startswith(copied[:2])
+    assert copied[:3] not in limited
+    message = refused(capsys, "generate", PROMPT, "--model", engine, "--max-verbatim-tokens", "2")
+    assert message.startswith("error: max_verbatim_tokens: this engine holds no index of its training text; export it")
+    missing = refused(capsys, "export", str(tiny_checkpoint), out, "--verbatim-index", str(tmp_path))
+    assert missing.startswith(f"error: {tmp_path}: holds no token arrays")
 
 
 def test_pack_writes_a_base(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ OUT_OF_RANGE = [
     ("frequency_penalty", -2.1, r"in \[-2, 2\]"),
     ("frequency_penalty", 2.1, r"in \[-2, 2\]"),
     ("no_repeat_ngram_size", -1, "at least 0"),
+    ("max_verbatim_tokens", -1, "at least 0"),
     ("min_new_tokens", -1, "at least 0"),
     ("max_new_tokens", 0, "at least 1"),
     ("seed", -1, "at least 0"),
@@ -37,7 +38,10 @@ NUMBERS = [
     *("temperature", "top_p", "min_p", "typical_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 ]
-WHOLE_NUMBERS = ["top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "seed", "n", "logprobs"]
+WHOLE_NUMBERS = [
+    *("top_k", "no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens", "max_new_tokens"),
+    *("seed", "n", "logprobs"),
+]
 TOKEN_ID_LISTS = ["banned_token_ids", "allowed_token_ids", "stop_token_ids"]
 
 

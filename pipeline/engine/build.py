@@ -12,7 +12,8 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.engine.graph import QUANTIZATIONS, CacheScales, Floats, Shape, write_graph
-from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, write_manifest
+from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, INDEX_FOLDER, write_manifest
+from pipeline.engine.verbatim import VerbatimIndex
 from pipeline.errors import UserError
 from pipeline.files import whole_folder
 from pipeline.tokens import TOKENIZER_FILE, end_of_text_id, load_tokenizer
@@ -33,12 +34,13 @@ def build_engine(
     precisions: Sequence[str],
     *,
     cache_bits: int = CACHE_BITS,
+    index: VerbatimIndex | None = None,
 ) -> None:
     """Write the engine of a model, in float32 and ready to be asked, to `folder`.
 
     The first precision is the default. `cache_bits`, 8 or 32, are those of a key's or value's number in `int8` and
-    `int4`; the floats keep them as they are. Raises `UserError` for a precision that is none, or a GPT-2 that is unlike
-    OpenAI's in what the graph cannot say.
+    `int4`; the floats keep them as they are. `index` is of the training text, which `max_verbatim_tokens` asks for.
+    Raises `UserError` for a precision that is none, or a GPT-2 that is unlike OpenAI's in what the graph cannot say.
     """
     check_precisions(precisions)
     shape = shape_of(model.config)
@@ -52,6 +54,8 @@ def build_engine(
             cache_scales = scales if bits[precision] == 8 else None
             write_graph(partial / precision, GRAPH_FILE, weights, shape, precision, cache_scales)
         shutil.copy(tokenizer_folder / TOKENIZER_FILE, partial)
+        if index is not None:
+            index.save(partial / INDEX_FOLDER)
         write_manifest(
             partial,
             context_length=shape.context_length,

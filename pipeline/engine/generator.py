@@ -196,6 +196,11 @@ class Engine:
         check_token_ids(params, self.manifest.vocabulary_size)
         if params.stop:
             raise UserError("stop: holds texts, and the engine reads token ids; pipeline.serving.text knows both")
+        if params.max_verbatim_tokens and self.session.followers is None:
+            raise UserError(
+                "max_verbatim_tokens: this engine holds no index of its training text; export it again with "
+                "export.verbatim_index set to true, or by `python -m pipeline export` with --verbatim-index"
+            )
         context = list(prompt) or [self.end_of_text_id]
         if len(context) < self.context_length:
             return context

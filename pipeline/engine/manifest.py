@@ -10,6 +10,8 @@ from pipeline.tokens import TOKENIZER_FILE
 FORMAT_VERSION = 3
 MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
+INDEX_FOLDER = "verbatim"
+"""Where an engine holds the index of its training text, if it does: `pipeline.engine.verbatim`."""
 CUDA_PRECISIONS = ("float16", "int8_float16")
 """Those that run on CUDA: activations and cache in float16, and no list of the likeliest tokens, as the GPU draws."""
 LISTED_TOKENS = 128
@@ -36,6 +38,10 @@ class Manifest:
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    @property
+    def holds_index(self) -> bool:
+        return any(name.startswith(f"{INDEX_FOLDER}/") for name in self.files)
 
 
 def listed_tokens(vocabulary_size: int) -> int:
@@ -93,9 +99,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest, precision: str) -> None:
-    """Raises `UserError` where a file of this precision, or the tokenizer, is missing or not what was exported."""
+    """Raises `UserError` where a file that this precision needs is missing or not what was exported."""
     for name, digest in manifest.files.items():
-        if not name.startswith(f"{precision}/") and name != TOKENIZER_FILE:
+        if not name.startswith((f"{precision}/", f"{INDEX_FOLDER}/")) and name != TOKENIZER_FILE:
             continue
         path = folder / name
         if not path.is_file():

@@ -74,12 +74,14 @@ def widths(vocabulary_size: int, context_length: int) -> dict[str, tuple[int, ..
 def can_be_drawn(continuation: Continuation) -> bool:
     """Whether the device can draw what comes next: all but what looks at the text itself, or is looked at by the host.
 
-    Those are n-grams that may not repeat, log-probabilities, typical-p, and a least number of tokens not yet reached.
+    Those are n-grams that may not repeat, runs of the training text, log-probabilities, typical-p, and a least number
+    of tokens not yet reached.
     """
     params = continuation.params
     return (
         params.typical_p == 1
         and params.no_repeat_ngram_size == 0
+        and params.max_verbatim_tokens == 0
         and params.logprobs is None
         and len(continuation.output_ids) >= params.min_new_tokens
         and len(continuation.ending_ids) <= ENDING_IDS

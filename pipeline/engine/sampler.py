@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pipeline.decoding import SamplingParams
 from pipeline.engine import sampling
 from pipeline.engine.loops import Loops
+from pipeline.engine.verbatim import Copies
 
 UNIFORMS_AHEAD = 64
 """Random numbers are made for so many steps at a time."""
@@ -49,14 +50,21 @@ class Continuation:
         prompt_ids: Sequence[int],
         end_of_text_id: int,
         vocabulary_size: int,
+        followers: sampling.Followers | None = None,
     ) -> None:
-        """`seed` stands in for `params.seed`, which may be null; `choice` is the index among the `n`."""
+        """`seed` stands in for `params.seed`, which may be null; `choice` is the index among the `n`.
+
+        `max_verbatim_tokens` needs the `followers` of a run in the training text.
+        """
         self.params = params
         self.prompt_ids = prompt_ids
         self.end_of_text_id = end_of_text_id
         self.output_ids: list[int] = []
         self._seed, self._choice = seed, choice
         self._uniforms, self._first_uniform = np.zeros(0), 0
+        self._training_followers = followers
+        limit = params.max_verbatim_tokens
+        self._copies = Copies(limit, sampling.known(followers)) if limit else None
         self._followers: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
         self._latest: tuple[int, ...] = ()
         self._counts: Counter[int] = Counter()
@@ -119,7 +127,14 @@ class Continuation:
             if token_id is not None:
                 return token_id
         return sampling.sample(
-            logits, params, self.prompt_ids, self.output_ids, self.end_of_text_id, self._seed, self._choice
+            logits,
+            params,
+            self.prompt_ids,
+            self.output_ids,
+            self.end_of_text_id,
+            self._seed,
+            self._choice,
+            self._training_followers,
         )
 
     def append(self, token_id: int) -> None:
@@ -178,14 +193,19 @@ class Continuation:
             self._latest = (*self._latest, token_id)[1 - size :] if size > 1 else ()
 
     def _update_removed(self) -> None:
-        """What may not come next: what would complete an n-gram that stands in it already, and an early end."""
+        """What may not come next: the last of a repeated n-gram or of too long a copy, and an early end."""
         params = self.params
-        if not params.no_repeat_ngram_size and not params.min_new_tokens:
+        if not params.no_repeat_ngram_size and not params.max_verbatim_tokens and not params.min_new_tokens:
             return
-        removed = self._followers.get(self._latest, set()) if params.no_repeat_ngram_size else set()
+        removed: set[int] = set()
+        ending_ids = {self.end_of_text_id, *params.stop_token_ids}
+        if self._copies is not None:
+            removed |= set(self._copies.ids(self.output_ids)) - ending_ids
+        if params.no_repeat_ngram_size:
+            removed |= self._followers.get(self._latest, set())
         if len(self.output_ids) < params.min_new_tokens:
-            removed = removed | {self.end_of_text_id, *params.stop_token_ids}
-        changed, self._removed = removed ^ self._removed, set(removed)
+            removed |= ending_ids
+        changed, self._removed = removed ^ self._removed, removed
         for token_id in changed:
             self._set_offset(token_id)
 

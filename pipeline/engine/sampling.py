@@ -6,13 +6,14 @@ The order is fixed; each filter sees the distribution that the earlier ones left
 2. repetition penalty, over prompt and output
 3. presence and frequency penalties, over the output
 4. no-repeat n-gram, over prompt and output
-5. minimum length
-6. temperature
-7. top-k
-8. top-p
-9. min-p
-10. typical-p
-11. draw
+5. runs of the training text, over the output
+6. minimum length
+7. temperature
+8. top-k
+9. top-p
+10. min-p
+11. typical-p
+12. draw
 
 Filters and order are those of `transformers` where it has them, but for one thing: of equally likely tokens at the edge
 of a filter all are kept, so that the outcome hangs on no sorting order.
@@ -26,7 +27,7 @@ a request.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,8 @@ from pipeline.errors import UserError
 Logits = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 TokenIds = Sequence[int] | npt.NDArray[np.integer]
+Followers = Callable[[list[int]], Iterable[int]]
+"""The tokens that follow a run of tokens in the training text, wherever it stands there."""
 
 REMOVED = np.float32(-np.inf)
 LARGEST_PENALTY = 1e30
@@ -50,18 +53,24 @@ def sample(
     end_of_text_id: int,
     seed: int,
     choice: int,
+    followers: Followers | None = None,
 ) -> int:
     """The next token of a continuation that so far holds `output_ids`.
 
-    `seed` stands in for `params.seed`, which may be null; `choice` is the index among the request's `n` continuations.
-    Raises what `filter_logits` raises.
+    `seed` stands in for `params.seed`, which may be null; `choice` is the index among the request's `n` continuations;
+    `max_verbatim_tokens` needs the `followers`. Raises what `filter_logits` raises.
     """
-    filtered = filter_logits(logits, params, prompt_ids, output_ids, end_of_text_id)
+    filtered = filter_logits(logits, params, prompt_ids, output_ids, end_of_text_id, followers)
     return draw(filtered, uniform(seed, choice, len(output_ids)))
 
 
 def filter_logits(
-    logits: Logits, params: SamplingParams, prompt_ids: TokenIds, output_ids: TokenIds, end_of_text_id: int
+    logits: Logits,
+    params: SamplingParams,
+    prompt_ids: TokenIds,
+    output_ids: TokenIds,
+    end_of_text_id: int,
+    followers: Followers | None = None,
 ) -> Logits:
     """Apply every filter in the module's order.
 
@@ -75,6 +84,7 @@ def filter_logits(
     logits = apply_repetition_penalty(logits, history_ids, params.repetition_penalty)
     logits = apply_output_penalties(logits, output_ids, params.presence_penalty, params.frequency_penalty)
     logits = apply_no_repeat_ngram(logits, history_ids, params.no_repeat_ngram_size)
+    logits = apply_verbatim_limit(logits, output_ids, params.max_verbatim_tokens, followers, ending_ids)
     logits = apply_minimum_length(logits, len(output_ids), params.min_new_tokens, ending_ids)
     _check_some_token_left(logits)
     # Each filter from here on keeps at least one token. The largest logit becomes 0, which changes no probability.
@@ -147,6 +157,37 @@ def apply_no_repeat_ngram(logits: Logits, token_ids: TokenIds, ngram_size: int) 
     begun = ids[len(ids) - ngram_size + 1 :]
     repeats = (ngrams[:, :-1] == begun).all(axis=1)
     return _remove(logits, ngrams[repeats, -1])
+
+
+def apply_verbatim_limit(
+    logits: Logits,
+    output_ids: TokenIds,
+    max_verbatim_tokens: int,
+    followers: Followers | None,
+    ending_ids: TokenIds,
+) -> Logits:
+    """Remove each token with which the output would end in more than `max_verbatim_tokens` training tokens in a row.
+
+    What ends the continuation copies nothing and stays. Only the output counts: what the prompt quotes, its author has.
+    """
+    return _remove(logits, verbatim_ids(output_ids, max_verbatim_tokens, followers, ending_ids))
+
+
+def verbatim_ids(
+    output_ids: TokenIds, max_verbatim_tokens: int, followers: Followers | None, ending_ids: TokenIds
+) -> list[int]:
+    """The tokens that `apply_verbatim_limit` removes."""
+    if max_verbatim_tokens == 0 or len(output_ids) < max_verbatim_tokens:
+        return []
+    run = [int(token_id) for token_id in output_ids[len(output_ids) - max_verbatim_tokens :]]
+    return [token_id for token_id in known(followers)(run) if token_id not in ending_ids]
+
+
+def known(followers: Followers | None) -> Followers:
+    """Raises `ValueError` where nobody knows the training text."""
+    if followers is None:
+        raise ValueError("max_verbatim_tokens needs to know what follows a run in the training text")
+    return followers
 
 
 def apply_minimum_length(logits: Logits, output_tokens: int, min_new_tokens: int, ending_ids: TokenIds) -> Logits:
@@ -335,7 +376,7 @@ def _check_some_token_left(logits: Logits) -> None:
     if likeliest == -math.inf:
         raise UserError(
             "the decoding parameters leave no token to draw; relax banned_token_ids, allowed_token_ids, "
-            "no_repeat_ngram_size or min_new_tokens"
+            "no_repeat_ngram_size, max_verbatim_tokens or min_new_tokens"
         )
     if not math.isfinite(likeliest):
         raise ArithmeticError(f"the model's logits hold {likeliest}")

@@ -107,7 +107,9 @@ class Scheduler:
         self._groups += 1
         requests = [
             Request(
-                Continuation(params, seed, choice, prompt, end_of_text, manifest.vocabulary_size),
+                Continuation(
+                    params, seed, choice, prompt, end_of_text, manifest.vocabulary_size, self._session.followers
+                ),
                 list(context),
                 group=self._groups,
                 prompt_tokens=len(context),

@@ -21,12 +21,15 @@ from pipeline.engine.kernel import Kernel, Rows
 from pipeline.engine.manifest import (
     CUDA_PRECISIONS,
     GRAPH_FILE,
+    INDEX_FOLDER,
     Manifest,
     check_files,
     listed_tokens,
     read_manifest,
 )
 from pipeline.engine.memory import CudaMemory, HostMemory, Memory, Place
+from pipeline.engine.sampling import Followers
+from pipeline.engine.verbatim import VerbatimText, open_index
 from pipeline.errors import UserError
 
 PROVIDERS = ("cpu", "cuda")
@@ -51,6 +54,7 @@ class Session:
         memory: Memory,
         slots: int,
         draw: Draw | None = None,
+        followers: Followers | None = None,
     ):
         self.manifest = manifest
         self.precision = precision
@@ -60,6 +64,8 @@ class Session:
         self.slots = slots
         self.draw = draw
         """Draws the next token of so many rows on the device; none where the host draws."""
+        self.followers = followers
+        """What follows a run in the training text; none where the engine holds no index of that."""
         self.lists_tokens = precision not in CUDA_PRECISIONS
         self.logits = np.zeros((slots, manifest.vocabulary_size), np.float32)
         """Row i: the logits of what slot i was fed last, float32 `[slots, vocabulary]`."""
@@ -214,7 +220,13 @@ def load_session(folder: Path, *, precision: str, provider: str, threads: int | 
     # The graph is fused as it is to run: beyond this level, what is faster apart on the processor would be joined.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     graph = _open(folder, manifest, precision, options, [cuda.PROCESSOR])
-    return Session(manifest, precision, "cpu", graph, HostMemory(), slots)
+    return Session(manifest, precision, "cpu", graph, HostMemory(), slots, followers=_followers(folder, manifest))
+
+
+def _followers(folder: Path, manifest: Manifest) -> Followers | None:
+    if not manifest.holds_index:
+        return None
+    return VerbatimText(open_index(folder / INDEX_FOLDER), manifest.end_of_text_id).followers
 
 
 def _open(
@@ -282,7 +294,8 @@ def _open_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int
         )
     logger.info("provider: cuda (%s)", precision)
     # Captured steps run as many rows as the next power of two.
-    return Session(manifest, precision, "cuda", graph, memory, 1 << (slots - 1).bit_length(), Kernel(memory.stream))
+    rows, draw = 1 << (slots - 1).bit_length(), Kernel(memory.stream)
+    return Session(manifest, precision, "cuda", graph, memory, rows, draw, _followers(folder, manifest))
 
 
 def _run_options(provider: str, *, capture: int | None) -> ort.RunOptions:

@@ -23,6 +23,7 @@ DECODING_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
     "no_repeat_ngram_size",
+    "max_verbatim_tokens",
     "repetition_detection",
     "logit_bias",
     "max_tokens",
@@ -125,6 +126,9 @@ class CompletionRequest(BaseModel):
     typical_p: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
+    max_verbatim_tokens: int | None = Field(
+        None, description="Drawn in a row as they stand in the training text, at most; 0 is no limit"
+    )
     repetition_detection: RepetitionDetection | None = Field(
         None, description="Ends a choice that has fallen into a loop, with the finish_reason `repetition`"
     )

@@ -18,6 +18,7 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.engine.build import build_engine
 from pipeline.engine.generator import Engine
 from pipeline.engine.parity import Parity, broken_promises, measure_parity
+from pipeline.engine.verbatim import VerbatimIndex, index_text
 from pipeline.errors import UserError, reported
 from pipeline.files import whole_folder, write_json
 from pipeline.params import ExportParams, load_params
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="folder of the fine-tuned checkpoint")
     parser.add_argument("base", type=Path, help="folder of the base stage")
-    parser.add_argument("tokens", type=Path, help="folder of the tokenize stage; its validation split is compared")
+    parser.add_argument("tokens", type=Path, help="folder of the tokenize stage, for parity and the index")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -44,19 +45,23 @@ def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: Export
 
     Raises `UserError` naming the promise that broke; nothing is left under `out` then.
     """
+    train = load_tokens(tokens / "train", tokenizer_sha256(checkpoint))
+    index = index_text(train.tokens) if params.verbatim_index else None
     with whole_folder(out) as partial:
-        export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits)
+        export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits, index)
         parity = certify(checkpoint, partial / "engine", tokens, params)
         write_json(partial / "parity.json", {precision: asdict(found) for precision, found in parity.items()})
-        # The base is there to be compared with, in what is evaluated.
-        export_checkpoint(base, partial / "base", params.precisions[:1], params.cache_bits)
+        # The base is there to be compared with, in what is evaluated and as that is decoded.
+        export_checkpoint(base, partial / "base", params.precisions[:1], params.cache_bits, index)
 
 
-def export_checkpoint(checkpoint: Path, out: Path, precisions: Sequence[str], cache_bits: int) -> None:
+def export_checkpoint(
+    checkpoint: Path, out: Path, precisions: Sequence[str], cache_bits: int, index: VerbatimIndex | None = None
+) -> None:
     """The standard ONNX graph through Optimum in `portable/`, and the engine in `engine/`."""
     # The weights are checked first: a graph of NaNs exports without a word.
     model = load_checkpoint(checkpoint)
-    build_engine(model, checkpoint, out / "engine", precisions, cache_bits=cache_bits)
+    build_engine(model, checkpoint, out / "engine", precisions, cache_bits=cache_bits, index=index)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         main_export(

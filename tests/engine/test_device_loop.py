@@ -111,6 +111,9 @@ def test_each_its_own_parameters_and_some_that_the_host_must_draw(
     each[2] = replace(each[2], logprobs=2, max_new_tokens=5)
     each[4] = replace(each[4], no_repeat_ngram_size=2, max_new_tokens=7)
     each[6] = replace(each[6], min_new_tokens=4)
+    each[8] = replace(each[8], max_verbatim_tokens=1, max_new_tokens=20)
+    for own in (engine, by_host):
+        monkeypatch.setattr(own.session, "followers", lambda run: list(range(run[-1] % 7, 300, 7)))
     found, expected = engine.generate(PROMPTS, each), by_host.generate(PROMPTS, each)
     assert found == expected
     assert 0 < len(asked) < 200

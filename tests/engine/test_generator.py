@@ -260,6 +260,11 @@ def test_what_a_loop_ends_is_what_is_drawn_without_it(tiny_engine: Engine, promp
             assert cut == (whole if end is None else Completion(ids[:end], "repetition"))
 
 
+def test_an_engine_without_its_text_refuses_a_limit_on_copies(tiny_engine: Engine) -> None:
+    with pytest.raises(UserError, match=r"^max_verbatim_tokens: this engine holds no index of its training text; exp"):
+        tiny_engine.generate([[5]], SamplingParams(max_verbatim_tokens=8))
+
+
 def test_the_end_of_the_context_finishes_by_length_and_is_never_passed(
     tiny_engine: Engine, tiny_model: GPT2LMHeadModel
 ) -> None:

@@ -30,6 +30,7 @@ parameters: st.SearchStrategy[SamplingParams] = st.builds(
     presence_penalty=st.sampled_from([0.0, 0.7, -1.0]),
     frequency_penalty=st.sampled_from([0.0, 0.3, -0.2]),
     no_repeat_ngram_size=st.sampled_from([0, 0, 1, 2, 3]),
+    max_verbatim_tokens=st.sampled_from([0, 0, 1, 2, 5]),
     logit_bias=st.dictionaries(st.integers(0, VOCABULARY - 1), st.sampled_from([-100.0, -3.0, 2.5, 100.0]), max_size=3),
     banned_token_ids=st.lists(st.integers(0, VOCABULARY - 1), max_size=3).map(tuple),
     allowed_token_ids=st.sampled_from([(), (), (), (5,), tuple(range(0, 600, 7))]),
@@ -40,9 +41,18 @@ parameters: st.SearchStrategy[SamplingParams] = st.builds(
 histories = st.lists(st.integers(0, 12), max_size=30)
 
 
+TRAINING_IDS = [0, 1, 2, 4, 5, 0, 1, 2, 8, 9, 0, 0, 0, 1, 12, 11, 10, 9, 8, 7, 6, 5, 4]
+
+
+def followers(run: list[int]) -> list[int]:
+    """What stands after a run in a training text."""
+    places = range(len(TRAINING_IDS) - len(run))
+    return [TRAINING_IDS[i + len(run)] for i in places if TRAINING_IDS[i : i + len(run)] == run]
+
+
 def continued(params: SamplingParams, prompt: list[int], output: list[int], choice: int = 0) -> Continuation:
     assert params.seed is not None
-    continuation = Continuation(params, params.seed, choice, prompt, END_OF_TEXT, VOCABULARY)
+    continuation = Continuation(params, params.seed, choice, prompt, END_OF_TEXT, VOCABULARY, followers)
     for token_id in output:
         continuation.append(token_id)
     return continuation
@@ -70,7 +80,7 @@ def make_logits(seed: int, spread: float, steps: int) -> Logits:
 
 def near_an_edge(logits: Logits, params: SamplingParams, prompt: list[int], output: list[int]) -> bool:
     """Whether the uniform lies within rounding of an edge, or a filter's own edge does."""
-    filtered = filter_logits(logits, params, prompt, output, END_OF_TEXT)
+    filtered = filter_logits(logits, params, prompt, output, END_OF_TEXT, followers)
     cdf = np.cumsum(softmax(filtered))
     continuation = continued(params, prompt, output)
     return bool((np.abs(cdf - continuation._uniform()) < EDGE).any())
@@ -102,7 +112,7 @@ def test_the_same_token_as_the_reference(
     assert params.seed is not None
     continuation = continued(params, prompt, output, choice)
     drawn = outcome(lambda: draw(continuation, logits, listed))
-    arguments = (params, prompt, output, END_OF_TEXT, params.seed, choice)
+    arguments = (params, prompt, output, END_OF_TEXT, params.seed, choice, followers)
     expected = outcome(lambda: sample(before, *arguments))
     np.testing.assert_array_equal(logits, before)
     if drawn != expected:

@@ -371,6 +371,7 @@ def test_no_filter_changes_its_input() -> None:
         presence_penalty=0.5,
         frequency_penalty=0.5,
         no_repeat_ngram_size=2,
+        max_verbatim_tokens=1,
         min_new_tokens=9,
         temperature=0.7,
         top_k=3,
@@ -383,7 +384,7 @@ def test_no_filter_changes_its_input() -> None:
     prompt, output = np.array([0, 1, 2]), np.array([3, 0])
     for array in (logits, prompt, output):
         array.setflags(write=False)  # a write would raise
-    sample(logits, params, prompt, output, END_OF_TEXT, 1, 0)
+    sample(logits, params, prompt, output, END_OF_TEXT, 1, 0, lambda run: [*run, 4])
     token_logprobs(logits, 3, 2)
 
 
@@ -395,6 +396,15 @@ def test_penalties_look_where_they_should() -> None:
     np.testing.assert_array_equal(presence, row(0, -1, 0, 0))
     ngram = filter_logits(logits, SamplingParams(no_repeat_ngram_size=2), [0, 1, 2], [0], 3)
     np.testing.assert_array_equal(ngram, row(0, -INF, 0, 0))
+    text = {(0,): [1, 3], (1,): [2, 3], (1, 0): [1, 2]}
+    copy = SamplingParams(max_verbatim_tokens=1)
+    found = filter_logits(logits, copy, [0], [1], 3, lambda run: text[tuple(run)])
+    np.testing.assert_array_equal(found, row(0, 0, -INF, 0))
+    nothing_drawn = filter_logits(logits, copy, [0, 1], [], 3, lambda run: text[tuple(run)])
+    np.testing.assert_array_equal(nothing_drawn, row(0, 0, 0, 0))
+    stop = SamplingParams(max_verbatim_tokens=2, stop_token_ids=(2,))
+    found = filter_logits(logits, stop, [], [0, 1, 0], 3, lambda run: text[tuple(run)])
+    np.testing.assert_array_equal(found, row(0, -INF, 0, 0))
 
 
 def test_ignore_eos_leaves_end_of_text_to_be_drawn() -> None:

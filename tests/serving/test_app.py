@@ -135,6 +135,13 @@ def test_a_loop_ends_with_a_reason_of_its_own(stream: bool, client: OpenAI) -> N
     assert (len(text), len(set(text)), str(reason)) == (5, 1, "repetition")
 
 
+def test_a_limit_on_copies_needs_an_engine_that_holds_its_text(running: Running) -> None:
+    answer = running.post(prompt="The lamp", max_verbatim_tokens=8)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "max_verbatim_tokens")
+    assert error["message"].startswith("max_verbatim_tokens: this engine holds no index of its training text; export")
+
+
 def test_a_request_gives_the_same_alone_and_among_others(running: Running) -> None:
     def ask(seed: int) -> str:
         return str(running.post(prompt="The lamp", **{**ENDLESS, "seed": seed}).json()["choices"][0]["text"])

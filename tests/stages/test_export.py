@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.engine.parity import Parity
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file
 from pipeline.params import ExportParams
+from pipeline.quality.memorization import longest_copies
 from pipeline.stages.export import certify, export
 from pipeline.tokens import load_tokens, tokenizer_sha256
 
@@ -60,7 +62,8 @@ def test_checkpoint_and_base_are_exported_in_both_forms(project: Project) -> Non
     assert {file.name for file in out.iterdir()} == {"base", "engine", "parity.json", "portable"}
     for folder in (out, out / "base"):
         precisions = project.params.export.precisions if folder == out else ["float32"]
-        assert {file.name for file in (folder / "engine").iterdir()} == {"engine.json", "tokenizer.json", *precisions}
+        names = {"engine.json", "tokenizer.json", "verbatim", *precisions}
+        assert {file.name for file in (folder / "engine").iterdir()} == names
         assert (folder / "portable" / "model.onnx").is_file()
 
 
@@ -87,8 +90,46 @@ def test_the_same_checkpoint_gives_the_same_engine(project: Project, tiny_engine
     # Otherwise DVC would run every later stage again, and register a new version.
     again = project.out / "export" / "base" / "engine"
     files = {file.relative_to(again) for file in again.rglob("*") if file.is_file()} - {Path("engine.json")}
+    # That of the tiny engine holds no text.
+    files = {file for file in files if file.parts[0] != "verbatim"}
     assert Path("float32/model.data") in files
     assert {file for file in files if sha256_file(again / file) != sha256_file(tiny_engine_folder / file)} == set()
+
+
+@pytest.mark.parametrize("folder", ["engine", "base/engine"])
+def test_no_longer_copy_of_the_training_text_than_is_allowed(folder: str, project: Project) -> None:
+    train = load_tokens(project.out / "tokenize" / "train", tokenizer_sha256(project.out / "base"))
+    engine = Engine.load(project.out / "export" / folder, provider="cpu")
+    prompts = [train.document(index)[:4].tolist() for index in range(20)]
+    # As likely as can be to go on with the text.
+    params = SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=40)
+    params = replace(params, logit_bias={int(token_id): 8.0 for token_id in np.unique(train.tokens)[1:]})
+
+    def longest(params: SamplingParams) -> int:
+        samples = [completion.token_ids for completion in engine.generate(prompts, params)]
+        return int(longest_copies(samples, train.tokens).lengths_tokens.max())
+
+    free = longest(params)
+    assert free >= 2
+    for most in range(1, free):
+        assert longest(replace(params, max_verbatim_tokens=most)) <= most
+
+
+def test_the_text_stays_behind_where_the_parameter_says_so(project: Project, tmp_path: Path) -> None:
+    checkpoint, tokens = project.out / "finetune" / "checkpoint", project.out / "tokenize"
+    params = project.params.export.model_copy(update={"verbatim_index": False, "precisions": ["float32"]})
+    export(checkpoint, project.out / "base", tokens, tmp_path / "out", params)
+    assert not list((tmp_path / "out").rglob("verbatim"))
+    with pytest.raises(UserError, match=r"export it again with export\.verbatim_index set to true"):
+        Engine.load(tmp_path / "out" / "engine").generate([[]], SamplingParams(max_verbatim_tokens=5))
+
+
+def test_a_text_that_is_not_what_was_exported_is_refused(project: Project, tmp_path: Path) -> None:
+    engine = Path(shutil.copytree(project.out / "export" / "engine", tmp_path / "engine"))
+    with (engine / "verbatim" / "tokens.npy").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match=r"verbatim/tokens\.npy: its SHA-256 is not the one in engine\.json"):
+        Engine.load(engine)
 
 
 def test_the_engine_holds_nothing_about_decoding(project: Project) -> None:
