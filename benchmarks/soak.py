@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ RUBBISH = (
     b'{"prompt": "a", "max_tokens": 1e99}',
     b"[" * 10_000,
 )
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server that is asked."""
+
+    port: int
+    longest_prompt: int
+    """In tokens."""
 
 
 def main() -> None:
@@ -86,6 +96,8 @@ def soak(engine: Path, precision: str, *, seconds: float, clients: int) -> str:
 
 
 def _soak(port: int, process: psutil.Process, seconds: float, clients: int) -> str:
+    (card,) = json.loads(_get(port, "/v1/models"))["data"]
+    target = Target(port, card["context_length"] // 3)
     ends = time.monotonic() + seconds
     counts: Counter[str] = Counter()
     faults: list[str] = []
@@ -93,11 +105,11 @@ def _soak(port: int, process: psutil.Process, seconds: float, clients: int) -> s
 
     def client(number: int) -> None:
         draw = random.Random(number)
-        acts: list[Callable[[int, random.Random], str]] = [_complete, _stream, _leave, _leave_at_once, _rubbish]
+        acts: list[Callable[[Target, random.Random], str]] = [_complete, _stream, _leave, _leave_at_once, _rubbish]
         while time.monotonic() < ends:
             act = draw.choice(acts)
             try:
-                outcome = act(port, draw)
+                outcome = act(target, draw)
             except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
                 outcome = f"fault: {act.__name__}: {error!r}"
             with lock:
@@ -131,32 +143,32 @@ def _soak(port: int, process: psutil.Process, seconds: float, clients: int) -> s
     return report
 
 
-def _complete(port: int, draw: random.Random) -> str:
-    status, body = _post(port, _body(draw))
+def _complete(target: Target, draw: random.Random) -> str:
+    status, body = _post(target.port, _body(target, draw))
     if status == 200:
         return "completed" if json.loads(body)["usage"]["completion_tokens"] else "fault: completed nothing"
     return "queue full" if status == 429 else f"fault: {status} {body!r}"
 
 
-def _stream(port: int, draw: random.Random) -> str:
-    status, body = _post(port, _body(draw) | {"stream": True})
+def _stream(target: Target, draw: random.Random) -> str:
+    status, body = _post(target.port, _body(target, draw) | {"stream": True})
     if status == 200:
         return "streamed" if body.endswith(b"data: [DONE]\n\n") else f"fault: a stream ended with {body[-200:]!r}"
     return "queue full" if status == 429 else f"fault: {status} {body!r}"
 
 
-def _leave(port: int, draw: random.Random) -> str:
+def _leave(target: Target, draw: random.Random) -> str:
     """Read a little of a stream, and close."""
-    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
-        connection.sendall(_request(_body(draw) | {"stream": True, "max_tokens": 500}))
+    with socket.create_connection(("127.0.0.1", target.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(_request(_body(target, draw) | {"stream": True, "max_tokens": 500}))
         begin = connection.recv(draw.randrange(16, 4000))
     return "queue full" if b" 429 " in begin else "left" if b" 200 " in begin else f"fault: {begin!r}"
 
 
-def _leave_at_once(port: int, draw: random.Random) -> str:
+def _leave_at_once(target: Target, draw: random.Random) -> str:
     """Send a request, or half of it, and close."""
-    request = _request(_body(draw) | {"stream": draw.random() < 0.5, "max_tokens": 500})
-    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
+    request = _request(_body(target, draw) | {"stream": draw.random() < 0.5, "max_tokens": 500})
+    with socket.create_connection(("127.0.0.1", target.port), timeout=PATIENCE_S) as connection:
         connection.sendall(request[: draw.choice([len(request), len(request) // 2])])
         if draw.random() < 0.5:
             with contextlib.suppress(OSError):
@@ -164,19 +176,19 @@ def _leave_at_once(port: int, draw: random.Random) -> str:
     return "left at once"
 
 
-def _rubbish(port: int, draw: random.Random) -> str:
+def _rubbish(target: Target, draw: random.Random) -> str:
     if draw.random() < 0.2:
-        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
+        with socket.create_connection(("127.0.0.1", target.port), timeout=PATIENCE_S) as connection:
             connection.sendall(draw.randbytes(200) + b"\r\n\r\n")
             connection.recv(100)
         return "rubbish refused"
-    status, body = _post(port, draw.choice(RUBBISH))
+    status, body = _post(target.port, draw.choice(RUBBISH))
     return "rubbish refused" if status == 400 else f"fault: {status} {body!r} for rubbish"
 
 
-def _body(draw: random.Random) -> dict[str, Any]:
+def _body(target: Target, draw: random.Random) -> dict[str, Any]:
     return {
-        "prompt": [draw.randrange(200) for _ in range(draw.randrange(1, 300))],
+        "prompt": [draw.randrange(200) for _ in range(draw.randint(1, target.longest_prompt))],
         "max_tokens": draw.randrange(1, 120),
         "n": draw.choice([1, 1, 1, 2]),
         "temperature": draw.choice([0, 0.7, 1.5]),
@@ -207,15 +219,18 @@ def _post(port: int, body: dict[str, Any] | bytes) -> tuple[int, bytes]:
 
 def _gauges(port: int) -> dict[str, float]:
     """What is in use by now."""
+    names = ("pipeline_queue_length", "pipeline_running_requests", "pipeline_cache_slots_used")
+    pairs = (line.split() for line in _get(port, "/metrics").splitlines() if line.startswith(names))
+    return {name: float(value) for name, value in pairs}
+
+
+def _get(port: int, path: str) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     try:
-        connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
+        connection.request("GET", path)
+        return connection.getresponse().read().decode()
     finally:
         connection.close()
-    names = ("pipeline_queue_length", "pipeline_running_requests", "pipeline_cache_slots_used")
-    pairs = (line.split() for line in lines if line.startswith(names))
-    return {name: float(value) for name, value in pairs}
 
 
 if __name__ == "__main__":
