@@ -190,7 +190,7 @@ def drive(port: int, contender: Contender, asked: Sequence[Asked], streams: int)
                 return
             times = stream(port, body_of(one, contender))
             with lock:
-                # A piece is a token, but for one that is no whole character by itself.
+                # An event is a token, or the tokens of a character: with the stand-in tokenizer half of all.
                 if times is None:
                     total.lost += 1
                     continue
@@ -277,7 +277,7 @@ def report(
         f"continuations of {NEW_TOKENS[0]} to {NEW_TOKENS[1]} tokens; "
         f"median of {arguments.rounds} rounds",
         "",
-        f"{'streams':>7} {'':22} {'tokens/s':>9} {'first token, s':>16} {'between tokens, ms':>20} {'lost':>5}",
+        f"{'streams':>7} {'':22} {'tokens/s':>9} {'first token, s':>16} {'between events, ms':>20} {'lost':>5}",
         f"{'':7} {'':22} {'':9} {'p50':>8}{'p99':>8} {'p50':>10}{'p99':>10}",
     ]
     for (streams, name), rounds in found.items():
