@@ -14,6 +14,19 @@ from pipeline.tokens import write_tokens
 ROOT = Path(__file__).parents[1]
 
 
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A benchmark as a process, from the repository's root."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory and processor time from /proc")
 def test_decode_compares_the_engine_with_its_peers(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/decode.py", "--checkpoint", "tiny", "--rounds", "1", "--new-tokens", "4"]
@@ -28,15 +41,7 @@ def test_decode_compares_the_engine_with_its_peers(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "result"),
     ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run(command)
     assert done.returncode == 0, done.stderr
     result = (tmp_path / "result").read_text()
     assert result == done.stdout
@@ -51,15 +56,7 @@ def test_finetune_compares_training_with_transformers_recipe(tiny_tokenizer: Tok
         folder.mkdir(parents=True)
         write_tokens(folder, ["The lamp on Gull Rock went out. " * 20] * count, tiny_tokenizer, "digest")
     command = [sys.executable, "benchmarks/finetune.py", "--shape", "tiny", "--steps", "3", "--documents", "1"]
-    done = subprocess.run(
-        [*command, "--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "result")],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run([*command, "--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "result")])
     assert done.returncode == 0, done.stderr
     result = (tmp_path / "result").read_text()
     assert result == done.stdout
@@ -71,15 +68,7 @@ def test_finetune_compares_training_with_transformers_recipe(tiny_tokenizer: Tok
 def test_serve_compares_the_server_with_the_engine_alone(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/serve.py", "--checkpoint", "tiny", "--precision", "float32"]
     command += ["--threads", "1", "--streams", "1,2", "--requests", "4", "--rounds", "1"]
-    done = subprocess.run(
-        [*command, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "result")],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run([*command, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "result")])
     assert done.returncode == 0, done.stderr
     result = (tmp_path / "result").read_text()
     assert result == done.stdout
@@ -89,15 +78,7 @@ def test_serve_compares_the_server_with_the_engine_alone(tmp_path: Path) -> None
 
 def test_a_soak_leaves_the_server_as_it_was(tiny_engine_folder: Path) -> None:
     command = [sys.executable, "benchmarks/soak.py", "--engine", str(tiny_engine_folder), "--precision", "float32"]
-    done = subprocess.run(
-        [*command, "--seconds", "6", "--clients", "8"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run([*command, "--seconds", "6", "--clients", "8"])
     assert done.returncode == 0, done.stderr
     assert "in use in the end: nothing" in done.stdout
 
@@ -105,14 +86,6 @@ def test_a_soak_leaves_the_server_as_it_was(tiny_engine_folder: Path) -> None:
 @pytest.mark.skipif(not cuda.obstacles(), reason="CUDA runs here")
 def test_a_gpu_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/decode.py", "--checkpoint", "tiny", "--provider", "cuda"]
-    done = subprocess.run(
-        [*command, "--contexts", "8", "--new-tokens", "4", "--work", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run([*command, "--contexts", "8", "--new-tokens", "4", "--work", str(tmp_path)])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: provider: CUDA does not run here: ")
