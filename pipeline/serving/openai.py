@@ -13,28 +13,6 @@ from pipeline.serving.text import merge_decoding
 MOST_LOGPROBS = 20
 OWN_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 """What a field of the API is called here, where that is something else."""
-DECODING_FIELDS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "no_repeat_ngram_size",
-    "max_verbatim_tokens",
-    "repetition_detection",
-    "logit_bias",
-    "max_tokens",
-    "min_tokens",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "seed",
-    "n",
-    "logprobs",
-)
 
 Outcome = Literal["completed", "cancelled", "refused", "rejected", "timed_out", "failed"]
 
@@ -169,7 +147,8 @@ class CompletionRequest(BaseModel):
 
         A `max_tokens` of 0 draws nothing, and stands for what the model's own is. Raises `ApiError`.
         """
-        values = {OWN_NAMES.get(name, name): getattr(self, name) for name in DECODING_FIELDS}
+        asked = {OWN_NAMES.get(name, name): getattr(self, name) for name in CompletionRequest.model_fields}
+        values = {name: value for name, value in asked.items() if name in SamplingParams.__dataclass_fields__}
         if self.repetition_detection is not None:
             values["repetition_detection"] = self.repetition_detection.values()
         if isinstance(self.stop, str):
