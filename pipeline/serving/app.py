@@ -179,7 +179,6 @@ class Call:
         self._timeout_s = timeout_s
         self._pieces: asyncio.Queue[list[Piece] | Exception] = asyncio.Queue()
         self._open = job.choices
-        self._closed = False
 
     @classmethod
     async def begin(
@@ -245,9 +244,6 @@ class Call:
 
     def close(self, outcome: str) -> None:
         """Free what the call holds, and count how it ended. Called once, whatever happens."""
-        if self._closed:
-            return
-        self._closed = True
         if self._open:
             self.model.worker.cancel(self.job)
         self._metrics.requests.labels(outcome).inc()
@@ -373,7 +369,7 @@ class BodyLimit:
             return
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if told.isdigit() and int(told) > self._most_bytes:
-            await _too_large(self._most_bytes)(scope, receive, send)
+            await _error(ApiError(413, _too_large(self._most_bytes)))(scope, receive, send)
             return
         read = 0
 
@@ -382,7 +378,7 @@ class BodyLimit:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._most_bytes:
-                raise HTTPException(413)
+                raise HTTPException(413, _too_large(self._most_bytes))
             return message
 
         await self._app(scope, counted, send)
@@ -405,7 +401,7 @@ def playground() -> tuple[str, str]:
 
 
 def keys_from_environment() -> tuple[str, ...]:
-    """The keys of which a client must have one; none where everybody may ask. Raises `UserError` for one too short."""
+    """The keys of which a client must have one, or none. Raises `UserError` for one that no header carries."""
     keys = tuple(key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip())
     if any(not key.isascii() or not key.isprintable() for key in keys):
         raise UserError(f"{KEYS_VARIABLE}: a key holds characters that no header carries; use letters and digits")
@@ -454,8 +450,6 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(HTTPException)
     async def of_http(_: Request, error: HTTPException) -> Response:
         texts = {404: "no such address; /docs lists those that are", 405: "this address takes another method"}
-        if error.status_code == 413:
-            return _too_large(BODY_BYTES)
         text = texts.get(error.status_code, str(error.detail))
         return _error(ApiError(error.status_code, text, headers=dict(error.headers or {})))
 
@@ -535,8 +529,8 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _too_large(most_bytes: int) -> Response:
-    return _error(ApiError(413, f"the body is larger than {most_bytes:,} bytes"))
+def _too_large(most_bytes: int) -> str:
+    return f"the body is larger than {most_bytes:,} bytes"
 
 
 def _error(error: ApiError) -> Response:

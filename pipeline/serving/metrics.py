@@ -23,7 +23,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
-    """The measures of one server; `models` gives what it holds when it is read."""
+    """The measures of one server."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
