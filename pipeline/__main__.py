@@ -104,7 +104,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from pipeline.tracking import store_errors, store_uri
 
     store = store_uri()
-    ui_url = store if store.startswith(("http://", "https://")) else f"http://127.0.0.1:{UI_PORT}"
+    ui_url = store if _is_server(store) else f"http://127.0.0.1:{UI_PORT}"
     model = arguments.model or f"models:/{load_params().register_.name}@champion"
     # A registered model brings its own decoding.
     decoding = SamplingParams() if model.startswith("models:") else load_params().evaluate.decoding
@@ -136,6 +136,11 @@ def _engine_and_decoding(model: str | None) -> tuple[Path, SamplingParams]:
     with store_errors():
         connect(create=False)
         return fetch_model(model)
+
+
+def _is_server(store: str) -> bool:
+    """Whether a tracking store is a server of MLflow, which shows its runs itself."""
+    return store.startswith(("http://", "https://"))
 
 
 def _option(name: str) -> str:
@@ -259,7 +264,7 @@ def _ui(arguments: argparse.Namespace) -> None:
     from pipeline.tracking import connect, without_password
 
     uri = connect().tracking_uri
-    if uri.startswith(("http://", "https://")):
+    if _is_server(uri):
         print(f"{without_password(uri)} is a server, and shows its runs itself: open it in a browser")
         return
     # Beside this Python, which need not be on the path. The store is there by now: two that make it would collide.
