@@ -31,6 +31,16 @@ class Completion:
     top_logprobs: list[dict[int, float]] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a model makes of a text that it is given."""
+
+    logprobs: NDArray[np.float64]
+    """Natural log-probability of each token but the first, float64 `[tokens - 1]`."""
+    mean_state: NDArray[np.float64]
+    """The last hidden states, which the logits are made of, on average over the tokens: float64 `[width]`."""
+
+
 class Engine:
     """GPT-2 on ONNX Runtime. `Engine.load` makes one.
 
@@ -134,13 +144,23 @@ class Engine:
             self.check_text(ids)
         scores = []
         for ids in texts:
-            parts = [np.zeros(0)]
-            for start, logits in self._logits(ids):
-                followers = np.asarray(ids[start + 1 : start + 1 + len(logits)], np.int64)
-                rows = log_softmax(logits[: len(followers)])
-                parts.append(rows[np.arange(len(followers)), followers])
+            parts = [_logprobs_of_next(logits, ids, start) for start, logits in self._logits(ids)]
             scores.append(np.concatenate(parts))
         return scores
+
+    def read(self, texts: Sequence[Sequence[int]]) -> list[Reading]:
+        """Score texts, and tell where each lies among the model's hidden states. Raises `UserError` as `score` does."""
+        for ids in texts:
+            self.check_text(ids)
+        readings = []
+        for ids in texts:
+            logprobs, total = [], np.zeros(self.manifest.width)
+            for start in range(0, len(ids), SCORING_CHUNK_TOKENS):
+                logits, states = self.session.read(ids[start : start + SCORING_CHUNK_TOKENS], start)
+                logprobs.append(_logprobs_of_next(logits, ids, start))
+                total += states.sum(axis=0, dtype=np.float64)
+            readings.append(Reading(np.concatenate(logprobs), total / len(ids)))
+        return readings
 
     def echo(self, text: Sequence[int], top_count: int) -> list[Token]:
         """The tokens of a text, each with its log-probability and the `top_count` likeliest in its place.
@@ -215,6 +235,13 @@ class Engine:
         for token_id in ids:
             if not 0 <= token_id < self.manifest.vocabulary_size:
                 raise UserError(f"{name}: token id {token_id} is not in [0, {self.manifest.vocabulary_size})")
+
+
+def _logprobs_of_next(logits: NDArray[np.float32], ids: Sequence[int], start: int) -> NDArray[np.float64]:
+    """Natural log-probability of the token that follows each of those from `start` on, as far as one does."""
+    followers = np.asarray(ids[start + 1 : start + 1 + len(logits)], np.int64)
+    rows = log_softmax(logits[: len(followers)])
+    return np.asarray(rows[np.arange(len(followers)), followers])
 
 
 def _seed(params: SamplingParams) -> int:

@@ -8,10 +8,11 @@ Inputs, of `rows` sequences of `tokens` new tokens each:
 - `logit_rows`: int64 `[wanted]`, which of the `rows * tokens` new tokens logits are wanted of;
 - `past.N.key`, `past.N.value`: `[rows, heads, context, head width]`, the whole buffer of layer N.
 
-Outputs: `logits`, float32 `[wanted, vocabulary]`; where the host draws, `top_logits` and `top_ids`, float32 and int64
-`[wanted, listed]`, the likeliest of them in descending order; and `present.N.key`, `present.N.value`, which are bound
-to the memory of `past`: a step writes its tokens' keys and values into it, and nothing is copied. More than one new
-token after a past takes a single row.
+Outputs: `logits`, float32 `[wanted, vocabulary]`; `states`, `[wanted, width]` in the graph's own floats, what the
+logits are made of, which costs nothing where nobody binds it; where the host draws, `top_logits` and `top_ids`, float32
+and int64 `[wanted, listed]`, the likeliest of the logits in descending order; and `present.N.key`, `present.N.value`,
+which are bound to the memory of `past`: a step writes its tokens' keys and values into it, and nothing is copied. More
+than one new token after a past takes a single row.
 
 The operators are ONNX Runtime's own where those fuse what GPT-2 does (`com.microsoft`): CPU and CUDA have each of them.
 """
@@ -27,7 +28,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from pipeline.engine.manifest import CUDA_PRECISIONS, listed_tokens
+from pipeline.engine.manifest import CUDA_PRECISIONS, STATES, listed_tokens
 from pipeline.engine.quantization import Quantized, quantize
 
 WEIGHTS_FILE = "model.data"
@@ -134,8 +135,8 @@ def head(graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, hidd
     """The last normalization, and the logits of the tokens that are asked for."""
     normed, _ = graph.normalize("ln_f", weights, shape, hidden, residual, f"h.{shape.layers - 1}.mlp.c_proj.bias")
     flat = graph.add("Reshape", [normed, graph.constant("flat", np.array([-1, shape.width]))], "ln_f.flat")
-    rows = graph.add("Gather", [flat, "logit_rows"], "ln_f.rows")
-    graph.unembed(rows, weights.get("lm_head.weight", weights["wte.weight"]), tied="lm_head.weight" not in weights)
+    states = graph.add("Gather", [flat, "logit_rows"], STATES)
+    graph.unembed(states, weights.get("lm_head.weight", weights["wte.weight"]), tied="lm_head.weight" not in weights)
     if graph.precision not in CUDA_PRECISIONS:
         listed = graph.constant("listed", np.array([listed_tokens(shape.vocabulary_size)]))
         graph.nodes.append(helper.make_node("TopK", ["logits", listed], ["top_logits", "top_ids"], name="top_logits"))
@@ -354,7 +355,9 @@ class GraphWriter:
             helper.make_tensor_value_info("top_logits", TensorProto.FLOAT, listed),
             helper.make_tensor_value_info("top_ids", TensorProto.INT64, listed),
         ]
-        outputs = [logits, *(top if self.precision not in CUDA_PRECISIONS else []), *cache[len(cache) // 2 :]]
+        floats = helper.np_dtype_to_tensor_dtype(np.dtype(self.float_type))
+        states = helper.make_tensor_value_info(STATES, floats, ["wanted", shape.width])
+        outputs = [logits, states, *(top if self.precision not in CUDA_PRECISIONS else []), *cache[len(cache) // 2 :]]
         graph = helper.make_graph(self.nodes, "gpt2", inputs, outputs, list(self.initializers.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="gpt2-pipeline")

@@ -12,6 +12,8 @@ MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
 INDEX_FOLDER = "verbatim"
 """Where an engine holds the index of its training text, if it does: `pipeline.engine.verbatim`."""
+STATES = "states"
+"""The output of a graph that is the last hidden state; those exported before it was there lack it."""
 CUDA_PRECISIONS = ("float16", "int8_float16")
 """Those that run on CUDA: activations and cache in float16, and no list of the likeliest tokens, as the GPU draws."""
 LISTED_TOKENS = 128

@@ -22,6 +22,7 @@ from pipeline.engine.manifest import (
     CUDA_PRECISIONS,
     GRAPH_FILE,
     INDEX_FOLDER,
+    STATES,
     Manifest,
     check_files,
     listed_tokens,
@@ -90,7 +91,8 @@ class Session:
         self._uncaptured = _run_options(provider, capture=None)
         self._captures = 0
         self._decoding: dict[int, ort.IOBinding] = {}
-        self._filling: dict[int, ort.IOBinding] = {}
+        self._filling: dict[tuple[int, bool], ort.IOBinding] = {}
+        """By slot, and whether the states are read too: what was bound once, stays so."""
 
     def decode(self, token_ids: Sequence[int], positions: Sequence[int]) -> None:
         """Feed one token to each of the first slots; their logits then stand in the first rows of `logits`.
@@ -128,6 +130,22 @@ class Session:
         self.graph.run_with_iobinding(binding, self._uncaptured)
         return logits
 
+    def read(self, token_ids: Sequence[int], past_tokens: int) -> tuple[NDArray[np.float32], NDArray[np.floating]]:
+        """What `score` gives, and the last hidden state of each token, `[tokens, width]` in the graph's own floats.
+
+        Raises `UserError` where the graph does not tell it.
+        """
+        if STATES not in (output.name for output in self.graph.get_outputs()):
+            raise UserError("the engine was exported before it told its hidden states; export the checkpoint again")
+        logits = np.empty((len(token_ids), self.manifest.vocabulary_size), np.float32)
+        half = self.precision in CUDA_PRECISIONS
+        states = np.empty((len(token_ids), self.manifest.width), np.float16 if half else np.float32)
+        binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(len(token_ids)), reads_states=True)
+        bind(binding.bind_output, "logits", place(logits))
+        bind(binding.bind_output, STATES, place(states))
+        self.graph.run_with_iobinding(binding, self._uncaptured)
+        return logits, states
+
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Give a slot the first `tokens` of another's."""
         if tokens == 0:
@@ -157,12 +175,19 @@ class Session:
         return binding
 
     def _bind_prefill(
-        self, slot: int, token_ids: Sequence[int], past_tokens: int, rows: NDArray[np.int64]
+        self,
+        slot: int,
+        token_ids: Sequence[int],
+        past_tokens: int,
+        rows: NDArray[np.int64],
+        *,
+        reads_states: bool = False,
     ) -> ort.IOBinding:
-        if slot not in self._filling:
-            self._filling[slot] = self.graph.io_binding()
-            self.bind_cache(self._filling[slot], slot, 1)
-        binding = self._filling[slot]
+        key = (slot, reads_states)
+        if key not in self._filling:
+            self._filling[key] = self.graph.io_binding()
+            self.bind_cache(self._filling[key], slot, 1)
+        binding = self._filling[key]
         end = past_tokens + len(token_ids)
         # ONNX Runtime copies what is bound so.
         binding.bind_cpu_input("input_ids", np.array([token_ids], np.int64))

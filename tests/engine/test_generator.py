@@ -349,6 +349,21 @@ def test_score_is_pytorchs_cross_entropy_of_each_token(
         np.testing.assert_allclose(score, -losses.numpy(), atol=LOGIT_TOLERANCE)
 
 
+def test_a_text_is_read_in_parts_as_it_is_scored(
+    tiny_engine: Engine, tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.engine.generator.SCORING_CHUNK_TOKENS", 7)
+    texts = [[3], [(17 * index) % 300 for index in range(40)]]
+    for text, reading, scored in zip(texts, tiny_engine.read(texts), tiny_engine.score(texts), strict=True):
+        with torch.inference_mode():
+            states = tiny_model.transformer(torch.tensor([text])).last_hidden_state[0].double()
+        np.testing.assert_array_equal(reading.logprobs, scored)
+        assert reading.mean_state.dtype == np.float64
+        np.testing.assert_allclose(reading.mean_state, states.mean(dim=0).numpy(), atol=1e-5)
+    with pytest.raises(UserError, match="fit in the context"):
+        tiny_engine.read([[1] * 65])
+
+
 def test_score_refuses_what_it_cannot_score(tiny_engine: Engine) -> None:
     with pytest.raises(UserError, match=r"^text: 65 tokens do not fit in the context of 64$"):
         tiny_engine.score([[1] * 65])

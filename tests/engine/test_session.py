@@ -125,6 +125,29 @@ def test_every_precision_runs_here_and_says_nearly_the_same(
     np.testing.assert_allclose(engine.session.logits[:2], engine.session.score(text, 0)[[20, 30]], atol=tolerance / 2)
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 0.05), ("int8", 1.5)])
+def test_states_are_what_pytorch_makes_its_logits_of(
+    precision: str, tolerance: float, tiny_engine_folder: Path, tiny_model: GPT2LMHeadModel
+) -> None:
+    session = Engine.load(tiny_engine_folder, precision=precision, provider="cpu", threads=1).session
+    text = [(17 * index) % 300 for index in range(40)]
+    with torch.inference_mode():
+        expected = tiny_model.transformer(torch.tensor([text])).last_hidden_state[0].numpy()
+    alone = session.score(text, 0)
+    logits, states = session.read(text, 0)
+    np.testing.assert_allclose(states, expected, atol=tolerance, rtol=0)
+    np.testing.assert_array_equal(logits, alone)
+    # What was bound for them stays out of what is scored without them.
+    del states
+    np.testing.assert_array_equal(session.score(text, 0), alone)
+
+
+def test_a_graph_that_does_not_tell_its_states_is_refused(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.engine.session.STATES", "of_later_days")
+    with pytest.raises(UserError, match="before it told its hidden states; export"):
+        tiny_engine.session.read([1, 2], 0)
+
+
 def test_a_prompt_read_in_passes_gives_the_same(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tiny_engine.session
     text = [(17 * index) % 300 for index in range(20)]
