@@ -28,6 +28,8 @@ OPEN_PROMPTS = 6
 FRONT_MARGIN = 2.0
 """The plot of trials ends at so many times the worst of the front: one trial that babbles would press all others into
 a corner."""
+LABEL_POINTS = 13
+"""Height of a label in that plot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,28 +309,28 @@ def _search_chart(trials: Sequence[Mapping[str, Any]]) -> str:
     axes.set(xlim=(0, limits[0]), ylim=(0, limits[1]))
     front = sorted(_places(trial for trial in trials if trial["on_front"]))
     dots: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 5, "markeredgewidth": 0}
-    for state, label, color, alpha in (("pruned", "ended early", MARK, 0.25), ("complete", "whole", DATA, 0.7)):
+    for state, color, alpha in (("pruned", MARK, 0.25), ("complete", DATA, 0.7)):
         if places := _places(trial for trial in trials if trial["state"] == state):
-            axes.plot(*zip(*places, strict=True), color=color, alpha=alpha, label=label, **dots)
+            axes.plot(*zip(*places, strict=True), color=color, alpha=alpha, label=state, **dots)
     if front:
         axes.plot(*zip(*front, strict=True), "o-", color=MODEL, markersize=6, label="the front")
-    for trial in trials:
-        if trial["preset"] is not None:
-            axes.annotate(
-                trial["preset"],
-                (trial["too_wild"], trial["too_tame"]),
-                xytext=(7, 5),
-                textcoords="offset points",
-                color=MARK,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-            )
+    presets = sorted((trial for trial in trials if trial["preset"] is not None), key=lambda trial: -trial["too_wild"])
+    for height, trial in enumerate(presets):
+        axes.annotate(
+            trial["preset"],
+            (trial["too_wild"], trial["too_tame"]),
+            # One above the other, for presets may lie close together.
+            xytext=(12, 6 + LABEL_POINTS * height),
+            textcoords="offset points",
+            color=MARK,
+            arrowprops={"arrowstyle": "-", "color": MARK, "linewidth": 0.7},
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )
     figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=MARK)
-    presets = "; ".join(
-        f"{trial['preset']}: too wild {trial['too_wild']:.2f}, too tame {trial['too_tame']:.2f}"
-        for trial in trials
-        if trial["preset"] is not None
+    told = "; ".join(
+        f"{trial['preset']}: too wild {trial['too_wild']:.2f}, too tame {trial['too_tame']:.2f}" for trial in presets
     )
-    return inline_chart(figure, "search", f"Trials of the search by their two faults. {presets}")
+    return inline_chart(figure, "search", f"Trials of the search by their two faults. {told}")
 
 
 def _places(trials: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
@@ -352,11 +354,11 @@ def _searched_told(trials: Sequence[Mapping[str, Any]]) -> str:
     limits = _limits(trials)
     beyond = sum(wild > limits[0] or tame > limits[1] for wild, tame in _places(trials))
     told = [
-        f"{len(trials)} trials, of which {pruned} ended early, after fewer prompts than the others.",
+        f"{len(trials)} trials, of which {pruned} pruned, after fewer prompts than the others.",
         "No trial is better than one of the front in both faults.",
     ]
     if beyond:
-        told.append(f"{beyond} lie beyond the plot.")
+        told.append(f"Beyond the plot: {beyond}.")
     return " ".join(told)
 
 

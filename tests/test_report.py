@@ -284,8 +284,8 @@ def test_the_charts_tell_what_they_show_and_share_no_id() -> None:
 
 
 def test_trials_beyond_the_plot_are_counted() -> None:
-    assert "4 trials, of which 1 ended early" in text(tree(page()))
-    assert "1 lie beyond the plot." in text(tree(page()))
+    assert "4 trials, of which 1 pruned" in text(tree(page()))
+    assert "Beyond the plot: 1." in text(tree(page()))
 
 
 def test_both_decodings_stand_side_by_side() -> None:
