@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.decoding import SamplingParams, list_types, scalar_types
+from pipeline.decoding import ModelDecoding, SamplingParams, list_types, scalar_types
 from pipeline.errors import UserError, reported
 from pipeline.params import load_params
 
@@ -57,11 +57,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     # Imported here, so that `--help` is there at once.
     from pipeline.serving.text import TextGenerator, merge_decoding
 
-    folder, defaults = _engine_and_decoding(arguments.model)
+    folder, decoding = _engine_and_decoding(arguments.model)
     values = {name: value for name, value in vars(arguments).items() if name in SamplingParams.__dataclass_fields__}
     if arguments.logit_bias:
         values["logit_bias"] = dict(arguments.logit_bias)
-    params = merge_decoding(defaults, values)
+    params = merge_decoding(decoding.default, values)
     generator = TextGenerator.load(folder, precision=arguments.precision, provider=arguments.provider)
     # Before anything is shown: a prompt that does not fit is refused here.
     pieces = generator.stream(arguments.prompt, params)
@@ -107,11 +107,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     ui_url = store if _is_server(store) else f"http://127.0.0.1:{UI_PORT}"
     model = arguments.model or f"models:/{load_params().register_.name}@champion"
     # A registered model brings its own decoding.
-    decoding = SamplingParams() if model.startswith("models:") else load_params().evaluate.decoding
+    own = SamplingParams() if model.startswith("models:") else load_params().evaluate.decoding
     with store_errors():
         serve(
             model,
-            decoding,
+            ModelDecoding(own),
             host=arguments.host,
             port=arguments.port,
             provider=arguments.provider,
@@ -127,9 +127,9 @@ def _serve(arguments: argparse.Namespace) -> None:
         )
 
 
-def _engine_and_decoding(model: str | None) -> tuple[Path, SamplingParams]:
+def _engine_and_decoding(model: str | None) -> tuple[Path, ModelDecoding]:
     if model is None or not model.startswith("models:"):
-        return Path(model or OUT / "export" / "engine"), load_params().evaluate.decoding
+        return Path(model or OUT / "export" / "engine"), ModelDecoding(load_params().evaluate.decoding)
     from pipeline.registry import fetch_model
     from pipeline.tracking import connect, store_errors
 

@@ -1,11 +1,16 @@
-"""`SamplingParams`: how a continuation is decoded. Names, neutral values and ranges stand here and nowhere else."""
+"""How a continuation is decoded: `SamplingParams`, and `ModelDecoding`, what a model brings of them.
+
+Names, neutral values and ranges of the parameters stand here and nowhere else.
+"""
 
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pipeline.errors import UserError
+from pipeline.files import read_json
 
 LONGEST_LOOP_TOKENS = 1024
 """Of a run that `repetition_detection` looks for: what a step costs at most grows with it."""
@@ -142,6 +147,46 @@ class SamplingParams:
             for name, value in values.items()
             if value != getattr(neutral, name)
         }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDecoding:
+    """The decoding parameters that a model brings: where its caller sets nothing, and by the names of its presets."""
+
+    default: SamplingParams
+    presets: Mapping[str, SamplingParams] = field(default_factory=dict)
+    """Each is whole: nothing of `default` stands in one."""
+
+    def named(self, preset: str | None) -> SamplingParams:
+        """Those of a preset; null names `default`. Raises `UserError` for a name that the model does not have."""
+        if preset is None:
+            return self.default
+        if not self.presets:
+            raise UserError(f"preset: this model has no presets, got {preset!r}; leave it out")
+        if preset not in self.presets:
+            raise UserError(f"preset: {preset!r} is none of {', '.join(self.presets)}")
+        return self.presets[preset]
+
+
+def read_decoding(decoding: Path, presets: Path | None) -> ModelDecoding:
+    """What `decoding.json` and `presets.json` hold; a model from before there were presets has no second file.
+
+    Raises `UserError` naming file, preset and parameter.
+    """
+    named = {} if presets is None else _read(presets)
+    if not isinstance(named, Mapping):
+        raise UserError(f"{presets}: expected names and their decoding parameters, got {named!r}")
+    return ModelDecoding(
+        SamplingParams.from_mapping(_read(decoding), section=f"{decoding}: decoding"),
+        {name: SamplingParams.from_mapping(values, section=f"{presets}: {name}") for name, values in named.items()},
+    )
+
+
+def _read(file: Path) -> Any:
+    try:
+        return read_json(file)
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
 
 
 _SCALARS = {hint: kind for kind in (bool, int, float, str) for hint in (kind, kind | None)}

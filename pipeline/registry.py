@@ -12,9 +12,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature, get_model_info
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import ModelDecoding, read_decoding
 from pipeline.errors import UserError
-from pipeline.files import read_json
 from pipeline.tracking import store_lock
 
 CHAMPION = "champion"
@@ -123,8 +122,8 @@ def resolve(client: MlflowClient, uri: str) -> ModelVersion:
         raise UserError(f"{uri}: the registry does not hold it ({str(error).splitlines()[0]})") from error
 
 
-def fetch_model(uri: str, into: Path | None = None) -> tuple[Path, SamplingParams]:
-    """The engine folder and the decoding parameters of a registered model, `models:/NAME@ALIAS` or `models:/NAME/N`.
+def fetch_model(uri: str, into: Path | None = None) -> tuple[Path, ModelDecoding]:
+    """The engine folder and the decoding of a registered model, `models:/NAME@ALIAS` or `models:/NAME/N`.
 
     They lie in a copy where `into` is given. Its code is not read. Raises `UserError` where the registry does not hold
     it, or `register` did not make it.
@@ -136,6 +135,5 @@ def fetch_model(uri: str, into: Path | None = None) -> tuple[Path, SamplingParam
     artifacts = Model.load(str(folder)).flavors.get("python_function", {}).get("artifacts", {})
     if not {"engine", "decoding"} <= artifacts.keys():
         raise UserError(f"{uri}: holds no engine with its decoding; name a model that the register stage made")
-    return folder / artifacts["engine"]["path"], SamplingParams.from_mapping(
-        read_json(folder / artifacts["decoding"]["path"])
-    )
+    paths = {name: folder / artifact["path"] for name, artifact in artifacts.items()}
+    return paths["engine"], read_decoding(paths["decoding"], paths.get("presets"))

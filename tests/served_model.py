@@ -12,13 +12,21 @@ import requests
 import uvicorn
 from fastapi import FastAPI
 
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.serving.app import Limits, create_app
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.served import FolderSource, Served, Source
 from pipeline.serving.text import TextGenerator
 
-OWN_DECODING = SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=12)
+DECODING = ModelDecoding(
+    SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=12),
+    {
+        "balanced": SamplingParams(temperature=0.9, min_p=0.02, max_new_tokens=14),
+        # So narrow and so wide that texts of a model with random weights show it.
+        "faithful": SamplingParams(temperature=0.0, max_new_tokens=10),
+        "adventurous": SamplingParams(temperature=1.3, typical_p=0.95, repetition_detection=(8, 3), max_new_tokens=16),
+    },
+)
 SLOTS = 4
 PATIENCE_S = 30
 
@@ -47,7 +55,7 @@ def served_folder(folder: Path, *, source: Source | None = None, max_queue: int 
     def load(engine: Path) -> TextGenerator:
         return TextGenerator.load(engine, precision="float32", provider="cpu", threads=1, slots=SLOTS)
 
-    source = source or FolderSource(folder, OWN_DECODING)
+    source = source or FolderSource(folder, DECODING)
     return Served(source, load, max_queue=max_queue, on_tokens=metrics.on_tokens, watch_seconds=0.05), metrics
 
 

@@ -13,7 +13,7 @@ from pipeline.params import Params, Section, read_yaml
 from pipeline.stages.register import SERVED_MODULE
 
 PARAMS = read_yaml(ROOT / "params.yaml")
-READ_ELSEWHERE = {"register": ["evaluate.decoding"]}
+READ_ELSEWHERE: dict[str, list[str]] = {}
 """Parameters of another stage's section that a stage reads."""
 NAMED_BY_PARAMETERS = {"base": [PARAMS["base"]["source"]]}
 """What a stage reads because a parameter says so."""

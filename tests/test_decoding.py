@@ -1,15 +1,17 @@
-"""`SamplingParams`: neutral values, types, ranges, and the way to and from JSON."""
+"""`SamplingParams`: neutral values, types, ranges, the way to and from JSON, and what a model brings of them."""
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import ModelDecoding, SamplingParams, read_decoding
 from pipeline.errors import UserError
+from pipeline.files import write_json
 
 OUT_OF_RANGE = [
     ("temperature", -0.1, "at least 0"),
@@ -198,3 +200,55 @@ def test_parameters_survive_json(params: SamplingParams) -> None:
 def test_logit_bias_survives_a_mapping() -> None:
     params = SamplingParams(logit_bias={7: -1.5, 9: 2.0})
     assert SamplingParams.from_mapping(params.to_mapping()) == params
+
+
+OWN = SamplingParams(temperature=0.8, max_new_tokens=400)
+PRESETS = {
+    "balanced": SamplingParams(temperature=0.9, min_p=0.05, max_new_tokens=400),
+    "faithful": SamplingParams(temperature=0.5, max_verbatim_tokens=15, max_new_tokens=400),
+    "adventurous": SamplingParams(temperature=1.2, typical_p=0.9, logit_bias={7: -1.5}, stop=("The end",)),
+}
+
+
+def test_a_preset_is_whole_and_no_name_is_the_models_own() -> None:
+    decoding = ModelDecoding(OWN, PRESETS)
+    assert decoding.named(None) == OWN
+    assert {name: decoding.named(name) for name in PRESETS} == PRESETS
+
+
+@pytest.mark.parametrize("name", ["x", "", "Faithful"])
+def test_a_name_that_the_model_does_not_have_is_told(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^preset: '{name}' is none of balanced, faithful, adventurous$"):
+        ModelDecoding(OWN, PRESETS).named(name)
+    with pytest.raises(UserError, match=rf"^preset: this model has no presets, got '{name}'; leave it out$"):
+        ModelDecoding(OWN).named(name)
+
+
+def test_decoding_and_presets_are_read_from_two_files(tmp_path: Path) -> None:
+    decoding, presets = tmp_path / "decoding.json", tmp_path / "presets.json"
+    write_json(decoding, OWN.to_mapping())
+    write_json(presets, {name: preset.to_mapping() for name, preset in PRESETS.items()})
+    found = read_decoding(decoding, presets)
+    assert found == ModelDecoding(OWN, PRESETS)
+    assert list(found.presets) == list(PRESETS)
+    write_json(presets, {})
+    assert read_decoding(decoding, presets) == read_decoding(decoding, None) == ModelDecoding(OWN)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "presets", "message"),
+    [
+        ('{"top_p": 2}', "{}", r"decoding\.json: decoding\.top_p: 2 is out of range, must be in \(0, 1\]"),
+        ("[1]", "{}", r"decoding\.json: decoding: expected names and values, got \[1\]"),
+        ("{", "{}", r"decoding\.json: not JSON \(.*\)"),
+        ("{}", "[]", r"presets\.json: expected names and their decoding parameters, got \[\]"),
+        ("{}", '{"faithful": {"top_p": 2}}', r"presets\.json: faithful\.top_p: 2 is out of range, must be in \(0, 1\]"),
+        ("{}", '{"faithful": 5}', r"presets\.json: faithful: expected names and values, got 5"),
+        ("{}", "", r"presets\.json: not JSON \(.*\)"),
+    ],
+)
+def test_a_file_that_will_not_do_is_told(decoding: str, presets: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "decoding.json").write_text(decoding)
+    (tmp_path / "presets.json").write_text(presets)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/{message}$"):
+        read_decoding(tmp_path / "decoding.json", tmp_path / "presets.json")

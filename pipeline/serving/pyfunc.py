@@ -34,9 +34,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import SamplingParams, read_decoding
 from pipeline.errors import UserError
-from pipeline.files import read_json
 from pipeline.serving.text import TextGenerator, bias_of, merge_decoding
 from pipeline.serving.worker import Prompt, Worker, run_job, text_prompt
 
@@ -52,7 +51,7 @@ class TextModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the engine; `model_config` names `provider` and `precision`, each `auto` by default."""
         config = context.model_config
-        self.decoding = SamplingParams.from_mapping(read_json(Path(context.artifacts["decoding"])))
+        self.decoding = read_decoding(Path(context.artifacts["decoding"]), Path(context.artifacts["presets"]))
         self._worker = Worker(
             lambda: TextGenerator.load(
                 context.artifacts["engine"], precision=config["precision"], provider=config["provider"]
@@ -104,7 +103,7 @@ class TextModel(PythonModel):
         ids, biases = values.pop("logit_bias_ids", []), values.pop("logit_bias_values", [])
         if ids or biases:
             values["logit_bias"] = bias_of(ids, biases)
-        return merge_decoding(self.decoding, values)
+        return merge_decoding(self.decoding.default, values)
 
 
 set_model(TextModel())

@@ -16,7 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pipeline import tracking
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import ModelDecoding
 from pipeline.errors import UserError
 from pipeline.registry import RUN_TAG, fetch_model, resolve
 from pipeline.serving.text import TextGenerator
@@ -33,7 +33,7 @@ class Files:
     """What a version consists of, ready to be loaded."""
 
     engine: Path
-    decoding: SamplingParams
+    decoding: ModelDecoding
     lineage: dict[str, str | None]
     remove: Callable[[], None]
     """Remove the copy, where it is one."""
@@ -54,7 +54,7 @@ class Source(Protocol):
 class FolderSource:
     """An engine folder, which does not change."""
 
-    def __init__(self, folder: Path, decoding: SamplingParams) -> None:
+    def __init__(self, folder: Path, decoding: ModelDecoding) -> None:
         self.name = folder.resolve().name
         self._folder = folder
         self._decoding = decoding
@@ -149,7 +149,7 @@ class ServedModel:
             "provider": session.provider,
             "context_length": session.manifest.context_length,
             "vocabulary_size": session.manifest.vocabulary_size,
-            "decoding": self.files.decoding.to_mapping(),
+            "decoding": self.files.decoding.default.to_mapping(),
             "lineage": self.files.lineage,
         }
 
@@ -295,7 +295,7 @@ class Served:
                 self.look()
 
 
-def source_of(model: str, decoding: SamplingParams, ui_url: str) -> Source:
+def source_of(model: str, decoding: ModelDecoding, ui_url: str) -> Source:
     """The source that `--model` names; `ui_url` is where MLflow shows the runs. Raises `UserError`."""
     if model.startswith("models:"):
         return RegistrySource(tracking.connect(create=False), model, tracking.without_password(ui_url))

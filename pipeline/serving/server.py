@@ -8,7 +8,7 @@ from types import FrameType
 
 import uvicorn
 
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import ModelDecoding
 from pipeline.errors import UserError
 from pipeline.serving.app import KEYS_VARIABLE, Limits, create_app, keys_from_environment
 from pipeline.serving.metrics import Metrics
@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
 
 def serve(
     model: str,
-    decoding: SamplingParams,
+    decoding: ModelDecoding,
     *,
     host: str,
     port: int,

@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def evaluate(export: Path, documents: Path, tokens: Path, out: Path, params: EvaluateParams) -> None:
-    """Write `metrics.json`, `samples.jsonl` and the tables of the plots to `out`."""
+    """Write `metrics.json`, `samples.jsonl`, the tables of the plots and what the model is decoded with to `out`."""
     engines = {"base": Engine.load(export / "base" / "engine"), "finetuned": Engine.load(export / "engine")}
     tokenizer, digest = load_tokenizer(export / "engine"), tokenizer_sha256(export / "engine")
     test, train = load_tokens(tokens / "test", digest), load_tokens(tokens / "train", digest)
@@ -89,6 +89,8 @@ def evaluate(export: Path, documents: Path, tokens: Path, out: Path, params: Eva
         write_jsonl(partial / "samples.jsonl", sample_rows(samples, copies, params))
         write_loss_by_position(partial / "loss_by_position.csv", losses)
         write_copies(partial / "copies.csv", copies)
+        write_json(partial / "decoding.json", params.decoding.to_mapping())
+        write_json(partial / "presets.json", {})
 
 
 def protocol(engine: Engine, test: TokenArrays, params: EvaluateParams) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Register the engine with its tokenizer, decoding, parity and scores as one version of the model."""
+"""Register the engine with its tokenizer, decoding, presets, parity and scores as one version of the model."""
 
 import argparse
 import hashlib
@@ -13,7 +13,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import pipeline
 from pipeline import registry, tracking
-from pipeline.decoding import SamplingParams, list_types, scalar_types
+from pipeline.decoding import list_types, scalar_types
 from pipeline.errors import reported
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.imports import needed_files
@@ -47,32 +47,27 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     with reported(), tracking.store_errors(), stage_process(arguments.out):
-        params = load_params()
         register(
             arguments.export,
             arguments.evaluate,
             arguments.finetune,
             arguments.test,
             arguments.out,
-            name=params.register_.name,
-            decoding=params.evaluate.decoding,
+            name=load_params().register_.name,
         )
 
 
-def register(
-    export: Path, evaluate: Path, finetune: Path, test: Path, out: Path, *, name: str, decoding: SamplingParams
-) -> None:
+def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path, *, name: str) -> None:
     """Write `version.json` to `out`: the version that holds these files, registered now or found in the registry."""
     scores = read_json(evaluate / "metrics.json")
     score = registry.Score(sha256_file(test), scores["finetuned"]["bits_per_byte"])
     client = tracking.connect()
     with tempfile.TemporaryDirectory() as folder:
         code = pack_code(Path(folder) / "pipeline")
-        decoding_file = Path(folder) / "decoding.json"
-        write_json(decoding_file, decoding.to_mapping())
         artifacts = {
             "engine": export / "engine",
-            "decoding": decoding_file,
+            "decoding": evaluate / "decoding.json",
+            "presets": evaluate / "presets.json",
             "parity": export / "parity.json",
             "scores": evaluate / "metrics.json",
         }

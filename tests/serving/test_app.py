@@ -12,7 +12,7 @@ import openai
 import pytest
 import requests
 from openai import OpenAI
-from served_model import OWN_DECODING, PATIENCE_S, SLOTS, Running, running_server, wait_for
+from served_model import DECODING, PATIENCE_S, SLOTS, Running, running_server, wait_for
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
@@ -209,7 +209,7 @@ def test_the_card_tells_what_is_served(running: Running) -> None:
     assert card["precision"] == "float32"
     assert card["provider"] == "cpu"
     assert card["context_length"] == 64
-    assert card["decoding"] == OWN_DECODING.to_mapping()
+    assert card["decoding"] == DECODING.default.to_mapping()
     assert card["version"] is None
 
 

@@ -22,6 +22,11 @@ from pipeline.serving.text import TextGenerator
 from pipeline.stages.register import SIGNATURE, pack_code
 
 DECODING = SamplingParams(temperature=0.7, top_k=40, max_new_tokens=12, logit_bias={7: -2.0})
+PRESETS = {
+    "balanced": SamplingParams(temperature=0.9, min_p=0.02, max_new_tokens=14),
+    "faithful": SamplingParams(temperature=0.0, max_new_tokens=10),
+    "adventurous": SamplingParams(temperature=1.3, typical_p=0.95, max_new_tokens=16, stop=("q",)),
+}
 SEEDED = {"seed": 5}
 
 
@@ -29,10 +34,15 @@ SEEDED = {"seed": 5}
 def saved(tiny_engine_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pyfunc")
     write_json(folder / "decoding.json", DECODING.to_mapping())
+    write_json(folder / "presets.json", {name: preset.to_mapping() for name, preset in PRESETS.items()})
     mlflow.pyfunc.save_model(
         folder / "model",
         python_model=pyfunc.__file__,
-        artifacts={"engine": str(tiny_engine_folder), "decoding": str(folder / "decoding.json")},
+        artifacts={
+            "engine": str(tiny_engine_folder),
+            "decoding": str(folder / "decoding.json"),
+            "presets": str(folder / "presets.json"),
+        },
         signature=SIGNATURE,
         model_config={"provider": "auto", "precision": "auto"},
         pip_requirements=[],

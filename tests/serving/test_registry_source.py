@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from served_model import PATIENCE_S, running_server, wait_for
 
 from pipeline import tracking
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.registry import RUN_TAG, resolve
@@ -23,7 +23,8 @@ from pipeline.stages.register import SIGNATURE
 
 NAME = "tides"
 URI = f"models:/{NAME}@champion"
-DECODING = SamplingParams(temperature=0.7, max_new_tokens=9)
+OWN = SamplingParams(temperature=0.7, max_new_tokens=9)
+DECODING = ModelDecoding(OWN, {"faithful": SamplingParams(temperature=0.3, max_new_tokens=8)})
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,14 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
         yield tracking.connect()
 
 
-def register(client: MlflowClient, engine: Path | None) -> str:
-    """A version as the stage registers one, or one of another model; its number."""
-    decoding = Path("decoding.json")
-    write_json(decoding, DECODING.to_mapping())
+def register(client: MlflowClient, engine: Path | None, *, has_presets: bool = True) -> str:
+    """A version as the stage registers one, or did before there were presets, or one of another model; its number."""
+    decoding, presets = Path("decoding.json"), Path("presets.json")
+    write_json(decoding, OWN.to_mapping())
+    write_json(presets, {name: preset.to_mapping() for name, preset in DECODING.presets.items()})
     artifacts = {} if engine is None else {"engine": str(engine), "decoding": str(decoding)}
+    if has_presets:
+        artifacts["presets"] = str(presets)
     with mlflow.start_run(experiment_id=tracking.experiment_id(client)) as run:
         mlflow.log_param("base.source", "gpt2")
         logged = mlflow.pyfunc.log_model(
@@ -53,8 +57,12 @@ def register(client: MlflowClient, engine: Path | None) -> str:
 
 @pytest.fixture(scope="module")
 def versions(client: MlflowClient, tiny_engine_folder: Path) -> list[str]:
-    """Two that can be served, and one that cannot."""
-    return [register(client, engine) for engine in (tiny_engine_folder, tiny_engine_folder, None)]
+    """One that can be served, one from before there were presets, and one that cannot."""
+    return [
+        register(client, tiny_engine_folder),
+        register(client, tiny_engine_folder, has_presets=False),
+        register(client, None),
+    ]
 
 
 def move(client: MlflowClient, version: str) -> None:
@@ -63,7 +71,7 @@ def move(client: MlflowClient, version: str) -> None:
 
 def test_a_version_is_fetched_with_what_it_came_of(client: MlflowClient, versions: list[str]) -> None:
     move(client, versions[0])
-    source = source_of(URI, SamplingParams(), "http://mlflow.example/")
+    source = source_of(URI, ModelDecoding(SamplingParams()), "http://mlflow.example/")
     assert source.name == NAME
     assert source.newest() == versions[0]
     files = source.fetch(versions[0])
@@ -79,13 +87,19 @@ def test_a_version_is_fetched_with_what_it_came_of(client: MlflowClient, version
     assert not files.engine.exists()
 
 
+def test_a_version_from_before_there_were_presets_has_none(client: MlflowClient, versions: list[str]) -> None:
+    files = RegistrySource(client, f"models:/{NAME}/{versions[1]}", "http://mlflow.example").fetch(versions[1])
+    assert files.decoding == ModelDecoding(OWN)
+    files.remove()
+
+
 def test_the_server_follows_the_alias(client: MlflowClient, versions: list[str], caplog: Any) -> None:
     caplog.set_level(logging.WARNING, "pipeline")
     move(client, versions[0])
     source = RegistrySource(client, URI, "http://mlflow.example")
     with running_server(Path(), source=source) as running:
         card = requests.get(f"{running.url}/v1/models", timeout=PATIENCE_S).json()["data"][0]
-        assert (card["id"], card["version"], card["decoding"]) == (NAME, versions[0], DECODING.to_mapping())
+        assert (card["id"], card["version"], card["decoding"]) == (NAME, versions[0], OWN.to_mapping())
         move(client, versions[1])
         wait_for(lambda: running.served.current.version == versions[1])
         assert running.post(prompt="a").json()["system_fingerprint"] == f"{NAME}/{versions[1]}/float32"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import requests
-from served_model import OWN_DECODING, PATIENCE_S, Running, running_server, wait_for
+from served_model import DECODING, PATIENCE_S, Running, running_server, wait_for
 
 from pipeline.files import read_json, write_json
 from pipeline.serving.served import Files
@@ -38,7 +38,7 @@ class Versions:
         assert version is not None
         self.fetched.append(version)
         return Files(
-            self.folders[version], OWN_DECODING, {"run_id": f"run-{version}"}, partial(self.removed.append, version)
+            self.folders[version], DECODING, {"run_id": f"run-{version}"}, partial(self.removed.append, version)
         )
 
 

@@ -11,6 +11,7 @@ from toy_project import Project
 from transformers import GPT2LMHeadModel
 
 from pipeline import tracking
+from pipeline.decoding import ModelDecoding, read_decoding
 from pipeline.engine import Engine, cuda
 from pipeline.files import read_json, read_jsonl, sha256_file
 from pipeline.params import PARAMS_FILE, read_yaml
@@ -18,7 +19,7 @@ from pipeline.stages import evaluate as stage
 from pipeline.stages.evaluate import evaluate, leading_words, score_documents
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
 
-FILES = {"metrics.json", "samples.jsonl", "loss_by_position.csv", "copies.csv"}
+FILES = {"metrics.json", "samples.jsonl", "loss_by_position.csv", "copies.csv", "decoding.json", "presets.json"}
 OF_SAMPLES = {
     *("rep_2", "rep_3", "rep_4", "distinct_1", "distinct_2", "distinct_3", "looping_share", "longest_copy_tokens"),
     *("mean_longest_copy_tokens", "form_share", "mean_tokens", "finished_share"),
@@ -160,6 +161,11 @@ def test_the_same_inputs_give_the_same_bytes(project: Project, tmp_path: Path) -
     evaluate(out / "export", out / "prepare", out / "tokenize", tmp_path / "out", project.params.evaluate)
     for name in FILES:
         assert sha256_file(tmp_path / "out" / name) == sha256_file(out / "evaluate" / name), name
+
+
+def test_the_decoding_that_was_measured_is_what_the_model_brings(project: Project) -> None:
+    out = project.out / "evaluate"
+    assert read_decoding(out / "decoding.json", out / "presets.json") == ModelDecoding(project.params.evaluate.decoding)
 
 
 def test_loss_by_position_averages_to_the_loss(project: Project, metrics: dict[str, Any], tokens: TokenArrays) -> None:

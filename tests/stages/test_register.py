@@ -21,9 +21,9 @@ from mlflow.pyfunc import PyFuncModel
 from toy_project import ROOT, Project
 
 from pipeline import registry, tracking
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.engine import Engine
-from pipeline.files import read_json, sha256_file
+from pipeline.files import read_json, sha256_file, write_json
 from pipeline.imports import needed_files
 from pipeline.params import PARAMS_FILE, read_yaml
 from pipeline.registry import fetch_model
@@ -33,6 +33,11 @@ from pipeline.tokens import load_tokenizer, prompt_ids
 
 PROMPT = "The lamp on Gull Rock"
 PARAMS = {"max_new_tokens": 40, "seed": 7}
+PRESETS = {
+    "balanced": SamplingParams(temperature=0.9, min_p=0.02, max_new_tokens=14),
+    "faithful": SamplingParams(temperature=0.0, max_new_tokens=10),
+    "adventurous": SamplingParams(temperature=1.3, typical_p=0.95, max_new_tokens=16, stop=("q",)),
+}
 
 PREDICT_ELSEWHERE = """
 import importlib.util, json, sys
@@ -60,9 +65,18 @@ print(json.dumps(texts))
 
 
 @pytest.fixture(scope="module")
-def version(project: Project) -> dict[str, Any]:
+def evaluated(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the evaluate stage, with presets."""
+    folder = tmp_path_factory.mktemp("evaluated") / "evaluate"
+    shutil.copytree(project.out / "evaluate", folder)
+    write_json(folder / "presets.json", {name: preset.to_mapping() for name, preset in PRESETS.items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def version(project: Project, evaluated: Path) -> dict[str, Any]:
     """What `register` wrote of the first version."""
-    project.run(stage, "out/export", "out/evaluate", "out/finetune", "out/prepare/test.jsonl", "out/register")
+    project.run(stage, "out/export", str(evaluated), "out/finetune", "out/prepare/test.jsonl", "out/register")
     return dict(read_json(project.out / "register" / "version.json"))
 
 
@@ -81,18 +95,18 @@ def model(project: Project, version: dict[str, Any]) -> PyFuncModel:
 
 
 @pytest.fixture
-def fresh(project: Project, tmp_path: Path) -> Iterator[Project]:
+def fresh(project: Project, evaluated: Path, tmp_path: Path) -> Iterator[Project]:
     """The project's files beside a store that holds nothing, not even their runs."""
-    shutil.copytree(project.out, tmp_path / "out", ignore=shutil.ignore_patterns("register"))
+    shutil.copytree(project.out, tmp_path / "out", ignore=shutil.ignore_patterns("register", "evaluate"))
+    shutil.copytree(evaluated, tmp_path / "out" / "evaluate")
     shutil.copy(project.root / PARAMS_FILE, tmp_path)
     with isolated_store(tmp_path):
         yield Project(tmp_path)
 
 
-def registered(project: Project, **decoding: Any) -> dict[str, Any]:
-    """What `register` writes of the project's files with `decoding` in place of its own."""
+def registered(project: Project) -> dict[str, Any]:
+    """What `register` writes of the project's files."""
     out = project.out
-    values = project.params.evaluate.decoding.to_mapping() | decoding
     register(
         out / "export",
         out / "evaluate",
@@ -100,7 +114,6 @@ def registered(project: Project, **decoding: Any) -> dict[str, Any]:
         out / "prepare" / "test.jsonl",
         out / "register",
         name=project.params.register_.name,
-        decoding=SamplingParams.from_mapping(values),
     )
     return dict(read_json(out / "register" / "version.json"))
 
@@ -134,19 +147,21 @@ def test_the_first_version_is_champion_and_leads_back_to_run_scores_and_data(
 
 
 @pytest.mark.usefixtures("entered")
-def test_a_version_holds_engine_tokenizer_decoding_parity_and_scores(
-    project: Project, version: dict[str, Any], tmp_path: Path
+def test_a_version_holds_engine_tokenizer_decoding_presets_parity_and_scores(
+    project: Project, evaluated: Path, version: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version['name']}/1", dst_path=str(tmp_path)))
     artifacts = folder / "artifacts"
     assert set(Model.load(str(folder)).flavors["python_function"]["artifacts"]) == {
         "engine",
         "decoding",
+        "presets",
         "parity",
         "scores",
     }
-    for name in ("export/parity.json", "evaluate/metrics.json"):
-        assert sha256_file(artifacts / Path(name).name) == sha256_file(project.out / name)
+    names = ("metrics.json", "decoding.json", "presets.json")
+    for file in (project.out / "export" / "parity.json", *(evaluated / name for name in names)):
+        assert sha256_file(artifacts / file.name) == sha256_file(file)
     engine = project.out / "export" / "engine"
     for file in (file for file in engine.rglob("*") if file.is_file()):
         assert sha256_file(artifacts / "engine" / file.relative_to(engine)) == sha256_file(file)
@@ -166,9 +181,9 @@ def test_a_version_holds_engine_tokenizer_decoding_parity_and_scores(
 @pytest.mark.usefixtures("entered")
 def test_a_model_is_fetched_as_engine_and_decoding(project: Project, version: dict[str, Any]) -> None:
     folder, decoding = fetch_model(f"models:/{version['name']}@champion")
-    assert decoding == project.params.evaluate.decoding
+    assert decoding == ModelDecoding(project.params.evaluate.decoding, PRESETS)
     ids = prompt_ids(load_tokenizer(folder), PROMPT)
-    assert len(Engine.load(folder, provider="cpu").generate([ids], decoding)[0].token_ids) > 0
+    assert len(Engine.load(folder, provider="cpu").generate([ids], decoding.default)[0].token_ids) > 0
 
 
 def test_unchanged_inputs_register_nothing(fresh: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,13 +195,21 @@ def test_unchanged_inputs_register_nothing(fresh: Project, capsys: pytest.Captur
     assert len(tracking.connect().search_model_versions()) == 1
 
 
-def test_changed_decoding_is_another_version(fresh: Project) -> None:
-    first, second = registered(fresh), registered(fresh, temperature=0.7)
+@pytest.mark.parametrize(
+    ("file", "changed"), [("decoding.json", {"temperature": 0.7}), ("presets.json", {"faithful": {"temperature": 0.7}})]
+)
+def test_changed_decoding_is_another_version(file: str, changed: dict[str, Any], fresh: Project) -> None:
+    path = fresh.out / "evaluate" / file
+    earlier = read_json(path)
+    first = registered(fresh)
+    write_json(path, changed)
+    second = registered(fresh)
     assert (first["version"], second["version"]) == (1, 2)
     assert first["fingerprint"] != second["fingerprint"]
     # No worse on the same split.
     assert int(tracking.connect().get_model_version_by_alias(first["name"], "champion").version) == 2
     # Going back to the earlier decoding goes back to its version.
+    write_json(path, earlier)
     assert registered(fresh) == first
     assert int(tracking.connect().get_model_version_by_alias(first["name"], "champion").version) == 1
 
