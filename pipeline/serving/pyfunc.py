@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 class TextModel(PythonModel):
     """`predict(["The lamp"], params={"temperature": 0.7})` gives the continuations, without their prompts.
 
-    Calls may come from any thread, several at once: their rows share the running batch.
+    `preset` names one of the model's presets; what is set beside it wins. Calls may come from any thread, several at
+    once: their rows share the running batch.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -100,10 +101,11 @@ class TextModel(PythonModel):
     def _decoding(self, params: dict[str, Any]) -> SamplingParams:
         # MLflow casts to NumPy's types, which are not those of the language.
         values = {name: value.item() if isinstance(value, np.generic) else value for name, value in params.items()}
+        own = self.decoding.named(values.pop("preset", None))
         ids, biases = values.pop("logit_bias_ids", []), values.pop("logit_bias_values", [])
         if ids or biases:
             values["logit_bias"] = bias_of(ids, biases)
-        return merge_decoding(self.decoding.default, values)
+        return merge_decoding(own, values)
 
 
 set_model(TextModel())

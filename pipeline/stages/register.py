@@ -28,6 +28,7 @@ SIGNATURE = ModelSignature(
     outputs=Schema([ColSpec(DataType.string)]),
     params=ParamSchema(
         [
+            ParamSpec("preset", DataType.string, None),
             # `predict` gives texts: it has no place for log-probabilities.
             *(ParamSpec(name, COLUMNS[kind], None) for name, kind in scalar_types().items() if name != "logprobs"),
             *(ParamSpec(name, COLUMNS[kind], [], shape=(-1,)) for name, kind in list_types().items()),

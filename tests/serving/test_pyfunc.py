@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,26 @@ def test_nothing_given_means_the_packed_decoding(model: Any, generator: TextGene
     expected = generator.generate(["The lamp", ""], decoding)
     assert model.predict(["The lamp", ""], params=SEEDED) == expected
     assert model.predict(pd.DataFrame({"prompt": ["The lamp", ""]}), params=SEEDED) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_stands_in_place_of_the_packed_decoding(name: str, model: Any, generator: TextGenerator) -> None:
+    preset = replace(PRESETS[name], seed=5)
+    params = {"preset": name} | SEEDED
+    (expected,) = generator.generate(["The lamp"], preset)
+    assert model.predict(["The lamp"], params=params) == [expected]
+    assert "".join(model.predict_stream("The lamp", params=params)) == expected
+    # What is set beside it wins.
+    set_beside = params | {"temperature": 1.7, "max_new_tokens": 9, "stop": ["z"]}
+    changed = replace(preset, temperature=1.7, max_new_tokens=9, stop=("z",))
+    assert model.predict(["The lamp"], params=set_beside) == generator.generate(["The lamp"], changed)
+
+
+def test_an_unknown_preset_is_the_callers_error(model: Any) -> None:
+    for asked in (model.predict, lambda prompts, params: list(model.predict_stream(prompts[0], params=params))):
+        with pytest.raises(MlflowException, match="preset: 'x' is none of balanced, faithful, adventurous") as raised:
+            asked(["N"], params={"preset": "x"})
+        assert raised.value.get_http_status_code() == 400  # type: ignore[no-untyped-call]
 
 
 def test_every_kind_of_parameter_reaches_the_engine(model: Any, generator: TextGenerator) -> None:

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.files import read_json, sha256_file, write_json
 from pipeline.imports import needed_files
 from pipeline.params import PARAMS_FILE, read_yaml
 from pipeline.registry import fetch_model
+from pipeline.serving.text import TextGenerator
 from pipeline.stages import register as stage
 from pipeline.stages.register import SERVED_MODULE, SIGNATURE, register
 from pipeline.tokens import load_tokenizer, prompt_ids
@@ -245,7 +247,7 @@ def test_the_signature_declares_every_decoding_parameter() -> None:
     declared = {param.name: param.default for param in SIGNATURE.params}
     # What a list of texts has no room for, and what a signature can declare as two lists alone.
     expected = set(SamplingParams.__dataclass_fields__) - {"logprobs", "logit_bias"}
-    assert set(declared) == expected | {"logit_bias_ids", "logit_bias_values"}
+    assert set(declared) == expected | {"logit_bias_ids", "logit_bias_values", "preset"}
     assert all(default in (None, []) for default in declared.values())
 
 
@@ -264,6 +266,12 @@ def test_a_model_loads_in_a_new_process_without_torch_or_this_repository(
     assert once[0]
 
 
+def said(project: Project, decoding: SamplingParams) -> str:
+    """What the exported engine says after the prompt."""
+    (text,) = TextGenerator.load(project.out / "export" / "engine").generate([PROMPT], decoding)
+    return text
+
+
 def test_the_model_says_what_the_engine_says(project: Project, model: PyFuncModel) -> None:
     folder = project.out / "export" / "engine"
     tokenizer = load_tokenizer(folder)
@@ -271,6 +279,11 @@ def test_the_model_says_what_the_engine_says(project: Project, model: PyFuncMode
     (completion,) = Engine.load(folder, provider="cpu").generate([prompt_ids(tokenizer, PROMPT)], decoding)
     (text,) = model.predict([PROMPT], params=PARAMS)
     assert text.rstrip("�") == tokenizer.decode(completion.token_ids, skip_special_tokens=False).rstrip("�")
+
+
+def test_a_preset_stands_in_place_of_the_models_own_decoding(project: Project, model: PyFuncModel) -> None:
+    for name, preset in PRESETS.items():
+        assert model.predict([PROMPT], params={"preset": name, "seed": 7}) == [said(project, replace(preset, seed=7))]
 
 
 def test_several_continuations_of_a_prompt_stand_together(model: PyFuncModel) -> None:
@@ -302,6 +315,8 @@ def test_lists_reach_the_decoding(project: Project, model: PyFuncModel) -> None:
         ({"temperature": -1.0}, r"temperature: -1\.0 is out of range, must be at least 0"),
         ({"logit_bias_ids": [1, 2], "logit_bias_values": [1.0]}, "logit_bias_values: 1 values for 2 ids"),
         ({"banned_token_ids": [-1]}, "banned_token_ids: -1 is out of range"),
+        ({"preset": "x"}, "preset: 'x' is none of balanced, faithful, adventurous"),
+        ({"preset": 5}, "preset"),
     ],
 )
 def test_a_wrong_parameter_is_refused(params: dict[str, Any], message: str, model: PyFuncModel) -> None:
@@ -332,6 +347,12 @@ def test_mlflow_serves_the_model_over_http(project: Project, version: dict[str, 
         status, refusal = post(f"http://127.0.0.1:{port}/invocations", request | {"params": {"top_p": 1.5}})
         assert status == 400
         assert "top_p: 1.5 is out of range" in refusal["message"]
+        faithful = {"preset": "faithful", "max_new_tokens": 8}
+        status, answer = post(f"http://127.0.0.1:{port}/invocations", request | {"params": faithful})
+        assert (status, answer["predictions"]) == (200, [said(project, replace(PRESETS["faithful"], max_new_tokens=8))])
+        status, refusal = post(f"http://127.0.0.1:{port}/invocations", request | {"params": {"preset": "x"}})
+        assert status == 400
+        assert "preset: 'x' is none of balanced, faithful, adventurous" in refusal["message"]
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
