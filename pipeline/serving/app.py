@@ -185,7 +185,7 @@ class Call:
         cls, asked: CompletionRequest, model: ServedModel, metrics: Metrics, limits: Limits, began: float
     ) -> "Call":
         """Check a request and hand it to the engine. Raises `ApiError`."""
-        params = asked.sampling(model.files.decoding.default, limits.max_tokens)
+        params = asked.sampling(model.files.decoding, limits.max_tokens)
         draws = asked.max_tokens != 0
         try:
             # Before work is done for prompts that nobody will continue.

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
 from pydantic_core import PydanticCustomError, ValidationError
 
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.errors import UserError
 from pipeline.serving.text import merge_decoding
 
@@ -76,13 +76,16 @@ class RepetitionDetection(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """What is null or not given is the model's own decoding; ranges are those of `SamplingParams`."""
+    """What is null or not given is the model's own decoding, or its preset's; ranges are those of `SamplingParams`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = Field(None, description="A name that /v1/models lists")
     prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
         "", description="A text, which is read as the beginning of a document, or token ids, which are read as they are"
+    )
+    preset: str | None = Field(
+        None, description="One of the model's presets, which /v1/models lists; a field that is set beside it wins"
     )
     max_tokens: int | None = Field(None, description="Of a continuation; 0 with echo only scores the prompt")
     temperature: float | None = None
@@ -142,11 +145,16 @@ class CompletionRequest(BaseModel):
             return [self.prompt]
         return self.prompt
 
-    def sampling(self, own: SamplingParams, most_tokens: int | None) -> SamplingParams:
-        """The decoding of this request: that of the model, and what is set here; at most `most_tokens` are drawn.
+    def sampling(self, decoding: ModelDecoding, most_tokens: int | None) -> SamplingParams:
+        """The decoding of this request: that of the model or of its preset, and what is set here.
 
-        A `max_tokens` of 0 draws nothing, and stands for what the model's own is. Raises `ApiError`.
+        At most `most_tokens` are drawn. A `max_tokens` of 0 draws nothing, and stands for what the model's own is.
+        Raises `ApiError`.
         """
+        try:
+            own = decoding.named(self.preset)
+        except UserError as error:
+            raise refused(error) from error
         asked = {OWN_NAMES.get(name, name): getattr(self, name) for name in CompletionRequest.model_fields}
         values = {name: value for name, value in asked.items() if name in SamplingParams.__dataclass_fields__}
         if self.repetition_detection is not None:

@@ -138,7 +138,7 @@ class ServedModel:
 
     def card(self) -> dict[str, Any]:
         """What `/v1/models` says of it."""
-        session = self.generator.engine.session
+        session, decoding = self.generator.engine.session, self.files.decoding
         return {
             "id": self.name,
             "object": "model",
@@ -149,7 +149,8 @@ class ServedModel:
             "provider": session.provider,
             "context_length": session.manifest.context_length,
             "vocabulary_size": session.manifest.vocabulary_size,
-            "decoding": self.files.decoding.default.to_mapping(),
+            "decoding": decoding.default.to_mapping(),
+            "presets": {name: preset.to_mapping() for name, preset in decoding.presets.items()},
             "lineage": self.files.lineage,
         }
 

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,25 @@ def test_every_parameter_reaches_the_engine(running: Running, generator: TextGen
     assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("name", DECODING.presets)
+def test_a_preset_decodes_as_it_says(name: str, client: OpenAI, generator: TextGenerator) -> None:
+    preset = replace(DECODING.presets[name], seed=5)
+    asked: dict[str, Any] = {"model": "engine", "prompt": "The lamp", "seed": 5, "extra_body": {"preset": name}}
+    (expected,) = generator.complete(["The lamp"], [preset])
+    assert client.completions.create(**asked).choices[0].text == expected.text
+    assert "".join(piece.choices[0].text for piece in client.completions.create(**asked, stream=True)) == expected.text
+    # What is set beside it wins.
+    (expected,) = generator.complete(["The lamp"], [replace(preset, temperature=1.7, max_new_tokens=9)])
+    assert client.completions.create(**asked, temperature=1.7, max_tokens=9).choices[0].text == expected.text
+
+
+def test_a_preset_is_described(running: Running) -> None:
+    schemas = requests.get(f"{running.url}/openapi.json", timeout=PATIENCE_S).json()["components"]["schemas"]
+    preset = schemas["CompletionRequest"]["properties"]["preset"]
+    assert "/v1/models lists" in preset["description"]
+    assert {"type": "string"} in preset["anyOf"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_loop_ends_with_a_reason_of_its_own(stream: bool, client: OpenAI) -> None:
     # So likely that nothing else is drawn.
@@ -210,6 +230,8 @@ def test_the_card_tells_what_is_served(running: Running) -> None:
     assert card["provider"] == "cpu"
     assert card["context_length"] == 64
     assert card["decoding"] == DECODING.default.to_mapping()
+    assert card["presets"] == {name: preset.to_mapping() for name, preset in DECODING.presets.items()}
+    assert list(card["presets"]) == ["balanced", "faithful", "adventurous"]
     assert card["version"] is None
 
 
@@ -220,6 +242,7 @@ def test_the_card_tells_what_is_served(running: Running) -> None:
         ({"max_tokens": -3}, 400, "max_tokens", "max_tokens: -3 is out of range, must be at least 1"),
         ({"best_of": 2}, 400, "best_of", "best_of: no such field; /docs lists those that are"),
         ({"suffix": "x"}, 400, "suffix", "suffix: the model continues a text and fills no gap; leave it out"),
+        ({"preset": "x"}, 400, "preset", "preset: 'x' is none of balanced, faithful, adventurous"),
         ({"model": "gpt-5"}, 404, "model", "model: 'gpt-5' is not served here, engine is"),
         ({"prompt": [300]}, 400, "prompt", "prompt: token id 300 is not in [0, 300)"),
         ({"logit_bias": {"300": 1}}, 400, "logit_bias", "logit_bias: no token has the id 300"),

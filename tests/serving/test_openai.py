@@ -1,18 +1,21 @@
 """What a body of the API becomes, and how it is refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.serving.openai import ApiError, CompletionRequest, invalid
 
 OWN = SamplingParams(temperature=0.7, top_k=40, min_new_tokens=20, max_new_tokens=50, stop=("The end",))
+FAITHFUL = SamplingParams(temperature=0.4, min_new_tokens=10, max_new_tokens=30, repetition_detection=(20, 3))
 
 
 def sampling(own: SamplingParams = OWN, most_tokens: int | None = None, **fields: Any) -> SamplingParams:
-    return CompletionRequest(**fields).sampling(own, most_tokens)
+    decoding = ModelDecoding(own, {"faithful": FAITHFUL, "adventurous": SamplingParams(temperature=1.2)})
+    return CompletionRequest(**fields).sampling(decoding, most_tokens)
 
 
 def test_nothing_given_is_the_models_own_decoding() -> None:
@@ -67,6 +70,28 @@ def test_what_is_given_stands_over_the_models_own() -> None:
     )
 
 
+def test_a_preset_stands_in_place_of_the_models_own() -> None:
+    assert sampling(preset="faithful") == FAITHFUL
+    assert sampling(preset=None) == OWN
+    assert sampling(preset="faithful", temperature=0.9, seed=5) == replace(FAITHFUL, temperature=0.9, seed=5)
+    off = sampling(preset="faithful", repetition_detection={"max_pattern_size": 0}, max_tokens=4)
+    assert (off.repetition_detection[0], off.min_new_tokens, off.max_new_tokens) == (0, 4, 4)
+    assert sampling(preset="adventurous", most_tokens=10) == SamplingParams(temperature=1.2, max_new_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("presets", "message"),
+    [
+        ({"balanced": OWN, "faithful": FAITHFUL}, "preset: 'x' is none of balanced, faithful"),
+        ({}, "preset: this model has no presets, got 'x'; leave it out"),
+    ],
+)
+def test_an_unknown_preset_is_refused(presets: dict[str, SamplingParams], message: str) -> None:
+    with pytest.raises(ApiError) as refusal:
+        CompletionRequest(preset="x").sampling(ModelDecoding(OWN, presets), None)
+    assert (refusal.value.status, refusal.value.message, refusal.value.param) == (400, message, "preset")
+
+
 def test_loops_are_described_as_vllm_does() -> None:
     own = SamplingParams(repetition_detection=(20, 3))
     assert sampling(own).repetition_detection == (20, 3)
@@ -115,6 +140,7 @@ def test_a_range_is_that_of_the_decoding_parameters(field: str, value: object, m
         ({"temprature": 1}, "temprature", "temprature: no such field; /docs lists those that are"),
         ({"stream_options": {"x": 1}}, "stream_options", "stream_options.x: no such field; /docs lists those that are"),
         ({"temperature": "hot"}, "temperature", "temperature: input should be a valid number"),
+        ({"preset": 5}, "preset", "preset: input should be a valid string"),
         ({"max_tokens": True}, "max_tokens", "max_tokens: input should be a valid integer"),
         ({"max_tokens": 1.5}, "max_tokens", "max_tokens: input should be a valid integer"),
         ({"prompt": 5}, "prompt", "prompt: expected a text, token ids, or a list of either"),

@@ -100,10 +100,19 @@ def test_the_server_follows_the_alias(client: MlflowClient, versions: list[str],
     with running_server(Path(), source=source) as running:
         card = requests.get(f"{running.url}/v1/models", timeout=PATIENCE_S).json()["data"][0]
         assert (card["id"], card["version"], card["decoding"]) == (NAME, versions[0], OWN.to_mapping())
+        assert card["presets"] == {"faithful": DECODING.presets["faithful"].to_mapping()}
+        assert running.post(prompt="a", preset="faithful").status_code == 200
         move(client, versions[1])
         wait_for(lambda: running.served.current.version == versions[1])
         assert running.post(prompt="a").json()["system_fingerprint"] == f"{NAME}/{versions[1]}/float32"
         assert running.post(prompt="a", model=f"{NAME}/{versions[1]}").status_code == 200
+        card = requests.get(f"{running.url}/v1/models/{NAME}", timeout=PATIENCE_S).json()
+        assert (card["decoding"], card["presets"]) == (OWN.to_mapping(), {})
+        error = running.post(prompt="a", preset="faithful").json()["error"]
+        assert (error["param"], error["message"]) == (
+            "preset",
+            "preset: this model has no presets, got 'faithful'; leave it out",
+        )
         assert running.post(prompt="a", model=f"{NAME}/{versions[0]}").status_code == 404
         move(client, versions[2])
         wait_for(lambda: any("holds no engine with its decoding" in one.getMessage() for one in caplog.records))
