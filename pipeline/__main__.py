@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.decoding import ModelDecoding, SamplingParams, list_types, scalar_types
+from pipeline.decoding import ModelDecoding, SamplingParams, list_types, read_decoding, scalar_types
 from pipeline.errors import UserError, reported
 from pipeline.params import load_params
 
@@ -36,10 +36,14 @@ def _add_generate(commands: Any) -> None:
         "generate",
         help="continue a text",
         description="Continue a text with the latest export, or with a registered model, as it is drawn. "
-        "What is not set is taken from evaluate.decoding, or from the model's own decoding.",
+        "What is not set is the preset's, or else the model's own decoding. A registered model brings both. With the "
+        "latest export they are those of out/evaluate/decoding.json and out/evaluate/presets.json, where evaluate has "
+        "written them; else, and with a folder given by --model, the decoding is evaluate.decoding of params.yaml, and "
+        "there are no presets.",
     )
     parser.add_argument("prompt", help="the beginning; '' starts from nothing")
     parser.add_argument("--model", help="models:/NAME@champion, models:/NAME/VERSION, or an engine folder")
+    parser.add_argument("--preset", metavar="NAME", help="a preset of the model; options that are set beside it win")
     parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--precision", default="auto", help="one that the engine holds (default: its first)")
     group = parser.add_argument_group("decoding parameters (pipeline/decoding.py tells what each does)")
@@ -61,7 +65,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     values = {name: value for name, value in vars(arguments).items() if name in SamplingParams.__dataclass_fields__}
     if arguments.logit_bias:
         values["logit_bias"] = dict(arguments.logit_bias)
-    params = merge_decoding(decoding.default, values)
+    params = merge_decoding(decoding.named(arguments.preset), values)
     generator = TextGenerator.load(folder, precision=arguments.precision, provider=arguments.provider)
     # Before anything is shown: a prompt that does not fit is refused here.
     pieces = generator.stream(arguments.prompt, params)
@@ -75,8 +79,9 @@ def _add_serve(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="serve a model over HTTP, as OpenAI's API does",
-        description="Serve a registered model, whose alias is watched, or an engine folder. Keys that clients must "
-        "have stand in the environment variable PIPELINE_API_KEYS, parted by commas. docs/serving.md tells more.",
+        description="Serve a registered model, whose alias is watched, or an engine folder, whose decoding is "
+        "evaluate.decoding of params.yaml, without presets. Keys that clients must have stand in the environment "
+        "variable PIPELINE_API_KEYS, parted by commas. docs/serving.md tells more.",
     )
     parser.add_argument(
         "--model",
@@ -107,11 +112,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     ui_url = store if _is_server(store) else f"http://127.0.0.1:{UI_PORT}"
     model = arguments.model or f"models:/{load_params().register_.name}@champion"
     # A registered model brings its own decoding.
-    own = SamplingParams() if model.startswith("models:") else load_params().evaluate.decoding
+    decoding = ModelDecoding(SamplingParams()) if model.startswith("models:") else _decoding_of_folder(model)
     with store_errors():
         serve(
             model,
-            ModelDecoding(own),
+            decoding,
             host=arguments.host,
             port=arguments.port,
             provider=arguments.provider,
@@ -129,13 +134,21 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _engine_and_decoding(model: str | None) -> tuple[Path, ModelDecoding]:
     if model is None or not model.startswith("models:"):
-        return Path(model or OUT / "export" / "engine"), ModelDecoding(load_params().evaluate.decoding)
+        return Path(model or OUT / "export" / "engine"), _decoding_of_folder(model)
     from pipeline.registry import fetch_model
     from pipeline.tracking import connect, store_errors
 
     with store_errors():
         connect(create=False)
         return fetch_model(model)
+
+
+def _decoding_of_folder(folder: str | None) -> ModelDecoding:
+    """That of an engine folder; none is the latest export, of which evaluate may have said more."""
+    decoding, presets = (OUT / "evaluate" / name for name in ("decoding.json", "presets.json"))
+    if folder is None and decoding.is_file() and presets.is_file():
+        return read_decoding(decoding, presets)
+    return ModelDecoding(load_params().evaluate.decoding)
 
 
 def _is_server(store: str) -> bool:

@@ -23,6 +23,13 @@ from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
 ROOT = Path(pipeline.__file__).parents[1]
 PROMPT = "The lamp"
 NAME = "harbour-tales"
+PRESETS = {
+    "balanced": SamplingParams(temperature=0.9, min_p=0.02, max_new_tokens=14, seed=6),
+    "faithful": SamplingParams(temperature=0.0, max_new_tokens=10),
+    "adventurous": SamplingParams(temperature=1.3, typical_p=0.95, max_new_tokens=16, seed=7),
+}
+NEUTRAL = ("--temperature", "1", "--top-k", "0", "--top-p", "1", "--repetition-penalty", "1")
+"""Turns off what evaluate.decoding sets."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +48,26 @@ def engine(tiny_engine_folder: Path) -> str:
 @pytest.fixture
 def champion(tiny_engine_folder: Path, tmp_path: Path) -> str:
     """A registered model that by default draws three tokens; its code is not what a command runs."""
+    write_decoding(tmp_path / "registered")
+    return registered(tiny_engine_folder, tmp_path, "decoding", "presets")
+
+
+@pytest.fixture
+def old_champion(tiny_engine_folder: Path, tmp_path: Path) -> str:
+    """The same as it was registered before there were presets."""
+    write_decoding(tmp_path / "registered")
+    return registered(tiny_engine_folder, tmp_path, "decoding")
+
+
+def write_decoding(folder: Path) -> None:
+    """Decoding and presets as evaluate writes them."""
+    write_json(folder / "decoding.json", SamplingParams(max_new_tokens=3, seed=5).to_mapping())
+    write_json(folder / "presets.json", {name: preset.to_mapping() for name, preset in PRESETS.items()})
+
+
+def registered(engine: Path, tmp_path: Path, *names: str) -> str:
     client = tracking.connect()
-    write_json(tmp_path / "decoding.json", SamplingParams(max_new_tokens=3, seed=5).to_mapping())
-    artifacts = {"engine": str(tiny_engine_folder), "decoding": str(tmp_path / "decoding.json")}
+    artifacts = {"engine": str(engine), **{name: str(tmp_path / "registered" / f"{name}.json") for name in names}}
     with tracking.start_run("register", {}) as run:
         uri = log_unused_model(run.run_id, tmp_path, artifacts)
     version = mlflow.register_model(uri, NAME)
@@ -151,9 +175,43 @@ def test_a_registered_model_brings_its_own_decoding(
     engine: str, champion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = generated(capsys, "--model", champion)
-    neutral = ("--temperature", "1", "--top-k", "0", "--top-p", "1", "--repetition-penalty", "1")
-    assert text == generated(capsys, "--model", engine, *neutral, "--max-new-tokens", "3", "--seed", "5")
+    assert text == generated(capsys, "--model", engine, *NEUTRAL, "--max-new-tokens", "3", "--seed", "5")
     assert len(generated(capsys, "--model", champion, "--max-new-tokens", "20")) > len(text)
+
+
+def test_a_registered_model_brings_presets(engine: str, champion: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = generated(capsys, "--model", champion, "--preset", "faithful")
+    faithful = ("--temperature", "0", "--max-new-tokens", "10")
+    assert text == generated(capsys, "--model", engine, *NEUTRAL, *faithful)
+    text = generated(capsys, "--model", champion, "--preset", "adventurous", "--temperature", "0.5", "--seed", "9")
+    changed = ("--temperature", "0.5", "--typical-p", "0.95", "--max-new-tokens", "16", "--seed", "9")
+    assert text == generated(capsys, "--model", engine, *NEUTRAL, *changed)
+    message = refused(capsys, "generate", PROMPT, "--model", champion, "--preset", "x")
+    assert message == "error: preset: 'x' is none of balanced, faithful, adventurous\n"
+
+
+def test_a_model_from_before_there_were_presets_has_none(
+    engine: str, old_champion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("--max-new-tokens", "3", "--seed", "5")
+    assert generated(capsys, "--model", old_champion) == generated(capsys, "--model", engine, *NEUTRAL, *own)
+    message = refused(capsys, "generate", PROMPT, "--model", old_champion, "--preset", "faithful")
+    assert message == "error: preset: this model has no presets, got 'faithful'; leave it out\n"
+
+
+def test_the_latest_export_is_decoded_as_it_was_evaluated(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(engine, tmp_path / "out" / "export" / "engine")
+    before = refused(capsys, "generate", PROMPT, "--preset", "faithful")
+    write_decoding(tmp_path / "out" / "evaluate")
+    own = ("--max-new-tokens", "3", "--seed", "5")
+    assert generated(capsys) == generated(capsys, "--model", engine, *NEUTRAL, *own)
+    faithful = ("--temperature", "0", "--max-new-tokens", "10")
+    assert generated(capsys, "--preset", "faithful") == generated(capsys, "--model", engine, *NEUTRAL, *faithful)
+    # A folder by name may be any engine, of which evaluate has said nothing.
+    named = refused(capsys, "generate", PROMPT, "--model", "out/export/engine", "--preset", "faithful")
+    assert before == named == "error: preset: this model has no presets, got 'faithful'; leave it out\n"
 
 
 def test_a_registered_model_needs_no_parameters_file(
