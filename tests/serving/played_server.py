@@ -18,12 +18,12 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
-from pipeline.decoding import SamplingParams
+from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.errors import UserError
 
 PAGE = Path(__file__).parents[2] / "pipeline" / "serving" / "playground.html"
 OWN_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
-NOT_DECODING = {"model", "prompt", "stream", "stream_options", "echo", "user"}
+NOT_DECODING = {"model", "prompt", "preset", "stream", "stream_options", "echo", "user"}
 LONGEST_PROMPT = 2000
 
 
@@ -61,6 +61,13 @@ class Played:
     pieces: Callable[[dict[str, Any]], list[Piece]] = lambda body: PIECES
     version: str = "3"
     decoding: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.8, "top_k": 50, "max_new_tokens": 400})
+    presets: dict[str, Any] = field(
+        default_factory=lambda: {
+            "balanced": {"temperature": 0.9, "min_p": 0.05, "max_new_tokens": 400},
+            "faithful": {"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 300, "repetition_detection": [20, 3]},
+            "adventurous": {"temperature": 1.2, "typical_p": 0.9, "stop": ["\n\n"]},
+        }
+    )
     lineage: dict[str, Any] = field(
         default_factory=lambda: {
             "run_id": "0123456789abcdef0123456789abcdef",
@@ -158,6 +165,7 @@ def _app(server: PlayedServer) -> FastAPI:
             return _error(400, "prompt: longer than the context", param="prompt")
         decoding = {OWN_NAMES.get(name, name): value for name, value in body.items() if name not in NOT_DECODING}
         try:
+            ModelDecoding(SamplingParams(), played.presets).named(body.get("preset"))
             SamplingParams.from_mapping(decoding)
         except UserError as error:
             return _error(400, str(error), param=str(error).split(":")[0])
@@ -178,6 +186,7 @@ def _model(played: Played) -> dict[str, Any]:
         "context_length": 512,
         "vocabulary_size": 8192,
         "decoding": played.decoding,
+        "presets": played.presets,
         "lineage": played.lineage,
     }
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import fields
@@ -192,6 +193,111 @@ def test_the_settings_are_those_of_the_engine(page: Page, server: PlayedServer, 
     assert field(page, "max_tokens").input_value() == "400"
     assert field(page, "top_p").input_value() == "1"
     expect(page.locator("#row-top_k")).to_contain_text("model's own: 50")
+
+
+def test_a_preset_fills_the_controls_and_what_is_turned_then_wins(
+    page: Page, server: PlayedServer, played: Played
+) -> None:
+    opened(page, server)
+    field(page, "top_k").fill("7")
+    field(page, "seed").fill("5")
+    preset = page.get_by_label("preset of A")
+    assert preset.locator("option").all_text_contents() == ["the model's own", "balanced", "faithful", "adventurous"]
+    preset.select_option("faithful")
+    shown = {"temperature": "0.5", "top_k": "0", "top_p": "0.9", "max_tokens": "300", "stop": "", "seed": "5"}
+    assert {name: field(page, name).input_value() for name in shown} == shown
+    expect(page.locator("#row-temperature")).to_contain_text("faithful: 0.5")
+    # What no control shows is told.
+    also = page.locator("#row-preset .also").first
+    expect(also).to_have_text("also repetition_detection [20,3]")
+    generate(page)
+    assert decoding_of(played.bodies[0]) == {"preset": "faithful", "seed": 5}
+
+    field(page, "top_p").fill("0.8")
+    generate(page)
+    assert decoding_of(played.bodies[1]) == {"preset": "faithful", "top_p": 0.8, "seed": 5}
+    page.get_by_role("button", name="Reset top_p of A to faithful").click()
+    expect(field(page, "top_p")).to_have_value("0.9")
+
+    preset.select_option("adventurous")
+    expect(field(page, "stop")).to_have_value("\\n\\n")
+    expect(field(page, "max_tokens")).to_have_value("")
+    expect(also).to_be_hidden()
+    preset.select_option("the model's own")
+    expect(page.locator("#row-temperature")).to_contain_text("model's own: 0.8")
+    assert {name: field(page, name).input_value() for name in ("temperature", "top_k", "max_tokens")} == {
+        **{"temperature": "0.8", "top_k": "50", "max_tokens": "400"}
+    }
+    generate(page)
+    assert decoding_of(played.bodies[2]) == {"seed": 5}
+
+
+def test_two_presets_stand_side_by_side(page: Page, server: PlayedServer, played: Played) -> None:
+    opened(page, server).get_by_label("preset of A").select_option("faithful")
+    page.get_by_label("Compare two settings").check()
+    # B begins as A is.
+    expect(page.get_by_label("preset of B")).to_have_value("faithful")
+    page.get_by_label("preset of B").select_option("adventurous")
+    expect(page.locator("#row-temperature")).to_contain_text("faithful: 0.5 · adventurous: 1.2")
+    differing = ["preset", "temperature", "top_p", "typical_p", "max_tokens", "stop"]
+    assert page.locator(".row.differs label").all_text_contents() == differing
+    field(page, "top_p", "B").fill("0.7")
+    generate(page)
+    one, other = sorted((decoding_of(body) for body in played.bodies), key=lambda body: body["preset"], reverse=True)
+    assert one == {"preset": "faithful", "seed": one["seed"]}
+    assert other == {"preset": "adventurous", "top_p": 0.7, "seed": one["seed"]}
+    chips = page.locator(".answer").last.get_by_role("listitem").all_text_contents()
+    assert chips[:3] == ["adventurous", "temperature 1.2", "top_p 0.7"]
+
+    page.get_by_role("button", name="Reset all").click()
+    for side in ("A", "B"):
+        expect(page.get_by_label(f"preset of {side}")).to_have_value("")
+        expect(field(page, "temperature", side)).to_have_value("0.8")
+    generate(page)
+    assert [decoding_of(body).keys() for body in played.bodies[2:]] == [{"seed"}, {"seed"}]
+
+
+def test_a_preset_is_chosen_by_keyboard(page: Page, server: PlayedServer, played: Played) -> None:
+    opened(page, server)
+    preset = page.get_by_label("preset of A")
+    expect(preset).to_have_accessible_description(re.compile("^Settings that come with the model"))
+    preset.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    expect(field(page, "temperature")).to_have_value("0.5")
+    expect(preset).to_be_focused()
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("status").last).to_have_text("8 tokens.")
+    assert decoding_of(played.bodies[0]) == {"preset": "faithful"}
+
+
+def test_a_model_without_presets_has_none_to_choose(page: Page, server: PlayedServer, played: Played) -> None:
+    played.presets = {}
+    opened(page, server)
+    expect(page.locator("#preset-A")).to_be_hidden()
+    page.get_by_label("Compare two settings").check()
+    expect(page.locator("#preset-B")).to_be_hidden()
+    generate(page)
+    assert all(decoding_of(body).keys() == {"seed"} for body in played.bodies)
+
+
+def test_a_preset_that_the_next_model_lacks_is_told(page: Page, server: PlayedServer, played: Played) -> None:
+    opened(page, server).get_by_label("preset of A").select_option("balanced")
+    played.version = "4"
+    played.presets = {"balanced": {"temperature": 1.1}}
+    generate(page)
+    expect(field(page, "temperature")).to_have_value("1.1")
+    played.presets = {"faithful": {"temperature": 0.3}}
+    generate(page)
+    message = "preset: 'balanced' is none of faithful"
+    expect(page.locator(".answer").first.get_by_role("alert")).to_contain_text(message)
+    expect(page.get_by_label("preset of A")).to_have_attribute("aria-invalid", "true")
+    played.version = "5"
+    page.evaluate("loadCard()")
+    expect(page.get_by_text("It has no preset balanced: its own decoding is set.")).to_be_visible()
+    expect(page.get_by_label("preset of A")).to_have_value("")
+    expect(page.get_by_label("preset of A")).not_to_have_attribute("aria-invalid", "true")
+    expect(field(page, "temperature")).to_have_value("0.8")
 
 
 def test_both_sides_share_a_seed_that_the_page_draws(page: Page, server: PlayedServer, played: Played) -> None:
@@ -505,7 +611,7 @@ def test_all_can_be_done_by_keyboard(page: Page, server: PlayedServer, played: P
     expect(page.get_by_label("Compare two settings")).to_be_checked()
     field(page, "temperature", "A").fill("0.5")
     controls = page.evaluate(
-        """[...document.querySelectorAll("a, button, input, textarea, [tabindex='0']")]
+        """[...document.querySelectorAll("a, button, input, select, textarea, [tabindex='0']")]
             .filter((each) => each.checkVisibility({ visibilityProperty: true }) && !each.disabled)
             .map((each, index) => { each.dataset.stop = index; return each.outerHTML; })"""
     )
@@ -526,7 +632,7 @@ def test_all_can_be_done_by_keyboard(page: Page, server: PlayedServer, played: P
 def test_every_control_has_a_name(page: Page, server: PlayedServer, played: Played) -> None:
     generate(opened(page, server))
     page.get_by_label("Compare two settings").check()
-    for control in page.locator("button:visible, input:visible, textarea:visible").all():
+    for control in page.locator("button:visible, input:visible, select:visible, textarea:visible").all():
         expect(control).not_to_have_accessible_name("")
 
 
@@ -574,8 +680,16 @@ def test_the_true_server_streams_to_the_page(page: Page, running: "Running") -> 
     expect(page.locator(".figures").first).to_contain_text("length max_tokens or the context is used up")
 
 
+def test_the_true_server_decodes_by_the_preset_that_is_chosen(page: Page, running: "Running") -> None:
+    opened(page, running).get_by_label("preset of A").select_option("faithful")
+    expect(field(page, "temperature")).to_have_value("0")
+    generate(page)
+    (choice,) = running.post(prompt="The", preset="faithful").json()["choices"]
+    assert tokens(page).text_content() == choice["text"]
+
+
 def test_the_true_server_says_which_field_is_wrong(page: Page, running: "Running") -> None:
-    opened(page, running)
+    opened(page, running).get_by_label("preset of A").select_option("balanced")
     for name, value in (("top_p", "1.5"), ("max_tokens", "-3"), ("seed", str(2**63)), ("top_k", "0.5")):
         field(page, name).fill(value)
         generate(page)
