@@ -8,8 +8,9 @@ the list, and top-k is decided by the list and the changes, if what it keeps is 
 
 Where it is not, and for a nucleus of the whole vocabulary, the row is read. The k-th largest of the largest logits of
 parts of the vocabulary is a bound that at least k tokens reach, so all tokens that top-k keeps are at or above it, and
-in parts whose largest logit is. No candidate is left out by number: where the bound does not suffice either, as for a
-nucleus wider than it, the reference draws from the same logits with the same uniform.
+in parts whose largest logit is. A nucleus is looked for among few such tokens first; where it is wider, among all but
+those that together weigh too little to be in it. Where none of this decides, the reference draws from the same logits
+with the same uniform.
 """
 
 import math
@@ -30,7 +31,7 @@ UNIFORMS_AHEAD = 64
 PART = 64
 """Tokens of the vocabulary whose largest logit is taken together: every n-th, as those are compared side by side."""
 NUCLEUS_CANDIDATES = 256
-"""Where top-k does not say how many tokens may be kept, a nucleus is looked for among at least so many."""
+"""Where top-k does not say how many tokens may be kept, a nucleus is looked for among at least so many first."""
 ROUNDING = np.float32(1e-6)
 """Relative; the temperature's division may round two logits to one, which then are both kept."""
 
@@ -266,7 +267,7 @@ def draw_listed(ids: TokenIds, logits: Logits, floor: np.float32, params: Sampli
 def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
     """The token that temperature, top-k, top-p and min-p leave to the uniform `u`; None where the reference is needed.
 
-    That is where no token is left, the logits are not finite, or the nucleus is wider than was looked.
+    That is where no token is left, the logits are not finite, or rounding hides the end of the nucleus.
     """
     peaks = logits[: logits.size // PART * PART].reshape(PART, -1).max(axis=0)
     peak = np.maximum(peaks.max(initial=-np.inf), logits[len(peaks) * PART :].max(initial=-np.inf))
@@ -276,11 +277,20 @@ def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
         return int(logits.argmax())
     if params.top_k == 0 and params.top_p == 1:
         return _draw_from_all(_cool(logits, peak, params.temperature), params.min_p, u)
-    ids = _candidates(logits, peaks, peak, params.top_k or NUCLEUS_CANDIDATES)
-    mass = None
-    if params.top_k == 0:
-        mass = np.exp(_cool(logits, peak, params.temperature)).sum(dtype=np.float64)
-    return _draw_among(ids, _cool(logits.take(ids), peak, params.temperature), params, u, mass=mass)
+    if params.top_k > 0:
+        ids = _candidates(logits, peaks, peak, params.top_k)
+        return _draw_among(ids, _cool(logits.take(ids), peak, params.temperature), params, u)
+    cooled = _cool(logits, peak, params.temperature)
+    weights = np.exp(cooled)
+    mass = weights.sum(dtype=np.float64)
+    if len(peaks) > NUCLEUS_CANDIDATES:
+        ids = _candidates(logits, peaks, peak, NUCLEUS_CANDIDATES)
+        token_id = _draw_among(ids, cooled.take(ids), params, u, mass=mass)
+        if token_id is not None:
+            return token_id
+    # What is left out holds less than half of what the nucleus may lack.
+    ids = np.flatnonzero(weights >= mass * (1 - params.top_p) / (2 * logits.size))
+    return _draw_among(ids, cooled.take(ids), params, u, mass=mass)
 
 
 def _draw_among(
@@ -297,8 +307,8 @@ def _draw_among(
     None where a token at or below `floor` would be kept, as others than the candidates may be there, or where the
     nucleus of a vocabulary whose weights relative to the likeliest's sum to `mass` holds more than the candidates.
     """
-    order = logits.argsort()[::-1]
-    ordered = logits[order]
+    # Values alone sort many times faster than their places, and what is kept is known by the least of them.
+    ordered = np.sort(logits)[::-1]
     kept = _with_equals(ordered, params.top_k) if params.top_k else len(ordered)
     least = np.float32(math.log(params.min_p)) if params.min_p else np.float32(-np.inf)
     if floor is not None:
@@ -306,19 +316,22 @@ def _draw_among(
         # A nucleus is one of what top-k keeps.
         if not floor < (edge if params.top_p < 1 else max(edge, least)):
             return None
-    weights = np.exp(ordered[:kept], dtype=np.float64)
     if params.top_p < 1:
+        weights = np.exp(ordered[:kept], dtype=np.float64)
         reached = np.cumsum(weights / (weights.sum() if mass is None else mass))
         if mass is not None and reached[-1] < params.top_p:
             return None
         kept = _with_equals(ordered[:kept], int(reached.searchsorted(params.top_p)) + 1)
     if params.min_p:
         kept = int(np.count_nonzero(ordered[:kept] >= least))
+    is_kept = logits >= ordered[kept - 1]
+    chosen, values = ids[is_kept], logits[is_kept]
     # The CDF goes through the vocabulary, not from the likeliest down.
-    chosen = ids[order[:kept]]
-    rising = chosen.argsort()
-    cdf = weights[rising].cumsum()
-    return int(chosen[rising[cdf.searchsorted(u * cdf[-1], side="right")]])
+    if not (chosen[1:] > chosen[:-1]).all():
+        rising = chosen.argsort()
+        chosen, values = chosen[rising], values[rising]
+    cdf = np.exp(values, dtype=np.float64).cumsum()
+    return int(chosen[cdf.searchsorted(u * cdf[-1], side="right")])
 
 
 def _cool(logits: AnyLogits, peak: np.float32, temperature: float) -> AnyLogits:

@@ -121,14 +121,18 @@ def test_the_same_token_as_the_reference(
         assert near_an_edge(before, params, prompt, output)
 
 
-def test_a_nucleus_wider_than_was_looked_for_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("candidates", [4, 256])
+@pytest.mark.parametrize("top_p", [0.5, 0.95, 0.9999999])
+def test_a_nucleus_wider_than_the_candidates_is_found_too(
+    candidates: int, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Equally likely tokens but for a trifle: a nucleus of 95 % holds hundreds of them.
     logits = np.linspace(0, 1e-3, VOCABULARY, dtype=np.float32)
-    monkeypatch.setattr(sampler, "NUCLEUS_CANDIDATES", 4)
-    params = SamplingParams(top_p=0.95, seed=1)
-    assert sampler.draw_fast(logits, params, 0.5) is None
+    logits[:100] -= 12
+    monkeypatch.setattr(sampler, "NUCLEUS_CANDIDATES", candidates)
     for seed in range(50):
-        params = SamplingParams(top_p=0.95, seed=seed)
+        params = SamplingParams(top_p=top_p, min_p=0.001 * (seed % 2), seed=seed)
+        assert sampler.draw_fast(logits, params, 0.5) is not None
         assert draw(continued(params, [], []), logits) == sample(logits, params, [], [], END_OF_TEXT, seed, 0)
 
 
