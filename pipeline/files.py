@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,17 @@ def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(paths: Iterable[Path]) -> str:
+    """Hexadecimal SHA-256 over the names and contents of files and folders."""
+    files = [
+        (file.relative_to(path.parent).as_posix(), sha256_file(file))
+        for path in paths
+        for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+        if file.is_file()
+    ]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 @contextmanager

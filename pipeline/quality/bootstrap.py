@@ -91,10 +91,17 @@ def jackknife(
 
     Raises `UserError` where there are fewer than two samples.
     """
-    error = float(jackknife_error(np.array(left_out(samples, statistic), dtype=np.float64)))
-    reach = error * float(stdtrit(len(samples) - 1, (1 + confidence) / 2))
-    estimate = statistic(list(samples))
-    return Interval(estimate, estimate - reach, estimate + reach)
+    without = np.array(left_out(samples, statistic), dtype=np.float64)
+    # First what a statistic of no sample would fall over.
+    reach = _reach(without, confidence)
+    return _around(statistic(list(samples)), reach)
+
+
+def jackknife_interval(
+    estimate: float, without: npt.NDArray[np.floating], *, confidence: float = CONFIDENCE
+) -> Interval:
+    """What `jackknife` says of an estimate, from its values `without` one sample each, [samples]."""
+    return _around(estimate, _reach(without, confidence))
 
 
 def jackknife_difference(
@@ -142,6 +149,14 @@ def _paired(
         return statistic([one for one, _ in pairs]) - statistic([other for _, other in pairs])
 
     return list(zip(first, second, strict=True)), difference
+
+
+def _reach(without: npt.NDArray[np.floating], confidence: float) -> float:
+    return float(jackknife_error(without)) * float(stdtrit(len(without) - 1, (1 + confidence) / 2))
+
+
+def _around(estimate: float, reach: float) -> Interval:
+    return Interval(estimate, estimate - reach, estimate + reach)
 
 
 def _interval(estimate: float, found: Floats, confidence: float) -> Interval:

@@ -39,8 +39,11 @@ class Scores:
     perplexity: float
     """Of the samples under the base, which did not write them and has not read what the people wrote."""
     mean_tokens: float
-    longest_copy_tokens: float
+    mean_copy_tokens: float
+    """Of the longest verbatim copy in each sample."""
     looping_share: float
+    form_share: float
+    """Of the samples in which the form of the data is found; 1 where no form is asked for."""
     mauve: float | None = None
     """Against the people's texts; of these themselves it is 1, whatever stands here. Where None, it is no term."""
 
@@ -71,10 +74,12 @@ class Weights:
     faults."""
     mean_tokens: float = 0.5
     """Whether texts end where people end theirs. Half, since the limit of tokens cuts both short."""
-    longest_copy_tokens: float = 1.0
+    mean_copy_tokens: float = 1.0
     """Only what is above people's: Carlini et al. 2023, "Quantifying Memorization Across Neural Language Models"."""
     looping_share: float = 1.0
     """Only what is above people's. A loop spoils a sample whole, and is told by rep-n too."""
+    form_share: float = 1.0
+    """Only what is below people's. Ours, not of a paper: penalties on repetition are the first to break a form."""
     mauve: float = 1.0
     """What no count of tokens sees: Pillutla et al. 2021, "MAUVE"."""
 
@@ -89,19 +94,25 @@ TERMS = tuple(field.name for field in fields(Weights))
 LOGARITHMS: dict[str, Callable[[float], float]] = {
     "perplexity": math.log,
     "mean_tokens": math.log,
-    "longest_copy_tokens": math.log1p,
+    "mean_copy_tokens": math.log1p,
 }
-"""What is compared by its logarithm. One is added to the copy, which may have no token."""
-PENALTIES = ("longest_copy_tokens", "looping_share")
-"""Terms of what is above people's only: nobody has copied or looped too little."""
+"""What is compared by its logarithm. One is added to copies, which may have no token."""
+PENALTIES = {"mean_copy_tokens": 1, "looping_share": 1, "form_share": -1}
+"""Terms of what is above people's only, or below (-1): nobody has copied or looped too little, or kept a form too well.
+"""
 SHARE_OF_HUMAN = 0.1
 """The part of the people's figure that counts as 1, where chance makes no more; a step of 0.1 in a logarithm is nearly
 the same part."""
-DOCUMENTED_SCALES = {"longest_copy_tokens": math.log(2), "mauve": SHARE_OF_HUMAN}
-"""Where people's texts have no standard error to give: a copy is the longest of all, and counts 1 at twice the length;
-MAUVE takes two sets of texts, and the people's own is 1."""
+DOCUMENTED_SCALES = {"mauve": SHARE_OF_HUMAN}
+"""Where people's texts have no standard error to give: MAUVE takes two sets of texts, and the people's own is 1."""
 LEAST_SCALE = 0.002
 """Of any figure, as where nobody repeats four tokens: less than that is no difference."""
+
+
+TAME_ABOVE = ("rep_2", "rep_3", "rep_4", "zipf", "self_bleu", "mean_copy_tokens", "looping_share")
+TAME_BELOW = ("distinct_1", "distinct_2", "distinct_3", "perplexity")
+"""Figures that are above people's, or below them, where decoding is too cold, and the other way where it is too hot.
+Length, form and MAUVE are off for either reason."""
 
 
 class Distance(NamedTuple):
@@ -109,6 +120,10 @@ class Distance(NamedTuple):
 
     total: float
     terms: dict[str, float]
+    too_tame: float
+    """Sum of the terms that tell of cold decoding, which repeats itself, and of those that tell of neither."""
+    too_wild: float
+    """Sum of the terms that tell of hot decoding, which babbles, and of those that tell of neither."""
 
 
 def distance(own: Scores, human: Scores, scales: Mapping[str, float], weights: Weights = BALANCED) -> Distance:
@@ -120,14 +135,21 @@ def distance(own: Scores, human: Scores, scales: Mapping[str, float], weights: W
     """
     here, there = _coordinates(own, "own"), _coordinates(human, "human")
     there["mauve"] = 1.0
-    terms = {}
+    terms, too_tame, too_wild = {}, [], []
     for name, place in here.items():
         scale = scales.get(name, math.nan)
         if not 0 < scale < math.inf:
             raise UserError(f"distance: the scale of {name} is {scale}, must be a number above 0")
         gap = place - there[name]
-        terms[name] = getattr(weights, name) * (max(0.0, gap) if name in PENALTIES else abs(gap)) / scale
-    return Distance(math.fsum(terms.values()), terms)
+        off = max(0.0, PENALTIES[name] * gap) if name in PENALTIES else abs(gap)
+        term = terms[name] = getattr(weights, name) * off / scale
+        is_tame = gap > 0 if name in TAME_ABOVE else gap < 0
+        is_neither = name not in TAME_ABOVE + TAME_BELOW
+        if is_tame or is_neither:
+            too_tame.append(term)
+        if not is_tame or is_neither:
+            too_wild.append(term)
+    return Distance(math.fsum(terms.values()), terms, math.fsum(too_tame), math.fsum(too_wild))
 
 
 def human_scales(human: Scores, without: Sequence[Scores]) -> dict[str, float]:

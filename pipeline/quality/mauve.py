@@ -8,6 +8,7 @@ score.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,20 +32,38 @@ MAX_ITERATIONS = 500
 Floats = npt.NDArray[np.float64]
 
 
+class Bucketed(NamedTuple):
+    """In which of `buckets` buckets each text lies, int64 [texts] each."""
+
+    own: npt.NDArray[np.int64]
+    human: npt.NDArray[np.int64]
+    buckets: int
+
+
 def mauve(
     own: npt.NDArray[np.floating], human: npt.NDArray[np.floating], *, seed: int, buckets: int | None = None
 ) -> float:
     """MAUVE of two sets of texts by their features, [texts, width] each: 1 where they are alike, near 0 at worst.
 
     A text's feature is a hidden state of one model for both sets: in the paper that at its end, or the mean of all,
-    which says less of the last token. Features are brought to length 1 and turned to the principal directions that
-    explain 90 % of their variance; k-means, begun by `seed`, sorts them in `buckets`, by default one for ten texts of
-    the smaller set. The score is the `divergence_area` of the shares that both sets have in the buckets. Neither the
-    order of the texts counts nor which set is which.
+    which says less of the last token. The score is that of the buckets in which `sort_in_buckets` puts them. Neither
+    the order of the texts counts nor which set is which.
 
     Scores compare for as many texts and buckets only. The paper has thousands of texts: few of them, in few buckets, do
     not show what sets them apart, and give a score that moves with the seed by several hundredths, so take the mean
     over some. Raises `UserError` for features that are none, of two widths, or not finite.
+    """
+    return mauve_of_buckets(sort_in_buckets(own, human, seed=seed, buckets=buckets))
+
+
+def sort_in_buckets(
+    own: npt.NDArray[np.floating], human: npt.NDArray[np.floating], *, seed: int, buckets: int | None = None
+) -> Bucketed:
+    """Sort two sets of texts by their features, [texts, width] each, as `mauve` does.
+
+    Features are brought to length 1 and turned to the principal directions that explain 90 % of their variance;
+    k-means, begun by `seed`, sorts them in `buckets`, by default one for ten texts of the smaller set. Raises
+    `UserError` as `mauve` does.
     """
     for name, features in (("own", own), ("human", human)):
         if features.ndim != 2 or features.size == 0:
@@ -59,10 +78,13 @@ def mauve(
     if buckets is None:
         buckets = max(LEAST_BUCKETS, round(min(len(own), len(human)) / TEXTS_A_BUCKET))
     labels = _bucket_of_each(np.concatenate([own, human]).astype(np.float64), buckets, seed)
-    own_shares, human_shares = (
-        np.bincount(part, minlength=buckets) / len(part) for part in (labels[: len(own)], labels[len(own) :])
-    )
-    return divergence_area(own_shares, human_shares)
+    return Bucketed(labels[: len(own)], labels[len(own) :], buckets)
+
+
+def mauve_of_buckets(texts: Bucketed) -> float:
+    """The `divergence_area` of the shares that both sets of texts have in the buckets."""
+    own, human = (np.bincount(labels, minlength=texts.buckets) / len(labels) for labels in (texts.own, texts.human))
+    return divergence_area(own, human)
 
 
 def divergence_area(first: Floats, second: Floats, scaling_factor: float = SCALING_FACTOR) -> float:

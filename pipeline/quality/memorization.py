@@ -51,6 +51,20 @@ def longest_copies(samples: Sequence[TokenIds], training_ids: npt.NDArray[np.int
     return search.copies
 
 
+def copied_tokens(
+    samples: Sequence[TokenIds], training_ids: npt.NDArray[np.integer], length_tokens: int
+) -> list[Bools]:
+    """Which tokens of each sample lie in a run of at least so many that stands verbatim in the training text."""
+    search = _Search(samples)
+    runs = search.single_tokens(training_ids)
+    while runs.length_tokens < length_tokens:
+        runs = _lengthened(runs, min(2 * runs.length_tokens, length_tokens))
+    copied = np.zeros(len(search.joined_ids), dtype=bool)
+    for offset in range(length_tokens):
+        copied[np.flatnonzero(runs.sample_names != NO_NAME) + offset] = True
+    return [copied[start : start + len(sample)] for start, sample in zip(search.starts, samples, strict=True)]
+
+
 @dataclass(frozen=True)
 class _Runs:
     """The runs of one length that stand both in the joined samples and in the training text."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.quality.ngrams import TokenIds, ngrams, unique_share
 
@@ -13,6 +14,17 @@ def rep_n(token_ids: TokenIds, n: int) -> float:
     seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training". 0 where there is no n-gram.
     """
     return 1 - unique_share(ngrams(token_ids, n))
+
+
+def repeated_tokens(token_ids: TokenIds, n: int) -> npt.NDArray[np.bool_]:
+    """Which tokens lie in an n-gram that stands in the sample before, as `rep_n` counts it; bool [tokens]."""
+    rows = ngrams(token_ids, n)
+    first = np.unique(rows, axis=0, return_index=True)[1]
+    again = np.setdiff1d(np.arange(len(rows)), first)
+    repeated = np.zeros(len(token_ids), dtype=bool)
+    for offset in range(n):
+        repeated[again + offset] = True
+    return repeated
 
 
 def mean_rep_n(samples: Sequence[TokenIds], n: int) -> float:

@@ -1,8 +1,6 @@
 """Register the engine with its tokenizer, decoding, presets, parity and scores as one version of the model."""
 
 import argparse
-import hashlib
-import json
 import shutil
 import tempfile
 from importlib import metadata
@@ -15,7 +13,7 @@ import pipeline
 from pipeline import registry, tracking
 from pipeline.decoding import list_types, scalar_types
 from pipeline.errors import reported
-from pipeline.files import read_json, sha256_file, write_json
+from pipeline.files import digest_of, read_json, sha256_file, write_json
 from pipeline.imports import needed_files
 from pipeline.params import PARAMS_FILE, load_params, read_yaml
 from pipeline.process import stage_process
@@ -117,17 +115,6 @@ def pack_code(folder: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
     return folder
-
-
-def digest_of(paths: list[Path]) -> str:
-    """SHA-256 over the names and contents of files and folders."""
-    files = [
-        (file.relative_to(path.parent).as_posix(), sha256_file(file))
-        for path in paths
-        for file in ([path] if path.is_file() else sorted(path.rglob("*")))
-        if file.is_file()
-    ]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def requirements() -> list[str]:

@@ -16,6 +16,8 @@ from pipeline.quality.distance import (
     DOCUMENTED_SCALES,
     LEAST_SCALE,
     PENALTIES,
+    TAME_ABOVE,
+    TAME_BELOW,
     TERMS,
     Scores,
     Weights,
@@ -40,8 +42,9 @@ HUMAN = Scores(
     self_bleu=0.3,
     perplexity=60.0,
     mean_tokens=360.0,
-    longest_copy_tokens=15.0,
+    mean_copy_tokens=13.0,
     looping_share=0.02,
+    form_share=0.8,
 )
 SCALES = dict.fromkeys(TERMS, 0.1)
 EVERY_WEIGHT = Weights(**dict.fromkeys(TERMS, 1.0))
@@ -71,18 +74,18 @@ def test_distance_by_hand() -> None:
         distinct_1=0.11,
         perplexity=60 / math.e,
         mean_tokens=720.0,
-        longest_copy_tokens=31.0,
+        mean_copy_tokens=27.0,
         looping_share=0.12,
         mauve=0.7,
     )
-    scales = SCALES | {"rep_2": 0.02, "perplexity": 0.5} | DOCUMENTED_SCALES
-    total, terms = distance(own, HUMAN, scales, replace(EVERY_WEIGHT, rep_2=2.0, looping_share=0.5))
+    scales = SCALES | {"rep_2": 0.02, "perplexity": 0.5, "mean_copy_tokens": math.log(2)} | DOCUMENTED_SCALES
+    total, terms, *_ = distance(own, HUMAN, scales, replace(EVERY_WEIGHT, rep_2=2.0, looping_share=0.5))
     expected = {
         "rep_2": 2 * 3,
         "distinct_1": 0.5,
         "perplexity": 2,
         "mean_tokens": math.log(2) / 0.1,
-        "longest_copy_tokens": 1,
+        "mean_copy_tokens": 1,
         "looping_share": 0.5,
         "mauve": 3,
     }
@@ -90,7 +93,10 @@ def test_distance_by_hand() -> None:
     assert total == pytest.approx(sum(expected.values()))
 
 
-@each_compared
+each_too_much = pytest.mark.parametrize("term", [name for name in TERMS if name not in ("mauve", "form_share")])
+
+
+@each_too_much
 def test_more_of_a_figure_is_farther_and_moves_its_term_alone(term: str) -> None:
     near, far = (distance(moved(term, factor), HUMAN, SCALES, EVERY_WEIGHT) for factor in (1.05, 1.5))
     assert 0 < near.total < far.total
@@ -101,10 +107,41 @@ def test_more_of_a_figure_is_farther_and_moves_its_term_alone(term: str) -> None
 @each_compared
 def test_less_of_a_figure_is_farther_but_for_penalties(term: str) -> None:
     near, far = (distance(moved(term, factor), HUMAN, SCALES, EVERY_WEIGHT).total for factor in (0.95, 0.5))
-    if term in PENALTIES:
+    if PENALTIES.get(term, -1) == 1:
         assert near == far == 0
     else:
         assert 0 < near < far
+
+
+@pytest.mark.parametrize(
+    ("term", "factor", "fault"),
+    [
+        *((name, 1.5, "too_tame") for name in TAME_ABOVE),
+        *((name, 0.5, "too_tame") for name in TAME_BELOW),
+        *((name, 0.5, "too_wild") for name in TAME_ABOVE if name not in PENALTIES),
+        *((name, 1.5, "too_wild") for name in TAME_BELOW),
+    ],
+)
+def test_each_figure_tells_which_way_decoding_errs(term: str, factor: float, fault: str) -> None:
+    found = distance(moved(term, factor), HUMAN, SCALES, EVERY_WEIGHT)
+    other = {"too_tame": "too_wild", "too_wild": "too_tame"}[fault]
+    assert getattr(found, fault) == found.total > 0
+    assert getattr(found, other) == 0
+
+
+def test_a_form_cannot_be_kept_too_well() -> None:
+    assert distance(moved("form_share", 1.2), HUMAN, SCALES).total == 0
+
+
+def test_length_form_and_mauve_are_off_for_either_reason() -> None:
+    for own in (
+        moved("mean_tokens", 1.5),
+        moved("mean_tokens", 0.5),
+        moved("form_share", 0.5),
+        replace(HUMAN, mauve=0.5),
+    ):
+        found = distance(own, HUMAN, SCALES, EVERY_WEIGHT)
+        assert found.too_tame == found.too_wild == found.total > 0
 
 
 def test_twice_and_half_are_as_far() -> None:
@@ -122,7 +159,7 @@ def test_less_mauve_is_farther_and_none_is_no_term() -> None:
     assert distance(replace(HUMAN, mauve=0.9), replace(HUMAN, mauve=0.3), SCALES) == better
 
 
-@each_compared
+@each_too_much
 def test_weight_and_scale_of_a_term(term: str) -> None:
     own = moved(term, 1.5)
     one = distance(own, HUMAN, SCALES, EVERY_WEIGHT).total
@@ -135,10 +172,11 @@ def test_weight_and_scale_of_a_term(term: str) -> None:
 @given(st.lists(st.floats(0.01, 100), min_size=len(TERMS), max_size=len(TERMS)))
 def test_total_is_the_sum_of_the_terms_and_never_below_0(values: list[float]) -> None:
     own = Scores(**dict(zip(TERMS, values, strict=True)))
-    total, terms = distance(own, HUMAN, SCALES)
+    total, terms, too_tame, too_wild = distance(own, HUMAN, SCALES)
     assert set(terms) == set(TERMS)
     assert total == pytest.approx(sum(terms.values()))
     assert min(terms.values()) >= 0
+    assert max(too_tame, too_wild) <= total * (1 + 1e-9)
 
 
 @each_term
@@ -197,7 +235,6 @@ def test_scale_is_a_tenth_of_the_peoples_figure_where_it_does_not() -> None:
     # A tenth of 0.01 is less than the least.
     assert scales["rep_4"] == LEAST_SCALE
     assert scales["looping_share"] == pytest.approx(1 / 9)
-    assert scales["longest_copy_tokens"] == pytest.approx(math.log(2))
     assert scales["mauve"] == 0.1
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.quality.repetition import is_looping, mean_rep_n, rep_n, share_looping
+from pipeline.quality.repetition import is_looping, mean_rep_n, rep_n, repeated_tokens, share_looping
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,31 @@ def test_rep_n_is_the_share_of_ngrams_seen_before(token_ids: list[int], n: int, 
 def test_rep_n_against_a_set_of_tuples(token_ids: list[int], n: int) -> None:
     tuples = list(zip(*(token_ids[i:] for i in range(n)), strict=False))
     assert rep_n(token_ids, n) == pytest.approx(1 - len(set(tuples)) / len(tuples) if tuples else 0)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "n", "expected"),
+    [
+        ([1, 2, 3, 1, 2, 4], 2, [0, 0, 0, 1, 1, 0]),
+        ([7, 7, 7], 2, [0, 1, 1]),
+        ([1, 2, 1], 2, [0, 0, 0]),
+        ([1], 2, [0]),
+        ([], 2, []),
+    ],
+)
+def test_repeated_tokens_by_hand(token_ids: list[int], n: int, expected: list[int]) -> None:
+    assert repeated_tokens(token_ids, n).tolist() == [bool(mark) for mark in expected]
+
+
+@given(st.lists(st.integers(0, 3)), st.integers(1, 4))
+def test_repeated_tokens_are_those_of_the_ngrams_that_rep_n_counts(token_ids: list[int], n: int) -> None:
+    seen, marked = set(), set()
+    for start in range(len(token_ids) - n + 1):
+        ngram = tuple(token_ids[start : start + n])
+        if ngram in seen:
+            marked |= set(range(start, start + n))
+        seen.add(ngram)
+    assert set(repeated_tokens(token_ids, n).nonzero()[0].tolist()) == marked
 
 
 def test_mean_rep_n_averages_samples_of_any_length_alike() -> None:
