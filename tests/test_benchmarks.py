@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from pipeline.checkpoint import load_checkpoint
 from pipeline.engine import cuda
+from pipeline.engine.build import build_engine
+from pipeline.engine.verbatim import index_text
 from pipeline.tokens import write_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +93,15 @@ def test_a_gpu_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
     done = run([*command, "--contexts", "8", "--new-tokens", "4", "--work", str(tmp_path)])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: provider: CUDA does not run here: ")
+
+
+def test_guard_compares_limits_with_none(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    index = index_text(np.array([7, 8, 9, 10, 7, 8, 9, 11], np.uint16))
+    build_engine(load_checkpoint(tiny_checkpoint), tiny_checkpoint, tmp_path / "engine", ["int8"], index=index)
+    command = [sys.executable, "benchmarks/guard.py", "--engine", str(tmp_path / "engine")]
+    done = run([*command, "--rounds", "2", "--requests", "2", "--tokens", "6"])
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[0].split(" +")[0].split(" -")[0] for line in done.stdout.splitlines()[2:]] == [
+        "no limit again",
+        *(f"limit {limit}" for limit in (4, 8, 15, 30)),
+    ]
