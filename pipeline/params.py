@@ -240,13 +240,68 @@ class ExportParams(Section):
     parity: PrecisionsParityParams
 
 
+class RangeParams(Section):
+    """The numbers from `low` to `high`, both of them tried, in steps."""
+
+    low: float
+    high: float
+    step: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _rises(self) -> "RangeParams":
+        if self.low > self.high:
+            raise ValueError(f"low {self.low:g} is above high {self.high:g}")
+        return self
+
+    def ends(self) -> list[float]:
+        return [self.low, self.high]
+
+
+Choices = Annotated[list[int], Field(min_length=1)]
+
+
+class SpaceParams(Section):
+    """What values each decoding parameter is tried with."""
+
+    temperature: RangeParams
+    top_k: Choices
+    top_p: RangeParams
+    min_p: RangeParams
+    repetition_penalty: RangeParams
+    presence_penalty: RangeParams
+    no_repeat_ngram_size: Choices
+
+    @model_validator(mode="after")
+    def _can_be_decoded_with(self) -> "SpaceParams":
+        for name, tried in self:
+            for value in tried.ends() if isinstance(tried, RangeParams) else tried:
+                SamplingParams.from_mapping({name: value})
+        return self
+
+
+class TuneParams(Section):
+    """How decoding parameters are searched for, on the validation split."""
+
+    trials: Count
+    """Sets of parameters that are tried; half of their samples are drawn first, and the worse of them go no further."""
+    finalists: Count
+    """The best of them are drawn anew, with other random numbers, and the best of these is the winner."""
+    seed: Seed
+    """Of the search, and of the samples: the random numbers of sample i are keyed by it plus i."""
+    samples: Annotated[int, Field(ge=2)]
+    """Continuations of a trial, one a document, as far as there are documents."""
+    max_new_tokens: Count
+    """Of a continuation; people's texts are cut there too."""
+    space: SpaceParams
+
+
 class EvaluateParams(Section):
     """What is measured on the test split."""
 
     stride_tokens: Count
     """A document longer than the context is scored in windows that move on by this many tokens."""
-    samples: Count
-    """Continuations generated, one a prompt, by base and fine-tuned model each."""
+    samples: Annotated[int, Field(ge=2)]
+    """Continuations of each model and decoding, one a document, as far as there are documents."""
     prompt_words: Annotated[int, Field(ge=0)]
     """A prompt is this many words from the beginning of a test document; 0 starts from end-of-text."""
     form_pattern: Pattern
@@ -255,10 +310,13 @@ class EvaluateParams(Section):
     """A sample loops where its end repeats a run of at most this many tokens …"""
     loop_repeats: Annotated[int, Field(ge=2)]
     """… this many times in a row."""
+    guard_tokens: Count | None
+    """One more set of samples is drawn with this as `max_verbatim_tokens`, to show its effect; null leaves it out."""
     seed: Seed
     """The random numbers of sample i are keyed by this seed plus i."""
     decoding: Decoding
-    """The hand-set decoding parameters; what a registered model uses where its caller sets nothing."""
+    """The hand-set decoding parameters. A registered model uses them where its caller sets nothing, but for those that
+    `tune` found better values of."""
 
 
 class RegisterParams(Section):
@@ -274,6 +332,7 @@ class Params(Section):
     prepare: PrepareParams
     finetune: FinetuneParams
     export: ExportParams
+    tune: TuneParams
     evaluate: EvaluateParams
     register_: Annotated[RegisterParams, Field(alias="register")]
 

@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pipeline.charts import DATA, MARK, MODEL, NARROW_INCHES, inline_chart, new_chart
 from pipeline.decoding import SamplingParams
-from pipeline.quality.distance import DOCUMENTED_SCALES, LEAST_SCALE, LOGARITHMS, PENALTIES, SHARE_OF_HUMAN
+from pipeline.quality.distance import LEAST_SCALE, LOGARITHMS, PENALTIES, SHARE_OF_HUMAN
 
 TEMPLATE = Path(__file__).with_name("report.html")
 NONE = "–"
@@ -104,8 +104,8 @@ COLUMNS = {
     ],
     "copies": [
         Column("mean_copy_tokens", "mean", 1, "Longest verbatim run of the training text in a sample, in tokens, on "
-               "average.", "longest_copy_tokens"),
-        Column("longest_copy_tokens", "longest", 0, "Of all samples, in tokens."),
+               "average."),
+        Column("longest_copy_tokens", "longest", 0, "Of all samples, in tokens.", "mean_copy_tokens"),
     ],
     "shape": [
         Column("mean_tokens", "tokens", 1, "Length of a sample, on average."),
@@ -141,7 +141,7 @@ def render_report(report: Report) -> str:
     decodings = _decodings(report.samples)
     return page.render(
         learnt=_learnt_told(metrics),
-        decoding=_decoding_told(metrics.get("choice")),
+        decoding=decoding_told(metrics.get("choice")),
         facts=_facts(metrics),
         systems={name: System(label, meaning.format_map(protocol)) for name, (label, meaning) in _shown(metrics)},
         kept=_kept(metrics),
@@ -179,7 +179,8 @@ def _learnt_told(metrics: Mapping[str, Any]) -> str:
     return f"Fine-tuning did not help: it took the model {figures}, {100 * change:.1f}\u00a0% more."
 
 
-def _decoding_told(choice: Mapping[str, Any] | None) -> str:
+def decoding_told(choice: Mapping[str, Any] | None) -> str:
+    """Which decoding goes with the model, and why, in a sentence; `choice` is that of `metrics.json`."""
     if choice is None:
         return "Its samples are drawn with the decoding set by hand; no other was searched for."
     difference, low, high = choice["difference"], choice.get("difference_low"), choice.get("difference_high")
@@ -221,27 +222,27 @@ def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _cells(metrics: Mapping[str, Any], system: str) -> dict[str, Cell]:
     """A system's row of the table, by the name of the figure."""
-    own, samples = metrics[system], metrics["protocol"]["samples"]
+    own, scales = metrics[system], metrics["human_scales"]
     # What is taken against people's texts they have not themselves: there they are 0 apart, and as alike as 1.
     if system == "human":
         own, human = {**own, "distance": 0.0}, {}
     else:
         human = {**metrics.get("human", {}), "mauve": 1.0}
     return {
-        column.name: _cell(column, own.get(column.name), human.get(column.name), samples)
+        column.name: _cell(column, own.get(column.name), human.get(column.name), scales)
         for group in COLUMNS.values()
         for column in group
         if column is not DISTANCE
     } | {DISTANCE.name: _distance_cell(own)}
 
 
-def _cell(column: Column, own: float | None, human: float | None, samples: int) -> Cell:
+def _cell(column: Column, own: float | None, human: float | None, scales: Mapping[str, float]) -> Cell:
     if own is None:
         return Cell(NONE)
     text = f"{own:.{column.decimals}f}"
     if human is None:
         return Cell(text)
-    steps = steps_off(column, own, human, samples)
+    steps = steps_off(column, own, human, scales)
     arrow = "↑" if steps > 0 else "↓"
     if abs(steps) <= NEAR_STEPS:
         return Cell(text, "near")
@@ -256,20 +257,18 @@ def _distance_cell(own: Mapping[str, Any]) -> Cell:
     return Cell(f"{own['distance']:.2f}", interval=interval)
 
 
-def steps_off(column: Column, own: float, human: float, samples: int) -> float:
-    """How far a figure lies above people's (below it: negative), in the scale that the distance gives it.
+def steps_off(column: Column, own: float, human: float, scales: Mapping[str, float]) -> float:
+    """How far a figure lies above people's (below it: negative), in the scale that the distance has for it.
 
-    A step is a tenth of people's own: what chance adds to the scale is not known here. Of `samples` samples, a loop is
-    a step at least.
+    That of a figure which is no part of the distance is a tenth of people's own.
     """
     term = column.term or column.name
     place = LOGARITHMS.get(term, float)
     gap = place(own) - place(human)
-    if term in PENALTIES:
-        gap = max(0.0, gap)
-    tenth = SHARE_OF_HUMAN * (1 if term in LOGARITHMS else abs(human))
-    least = 1 / samples if term == "looping_share" else LEAST_SCALE
-    return gap / DOCUMENTED_SCALES.get(term, max(tenth, least))
+    side = PENALTIES.get(term, 0)
+    if gap * side < 0:
+        gap = 0.0
+    return gap / scales.get(term, max(SHARE_OF_HUMAN * abs(human), LEAST_SCALE))
 
 
 def _loss_chart(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> str | None:

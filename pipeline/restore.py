@@ -37,11 +37,15 @@ def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, An
 def missing_stages(client: MlflowClient, out: Path) -> list[str]:
     """The stages whose outputs name something that the store does not hold."""
     run_id = tracking.find_run(client, read_json(out / "finetune" / "run.json")["run_id"])
-    if run_id is None or tracking.find_child(client, run_id, "evaluate") is None:
-        return ["evaluate", "register"]
+    if run_id is None:
+        return ["tune", "evaluate", "register"]
+    searched = [] if tracking.find_child(client, run_id, "tune") is not None else ["tune"]
+    if tracking.find_child(client, run_id, "evaluate") is None:
+        return [*searched, "evaluate", "register"]
     version = read_json(out / "register" / "version.json")
     found = registry.find_version(client, version["name"], version["fingerprint"])
-    return [] if found is not None and int(found.version) == version["version"] else ["register"]
+    is_there = found is not None and int(found.version) == version["version"]
+    return searched if is_there else [*searched, "register"]
 
 
 def restore(out: Path) -> None:

@@ -44,6 +44,8 @@ from pipeline.params import read_yaml
 EXPERIMENT = "gpt2-pipeline"
 STAGE_TAG = "pipeline.stage"
 RESTORES_TAG = "pipeline.restores"
+TRIAL = "trial"
+TRIAL_TAG = "pipeline.trial"
 LIBRARIES = (
     "torch",
     "transformers",
@@ -191,6 +193,39 @@ class RunLog:
             return
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         self.client.log_table(self.run_id, columns, name)
+
+    def log_trial(
+        self,
+        number: int,
+        parameters: Mapping[str, Any],
+        scores: Mapping[str, float],
+        tags: Mapping[str, str],
+        start_s: float,
+    ) -> None:
+        """Record a trial of a search, begun at `start_s` and ended now, as a child run with its number."""
+        run = self.client.create_run(
+            experiment_id(self.client),
+            start_time=int(start_s * 1000),
+            run_name=f"trial {number}",
+            tags={MLFLOW_PARENT_RUN_ID: self.run_id, STAGE_TAG: TRIAL, TRIAL_TAG: str(number), **tags},
+        )
+        now_ms = int(time.time() * 1000)
+        self.client.log_batch(
+            run.info.run_id,
+            metrics=[Metric(name, float(value), now_ms, 0) for name, value in scores.items()],
+            params=[Param(name, str(value)) for name, value in parameters.items()],
+        )
+        self.client.set_terminated(run.info.run_id)
+
+    def forget_trials(self, first: int) -> None:
+        """Remove the child runs of the trials from this number on, which are to be taken anew."""
+        children = self.client.search_runs(
+            [experiment_id(self.client)],
+            filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}' and tags.`{STAGE_TAG}` = '{TRIAL}'",
+        )
+        for child in children:
+            if int(child.data.tags[TRIAL_TAG]) >= first:
+                self.client.delete_run(child.info.run_id)
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         self.client.log_artifact(self.run_id, str(path), folder)

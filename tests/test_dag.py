@@ -11,9 +11,10 @@ from dag import DAG, ROOT, STAGES, arguments, outs
 from pipeline.imports import needed_files
 from pipeline.params import Params, Section, read_yaml
 from pipeline.stages.register import SERVED_MODULE
+from pipeline.stages.tune import READ_OF_EVALUATE
 
 PARAMS = read_yaml(ROOT / "params.yaml")
-READ_ELSEWHERE: dict[str, list[str]] = {}
+READ_ELSEWHERE = {"tune": [f"evaluate.{name}" for name in sorted(READ_OF_EVALUATE)]}
 """Parameters of another stage's section that a stage reads."""
 NAMED_BY_PARAMETERS = {"base": [PARAMS["base"]["source"]]}
 """What a stage reads because a parameter says so."""
@@ -26,7 +27,13 @@ LIGHT = (
         for file in sorted((ROOT / "pipeline" / folder).glob("[!_]*.py"))
     ),
 )
-TORCHLESS = ("pipeline.engine", "pipeline.serving.text", "pipeline.stages.evaluate", "pipeline.stages.register")
+TORCHLESS = (
+    "pipeline.engine",
+    "pipeline.serving.text",
+    "pipeline.stages.evaluate",
+    "pipeline.stages.register",
+    "pipeline.stages.tune",
+)
 
 IMPORT_WITHOUT = """
 import importlib, sys

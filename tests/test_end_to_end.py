@@ -21,7 +21,7 @@ from pipeline.tracking import EXPERIMENT
 from pipeline.training.resume import FOLDER, WHOLE_FILE, step_of
 
 ROOT = Path(__file__).parents[1]
-STAGES = ["prepare", "base", "tokenize", "finetune", "export", "evaluate", "register"]
+STAGES = ["prepare", "base", "tokenize", "finetune", "export", "tune", "evaluate", "register"]
 COMMITTED_TEMPERATURE = YAML().load(ROOT / "params.yaml")["evaluate"]["decoding"]["temperature"]
 TINY = {
     "base.source": "scratch",
@@ -31,8 +31,12 @@ TINY = {
     "finetune.evaluations": 4,
     "finetune.samples.max_new_tokens": 8,
     "export.parity.positions": 1000,
+    "tune.trials": 3,
+    "tune.finalists": 2,
+    "tune.samples": 4,
+    "tune.max_new_tokens": 16,
     "evaluate.stride_tokens": 64,
-    "evaluate.samples": 2,
+    "evaluate.samples": 3,
     "evaluate.decoding.max_new_tokens": 16,
 }
 
@@ -290,7 +294,7 @@ def test_a_kill_in_the_middle_is_recovered_from_and_two_clones_agree(
     os.killpg(repro.pid, signal.SIGKILL)
     repro.communicate()
     assert not (second.folder / "out" / "finetune").exists()
-    assert second.repro() == ["finetune", "export", "evaluate", "register"]
+    assert second.repro() == ["finetune", "export", "tune", "evaluate", "register"]
     assert not list((second.folder / "out").glob("*.partial"))
     assert second.read_json("out/evaluate/metrics.json") == first.read_json("out/evaluate/metrics.json")
 

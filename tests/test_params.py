@@ -51,6 +51,20 @@ WRONG = [
     ("finetune.seed", 2**32, f"finetune.seed: must be less than {2**32}, got {2**32}"),
     ("export.parity.positions", 999, "export.parity.positions: must be greater than or equal to 1000, got 999"),
     ("register.name", "a/b", "register.name: must match pattern"),
+    (
+        "tune.space.temperature",
+        {"low": 1.2, "high": 0.6, "step": 0.05},
+        "tune.space.temperature: low 1.2 is above high 0.6",
+    ),
+    (
+        "tune.space.top_p",
+        {"low": 0.0, "high": 1.0, "step": 0.1},
+        "tune.space: top_p: 0.0 is out of range, must be in (0, 1]",
+    ),
+    ("tune.space.top_k", [0, -1], "tune.space: top_k: -1 is out of range, must be at least 0"),
+    ("tune.space.no_repeat_ngram_size", [], "tune.space.no_repeat_ngram_size: must have at least 1 item"),
+    ("tune.space.min_p.step", 0, "tune.space.min_p.step: must be greater than 0, got 0"),
+    ("tune.samples", 1, "tune.samples: must be greater than or equal to 2, got 1"),
     # Patterns
     ("prepare.separator", "(", "prepare.separator: not a regular expression: missing ), unterminated subpattern"),
     ("evaluate.form_pattern", "*", "evaluate.form_pattern: not a regular expression: nothing to repeat"),

@@ -56,9 +56,20 @@ def row(start: float) -> dict[str, Any]:
     return own | {"longest_copy_tokens": round(start) + 40, "distance_low": start - 0.5, "distance_high": start + 0.5}
 
 
+SCALES = {
+    "rep_2": 0.05,
+    "perplexity": 0.1,
+    "mean_copy_tokens": 0.2,
+    "looping_share": 0.25,
+    "form_share": 0.1,
+    "mauve": 0.1,
+}
+
+
 def metrics(*systems: str) -> dict[str, Any]:
     return {
         "protocol": {"samples": 2, "copy_tokens": 10, "repeat_tokens": 4, "guard_tokens": 14, "split": "test"},
+        "human_scales": SCALES,
         "base": {"bits_per_byte": 1.6, "perplexity": 60.0},
         "finetuned": {"bits_per_byte": 1.2, "perplexity": 30.0},
         **{name: row(index + 1) for index, name in enumerate(systems)},
@@ -162,21 +173,24 @@ def test_a_row_or_an_interval_that_is_missing_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("name", "own", "human", "steps"),
     [
-        ("rep_2", 0.12, 0.1, 2.0),
-        ("rep_2", 0.05, 0.1, -5.0),
-        ("rep_4", 0.001, 0.0, 0.5),  # a scale is 0.002 at least
+        ("rep_2", 0.2, 0.1, 2.0),
+        ("rep_2", 0.05, 0.1, -1.0),
         ("base_perplexity", 60.0 * 2.718281828, 60.0, 10.0),
-        ("mean_tokens", 100.0, 200.0, -6.931471806),
-        ("longest_copy_tokens", 15, 7, 1.0),  # twice as long, one added
-        ("longest_copy_tokens", 2, 7, 0.0),
-        ("mean_copy_tokens", 15, 7, 1.0),
-        ("looping_share", 0.5, 0.0, 2.0),  # two of four samples
+        ("mean_copy_tokens", 15, 7, 3.4657359),  # twice as long, one added
+        ("mean_copy_tokens", 2, 7, 0.0),
+        ("looping_share", 0.5, 0.0, 2.0),
         ("looping_share", 0.0, 0.5, 0.0),
         ("mauve", 0.8, 1.0, -2.0),
+        ("finished_share", 0.4, 0.5, -2.0),  # no part of the distance
+        ("form_share", 0.5, 0.75, -2.5),
+        ("form_share", 0.75, 0.5, 0.0),
+        ("finished_share", 0.001, 0.0, 0.5),  # a scale is 0.002 at least
+        ("longest_copy_tokens", 15, 7, 3.4657359),  # as the mean is compared
+        ("longest_copy_tokens", 5, 7, 0.0),
     ],
 )
 def test_how_far_off_a_figure_is(name: str, own: float, human: float, steps: float) -> None:
-    assert steps_off(figure(name), own, human, 4) == pytest.approx(steps)
+    assert steps_off(figure(name), own, human, SCALES) == pytest.approx(steps)
 
 
 def figure(name: str) -> Column:
@@ -185,7 +199,7 @@ def figure(name: str) -> Column:
 
 def test_near_and_far_are_told_without_colour_too() -> None:
     own = {**metrics("human", "hand_set"), "human": row(1), "hand_set": row(1)}
-    own["hand_set"] |= {"rep_2": own["human"]["rep_2"] * 1.2, "rep_3": own["human"]["rep_3"] * 0.5}
+    own["hand_set"] |= {"rep_2": own["human"]["rep_2"] + 0.1, "rep_3": own["human"]["rep_3"] * 0.5}
     cells = scores(tree(page(metrics=own, samples=[], trials=[])))["Hand-set"]
     shown = {column.name: cell for column, cell in zip(FIGURES, cells, strict=True)}
     found = {name: (shown[name].get("class", "").split()[1], text(shown[name])) for name in ("rep_2", "rep_3", "rep_4")}

@@ -44,8 +44,9 @@ def write_finetune(folder: Path, run_id: str) -> Path:
 
 @pytest.fixture
 def out(client: MlflowClient, tmp_path: Path) -> Path:
-    """The outputs of a pipeline whose records are all there: runs of three stages, and version 1."""
+    """The outputs of a pipeline whose records are all there: runs of four stages, and version 1."""
     finetune, out = new_run("finetune"), tmp_path / "out"
+    new_run("tune", finetune)
     new_run("evaluate", finetune)
     with tracking.start_run("register", PARAMETERS, parent_run_id=finetune) as run:
         uri = log_unused_model(run.run_id, tmp_path, {})
@@ -123,12 +124,17 @@ def test_nothing_is_missing_where_all_is_there(client: MlflowClient, out: Path) 
 def test_a_lost_run_takes_its_children_with_it(client: MlflowClient, out: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with isolated_store(tmp_path / "other"):
-        assert missing_stages(tracking.connect(), out) == ["evaluate", "register"]
+        assert missing_stages(tracking.connect(), out) == ["tune", "evaluate", "register"]
 
 
 def test_lost_scores_are_missing(client: MlflowClient, out: Path) -> None:
     client.delete_run(run_of(client, "evaluate"))
     assert missing_stages(client, out) == ["evaluate", "register"]
+
+
+def test_a_lost_search_is_missing_and_nothing_else(client: MlflowClient, out: Path) -> None:
+    client.delete_run(run_of(client, "tune"))
+    assert missing_stages(client, out) == ["tune"]
 
 
 def test_a_lost_version_alone_is_registered_again(client: MlflowClient, out: Path) -> None:
@@ -154,7 +160,9 @@ def test_scores_under_a_restored_run_count(client: MlflowClient, out: Path, tmp_
     (tmp_path / "other").mkdir()
     with isolated_store(tmp_path / "other"):
         other = tracking.connect()
-        new_run("evaluate", parent_run(other, out / "finetune", PARAMETERS))
+        restored = parent_run(other, out / "finetune", PARAMETERS)
+        new_run("tune", restored)
+        new_run("evaluate", restored)
         assert missing_stages(other, out) == ["register"]
 
 
@@ -167,6 +175,7 @@ def test_each_missing_stage_runs_again_alone(out: Path, commands: Path, client: 
     client.delete_run(run_of(client, "finetune"))
     restore(out)
     assert commands.read_text().splitlines() == [
+        "repro --force --single-item tune",
         "repro --force --single-item evaluate",
         "repro --force --single-item register",
     ]
@@ -175,6 +184,6 @@ def test_each_missing_stage_runs_again_alone(out: Path, commands: Path, client: 
 def test_a_stage_that_fails_ends_it(out: Path, commands: Path, client: MlflowClient, tmp_path: Path) -> None:
     client.delete_run(run_of(client, "finetune"))
     (tmp_path / "fail").touch()
-    with pytest.raises(UserError, match=r"^evaluate failed; see above"):
+    with pytest.raises(UserError, match=r"^tune failed; see above"):
         restore(out)
-    assert commands.read_text().splitlines() == ["repro --force --single-item evaluate"]
+    assert commands.read_text().splitlines() == ["repro --force --single-item tune"]

@@ -217,6 +217,42 @@ def test_a_file_lies_in_the_folder_asked_for(tmp_path: Path) -> None:
     assert [file.path for file in run.client.list_artifacts(run.run_id, "plots")] == ["plots/copies.csv"]
 
 
+def trials_of(client: MlflowClient, run_id: str) -> list[Run]:
+    return client.search_runs(
+        [tracking.experiment_id(client)],
+        filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'",
+        order_by=["attributes.start_time"],
+    )
+
+
+def test_a_trial_is_a_finished_run_below_its_search() -> None:
+    with tracking.start_run("tune", {}) as run:
+        run.log_trial(3, {"top_k": 50}, {"distance": 1.5}, {"tune.state": "pruned"}, 12.5)
+    (trial,) = trials_of(run.client, run.run_id)
+    assert trial.info.run_name == "trial 3"
+    assert trial.info.status == "FINISHED"
+    assert trial.info.start_time == 12_500
+    assert trial.data.params == {"top_k": "50"}
+    assert trial.data.metrics == {"distance": 1.5}
+    assert trial.data.tags[tracking.TRIAL_TAG] == "3"
+    assert trial.data.tags["tune.state"] == "pruned"
+
+
+def test_trials_from_a_number_on_are_forgotten() -> None:
+    with tracking.start_run("tune", {}) as other:
+        other.log_trial(2, {}, {}, {}, 0.0)
+    with tracking.start_run("tune", {}) as run:
+        for number in range(4):
+            run.log_trial(number, {}, {}, {}, 1.0 + number)
+        # A child that is no trial stays.
+        with tracking.start_run("evaluate", {}, parent_run_id=run.run_id):
+            pass
+        run.forget_trials(2)
+    names = [found.info.run_name for found in trials_of(run.client, run.run_id)]
+    assert names == ["trial 0", "trial 1", "evaluate"]
+    assert len(trials_of(other.client, other.run_id)) == 1
+
+
 def test_a_child_is_found_by_parent_and_stage() -> None:
     client, parent = logged_run()
     _, other = logged_run()

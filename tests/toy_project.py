@@ -48,6 +48,7 @@ CHANGES: dict[str, Any] = {
             },
         }
     },
+    "tune": {"trials": 8, "finalists": 2, "samples": 10, "max_new_tokens": 8},
     "evaluate": {"stride_tokens": 32, "samples": 5, "prompt_words": 3, "decoding": {"max_new_tokens": 12}},
 }
 

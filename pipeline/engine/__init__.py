@@ -1,7 +1,7 @@
 """Token ids in, token ids out: GPT-2 on ONNX Runtime with our own sampling. Needs no torch at run time."""
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.generator import Completion, Engine
+from pipeline.engine.generator import Completion, Engine, Reading
 from pipeline.engine.scheduler import Token
 
-__all__ = ["Completion", "Engine", "SamplingParams", "Token"]
+__all__ = ["Completion", "Engine", "Reading", "SamplingParams", "Token"]

@@ -1,48 +1,40 @@
-"""Score base and fine-tuned model on the test split, and their samples beside what people wrote."""
+"""Score base and fine-tuned model on the test split, and their samples, decoded in several ways, beside people's."""
 
 import argparse
 import csv
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from pipeline import tracking
+from pipeline.continuations import SLOTS, Measures, Sample, character_spans, draw_samples, human_samples
+from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.errors import reported
 from pipeline.files import read_json, read_jsonl, whole_file, whole_folder, write_json, write_jsonl
 from pipeline.params import PARAMS_FILE, EvaluateParams, load_params, read_yaml
 from pipeline.process import stage_process
-from pipeline.quality.diversity import distinct_n
-from pipeline.quality.form import share_matching
-from pipeline.quality.memorization import longest_copies
+from pipeline.quality.comparison import Compared, Measured, compare, human_side
+from pipeline.quality.distance import Scores
+from pipeline.quality.memorization import copied_tokens
 from pipeline.quality.perplexity import bits_per_byte, perplexity, plan_windows
-from pipeline.quality.repetition import is_looping, mean_rep_n, share_looping
+from pipeline.quality.repetition import repeated_tokens
+from pipeline.report import SYSTEMS, Report, decoding_told, render_report
 from pipeline.restore import parent_run
 from pipeline.serving.text import TextGenerator
-from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
+from pipeline.tokens import TokenArrays, load_tokens, tokenizer_sha256
 
-BATCH_SAMPLES = 16
 POSITION_BIN_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt with what a model, or the author, wrote after it."""
-
-    prompt: str
-    text: str
-    token_ids: list[int]
-    """Of the text alone."""
-    finish_reason: str
+COPY_TOKENS = 10
+"""A run of so many tokens that stands in the training text is marked as a copy."""
+REPEAT_TOKENS = 4
+"""A run of so many tokens that stood in the sample before is marked as repeated."""
 
 
 def main() -> None:
@@ -51,49 +43,129 @@ def main() -> None:
     parser.add_argument("documents", type=Path, help="folder of the prepare stage")
     parser.add_argument("tokens", type=Path, help="folder of the tokenize stage")
     parser.add_argument("finetune", type=Path, help="folder of the finetune stage, whose run is the parent")
+    parser.add_argument("tune", type=Path, help="folder of the tune stage")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     with reported(), tracking.store_errors(), stage_process(arguments.out):
         params, parameters = load_params().evaluate, read_yaml(PARAMS_FILE)
         parent = parent_run(tracking.connect(), arguments.finetune, parameters)
         with tracking.start_run("evaluate", parameters, parent_run_id=parent) as run:
-            evaluate(arguments.export, arguments.documents, arguments.tokens, arguments.out, params)
+            evaluate(
+                arguments.export,
+                arguments.documents,
+                arguments.tokens,
+                arguments.finetune,
+                arguments.tune,
+                arguments.out,
+                params,
+                {**tracking.lineage(), "run": parent},
+            )
             log_evaluation(run, arguments.out, arguments.export / "parity.json")
 
 
-def evaluate(export: Path, documents: Path, tokens: Path, out: Path, params: EvaluateParams) -> None:
-    """Write `metrics.json`, `samples.jsonl`, the tables of the plots and what the model is decoded with to `out`."""
-    engines = {"base": Engine.load(export / "base" / "engine"), "finetuned": Engine.load(export / "engine")}
-    tokenizer, digest = load_tokenizer(export / "engine"), tokenizer_sha256(export / "engine")
-    test, train = load_tokens(tokens / "test", digest), load_tokens(tokens / "train", digest)
-    human = list(islice(human_samples(documents / "test.jsonl", tokenizer, params), params.samples))
-    metrics: dict[str, Any] = {"protocol": protocol(engines["finetuned"], test, params)}
-    losses = {name: score_documents(engine, test, params.stride_tokens) for name, engine in engines.items()}
-    samples = {"human": human}
-    for name, engine in engines.items():
-        samples[name] = generate(engine, tokenizer, [sample.prompt for sample in human], params, name)
-    copies = {
-        name: longest_copies([sample.token_ids for sample in own], train.tokens).lengths_tokens
-        for name, own in samples.items()
+def evaluate(
+    export: Path,
+    documents: Path,
+    tokens: Path,
+    finetune: Path,
+    tune: Path,
+    out: Path,
+    params: EvaluateParams,
+    lineage: Mapping[str, str],
+) -> None:
+    """Write scores, samples, the tables of the plots, the report, and what a registered model decodes with to `out`."""
+    generators = {
+        name: TextGenerator.load(folder, slots=SLOTS)
+        for name, folder in (("base", export / "base" / "engine"), ("finetuned", export / "engine"))
     }
-    for name, own in samples.items():
-        metrics[name] = score_samples(own, copies[name], params)
-        if name in losses:
-            logprobs = -np.concatenate(losses[name])
-            metrics[name] |= {
-                "perplexity": perplexity(logprobs),
-                "bits_per_byte": bits_per_byte(logprobs, test.text_bytes),
-            }
+    engines = {name: generator.engine for name, generator in generators.items()}
+    tokenizer, digest = generators["finetuned"].tokenizer, tokenizer_sha256(export / "engine")
+    test, train = load_tokens(tokens / "test", digest), load_tokens(tokens / "train", digest)
+    measures = Measures(
+        engines["base"],
+        tokenizer,
+        train.tokens,
+        params.loop_ngram_tokens,
+        params.loop_repeats,
+        params.form_pattern,
+    )
+    found = read_json(tune / "decoding.json")
+    decodings = decodings_of(params, found, holds_index=engines["finetuned"].manifest.holds_index)
+
+    losses = {name: score_documents(engine, test, params.stride_tokens) for name, engine in engines.items()}
+    people = human_samples(
+        documents / "test.jsonl",
+        tokenizer,
+        samples=params.samples,
+        prompt_words=params.prompt_words,
+        max_new_tokens=params.decoding.max_new_tokens or engines["finetuned"].context_length,
+    )
+    samples = {"human": people}
+    for name, decoding in decodings.items():
+        generator = generators["base" if name == "untuned_base" else "finetuned"]
+        prompts = [sample.prompt for sample in people]
+        samples[name] = draw_samples(generator, prompts, decoding, seed=params.seed, description=f"samples: {name}")
+    measured = {name: measures.take(own) for name, own in samples.items()}
+    human = human_side(measured["human"])
+    compared = {name: compare(measured[name], human, intervals=True) for name in decodings}
+
+    metrics = {
+        "protocol": protocol(engines["finetuned"], test, params, len(people)),
+        **{name: score_losses(own, test) for name, own in losses.items()},
+        **{name: score_samples(own, measured[name]) for name, own in samples.items()},
+        "human_scales": human.scales,
+    }
+    metrics["human"] |= named(human.scores)
+    for name, own in compared.items():
+        metrics[name] |= named(own.scores) | distance_of(own)
+    metrics["choice"] = choice = choose(compared["tuned"], compared["hand_set"])
+    print(decoding_told(choice))
     with whole_folder(out) as partial:
         write_json(partial / "metrics.json", metrics)
-        write_jsonl(partial / "samples.jsonl", sample_rows(samples, copies, params))
+        rows = list(sample_rows(samples, measured, decodings, tokenizer, train.tokens, params.seed))
+        write_jsonl(partial / "samples.jsonl", rows)
         write_loss_by_position(partial / "loss_by_position.csv", losses)
-        write_copies(partial / "copies.csv", copies)
-        write_json(partial / "decoding.json", params.decoding.to_mapping())
-        write_json(partial / "presets.json", {})
+        write_copies(partial / "copies.csv", measured)
+        write_json(partial / "decoding.json", decodings[choice["kept"]].to_mapping())
+        presets = {name: tuned(params.decoding, values) for name, values in read_json(tune / "presets.json").items()}
+        write_json(partial / "presets.json", {name: decoding.to_mapping() for name, decoding in presets.items()})
+        page = render_report(
+            Report(
+                metrics=metrics,
+                samples=rows,
+                trials=read_json(tune / "trials.json"),
+                train_losses=read_curve(finetune / "loss_train.csv"),
+                validation_losses=read_curve(finetune / "loss_validation.csv"),
+                lineage=lineage,
+            )
+        )
+        (partial / "report.html").write_text(page, encoding="utf-8")
 
 
-def protocol(engine: Engine, test: TokenArrays, params: EvaluateParams) -> dict[str, Any]:
+def decodings_of(params: EvaluateParams, found: Mapping[str, Any], *, holds_index: bool) -> dict[str, SamplingParams]:
+    """The decodings that are compared, of the fine-tuned model but for `untuned_base`, which has the hand-set one.
+
+    `found` is what `tune` came to. `guarded` is left out where the engine holds no index, and says so.
+    """
+    hand_set = params.decoding
+    decodings = {"hand_set": hand_set, "tuned": tuned(hand_set, found)}
+    if params.guard_tokens is not None and holds_index:
+        decodings["guarded"] = replace(decodings["tuned"], max_verbatim_tokens=params.guard_tokens)
+    elif params.guard_tokens is not None:
+        print("evaluate.guard_tokens: left out, as the engine holds no index (export.verbatim_index)", file=sys.stderr)
+    pure = SamplingParams(max_new_tokens=hand_set.max_new_tokens, context_overflow=hand_set.context_overflow)
+    decodings["greedy"] = replace(pure, temperature=0.0)
+    decodings["sampling"] = pure
+    decodings["untuned_base"] = hand_set
+    return decodings
+
+
+def tuned(hand_set: SamplingParams, values: Mapping[str, Any]) -> SamplingParams:
+    """The hand-set decoding with all that `tune` searches for as it was found; neutral values are values too."""
+    return SamplingParams.from_mapping({**hand_set.to_mapping(), **values})
+
+
+def protocol(engine: Engine, test: TokenArrays, params: EvaluateParams, samples: int) -> dict[str, Any]:
     """How the figures were taken: without it no two perplexities can be compared."""
     return {
         "split": "test",
@@ -105,7 +177,10 @@ def protocol(engine: Engine, test: TokenArrays, params: EvaluateParams) -> dict[
         "tokenizer_sha256": test.tokenizer_sha256,
         "provider": engine.session.provider,
         "precision": engine.session.precision,
-        "samples": params.samples,
+        "samples": samples,
+        "guard_tokens": params.guard_tokens,
+        "copy_tokens": COPY_TOKENS,
+        "repeat_tokens": REPEAT_TOKENS,
     }
 
 
@@ -124,69 +199,62 @@ def score_documents(engine: Engine, tokens: TokenArrays, stride_tokens: int) -> 
     return [np.concatenate(parts) for parts in losses]
 
 
-def human_samples(test: Path, tokenizer: Tokenizer, params: EvaluateParams) -> Iterator[Sample]:
-    """The test documents, again and again, each cut in prompt and continuation as the models' samples are."""
-    limit = params.decoding.max_new_tokens
-    for row in cycle(read_jsonl(test)):
-        prompt = leading_words(row["text"], params.prompt_words)
-        ids = tokenizer.encode(row["text"][len(prompt) :]).ids[:limit]
-        text = tokenizer.decode(ids)
-        yield Sample(prompt, text, ids, "length" if len(ids) == limit else "stop")
+def score_losses(losses: Sequence[NDArray[np.float64]], test: TokenArrays) -> dict[str, float]:
+    logprobs = -np.concatenate(losses)
+    return {"perplexity": perplexity(logprobs), "bits_per_byte": bits_per_byte(logprobs, test.text_bytes)}
 
 
-def leading_words(text: str, count: int) -> str:
-    """The first words of a text with what stands between them, but no space after the last."""
-    found = re.match(rf"(?:\s*\S+){{0,{count}}}", text)
-    return found.group() if found else ""
-
-
-def generate(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], params: EvaluateParams, name: str
-) -> list[Sample]:
-    """A continuation of every prompt; sample i is keyed by `params.seed + i`."""
-    samples: list[Sample] = []
-    generator = TextGenerator(engine, tokenizer)
-    batches = range(0, len(prompts), BATCH_SAMPLES)
-    for start in tqdm(batches, desc=f"samples of {name}", disable=not sys.stderr.isatty()):
-        batch = prompts[start : start + BATCH_SAMPLES]
-        seeded = [replace(params.decoding, seed=params.seed + start + index) for index in range(len(batch))]
-        samples += [
-            Sample(prompt, done.text, done.token_ids, done.finish_reason)
-            for prompt, done in zip(batch, generator.complete(batch, seeded), strict=True)
-        ]
-    return samples
-
-
-def score_samples(samples: Sequence[Sample], copies: NDArray[np.int64], params: EvaluateParams) -> dict[str, float]:
-    ids = [sample.token_ids for sample in samples]
-    texts = [sample.prompt + sample.text for sample in samples]
+def score_samples(samples: Sequence[Sample], measured: Sequence[Measured]) -> dict[str, float | None]:
+    """What no distance is made of."""
     return {
-        **{f"rep_{n}": mean_rep_n(ids, n) for n in (2, 3, 4)},
-        **{f"distinct_{n}": distinct_n(ids, n) for n in (1, 2, 3)},
-        "looping_share": share_looping(ids, params.loop_ngram_tokens, params.loop_repeats),
-        "longest_copy_tokens": int(copies.max()),
-        "mean_longest_copy_tokens": float(copies.mean()),
-        "form_share": share_matching(texts, re.compile(params.form_pattern)),
-        "mean_tokens": float(np.mean([len(own) for own in ids])),
+        "longest_copy_tokens": max(sample.copy_tokens for sample in measured),
         "finished_share": float(np.mean([sample.finish_reason == "stop" for sample in samples])),
     }
 
 
+def named(scores: Scores) -> dict[str, float | None]:
+    """The figures that a distance is made of, with a word more for the perplexity: it is not that of the model."""
+    return {("base_perplexity" if name == "perplexity" else name): value for name, value in asdict(scores).items()}
+
+
+def distance_of(compared: Compared) -> dict[str, float | None]:
+    distance, low, high = compared.interval()
+    faults = {"too_tame": compared.distance.too_tame, "too_wild": compared.distance.too_wild}
+    return {"distance": distance, "distance_low": low, "distance_high": high, **faults}
+
+
+def choose(tuned: Compared, hand_set: Compared) -> dict[str, Any]:
+    """Which decoding goes with the model: the tuned one where it is nearer to people beyond what chance would do."""
+    difference, low, high = tuned.difference(hand_set)
+    kept = "tuned" if high < 0 else "hand_set"
+    return {"kept": kept, "difference": difference, "difference_low": low, "difference_high": high}
+
+
 def sample_rows(
-    samples: dict[str, list[Sample]], copies: dict[str, NDArray[np.int64]], params: EvaluateParams
+    samples: Mapping[str, Sequence[Sample]],
+    measured: Mapping[str, Sequence[Measured]],
+    decodings: Mapping[str, SamplingParams],
+    tokenizer: Tokenizer,
+    training_ids: NDArray[np.unsignedinteger],
+    seed: int,
 ) -> Iterator[dict[str, Any]]:
     for name, own in samples.items():
-        for index, (sample, copy) in enumerate(zip(own, copies[name], strict=True)):
+        copied = copied_tokens([sample.token_ids for sample in own], training_ids, COPY_TOKENS)
+        decoding = decodings[name].to_mapping() if name in decodings else None
+        for index, sample in enumerate(own):
+            repeated = repeated_tokens(sample.token_ids, REPEAT_TOKENS)
             yield {
-                "model": name,
+                "system": name,
                 "prompt": sample.prompt,
                 "text": sample.text,
                 "tokens": len(sample.token_ids),
                 "finish_reason": sample.finish_reason,
-                "longest_copy_tokens": int(copy),
-                "looping": is_looping(sample.token_ids, params.loop_ngram_tokens, params.loop_repeats),
-                "seed": params.seed + index if name != "human" else None,
-                "decoding": params.decoding.to_mapping() if name != "human" else None,
+                "longest_copy_tokens": measured[name][index].copy_tokens,
+                "looping": measured[name][index].looping,
+                "copied_spans": character_spans(tokenizer, sample, copied[index]),
+                "repeated_spans": character_spans(tokenizer, sample, repeated),
+                "seed": None if decoding is None else seed + index,
+                "decoding": decoding,
             }
 
 
@@ -206,10 +274,17 @@ def write_loss_by_position(path: Path, losses: dict[str, list[NDArray[np.float64
     write_table(path, ["position", *losses], table)
 
 
-def write_copies(path: Path, copies: dict[str, NDArray[np.int64]]) -> None:
+def write_copies(path: Path, measured: Mapping[str, Sequence[Measured]]) -> None:
     """The longest verbatim copy of each sample, sorted: a rank a row."""
-    ordered = -np.sort(-np.stack(list(copies.values())), axis=1)
-    write_table(path, ["rank", *copies], [[str(rank + 1), *map(str, row)] for rank, row in enumerate(ordered.T)])
+    ordered = [sorted((sample.copy_tokens for sample in own), reverse=True) for own in measured.values()]
+    ranks = enumerate(zip(*ordered, strict=True), start=1)
+    write_table(path, ["rank", *measured], [[str(rank), *map(str, lengths)] for rank, lengths in ranks])
+
+
+def read_curve(path: Path) -> list[tuple[int, float]]:
+    """Optimizer step and loss, as `finetune` writes them."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [(int(point["step"]), float(point["loss"])) for point in csv.DictReader(file)]
 
 
 def write_table(path: Path, header: list[str], rows: list[list[str]]) -> None:
@@ -217,6 +292,13 @@ def write_table(path: Path, header: list[str], rows: list[list[str]]) -> None:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def decoding_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures of every decoding as a table; of people's texts too, which are at no distance from themselves."""
+    systems = [name for name in SYSTEMS if name in metrics]
+    columns = list(metrics["hand_set"])
+    return [{"system": name, **{column: metrics[name].get(column) for column in columns}} for name in systems]
 
 
 def log_evaluation(run: tracking.RunLog, out: Path, parity: Path) -> None:
@@ -227,9 +309,13 @@ def log_evaluation(run: tracking.RunLog, out: Path, parity: Path) -> None:
     metrics = read_json(out / "metrics.json")
     for group, values in metrics.items():
         run.log_scores(group, values)
-    run.set_tags({f"engine.{name}": metrics["protocol"][name] for name in ("provider", "precision")})
-    rows = list(read_jsonl(out / "samples.jsonl"))
-    run.log_table("samples.json", [{**row, "decoding": str(row["decoding"])} for row in rows])
+    engine = {f"engine.{name}": metrics["protocol"][name] for name in ("provider", "precision")}
+    run.set_tags({**engine, "decoding.kept": metrics["choice"]["kept"]})
+    run.log_table("decodings.json", decoding_rows(metrics))
+    rows = read_jsonl(out / "samples.jsonl")
+    spans = ("copied_spans", "repeated_spans")
+    shown = [{key: value for key, value in row.items() if key not in spans} for row in rows]
+    run.log_table("samples.json", [{**row, "decoding": str(row["decoding"])} for row in shown])
     for file in sorted(out.iterdir()):
         run.log_file(file)
 

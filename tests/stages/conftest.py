@@ -17,11 +17,13 @@ def project(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The project from `prepare` to `evaluate`. Do not write to its `out/`."""
     from toy_project import make_project
 
-    from pipeline.stages import evaluate, export, finetune, tokenize
+    from pipeline.stages import evaluate, export, finetune, tokenize, tune
 
     project = make_project(tmp_path_factory.mktemp("project"), tiny_checkpoint)
     project.run(tokenize, "out/prepare", "out/base", "out/tokenize")
     project.run(finetune, "out/tokenize", "out/base", "out/finetune")
     project.run(export, "out/finetune/checkpoint", "out/base", "out/tokenize", "out/export")
-    project.run(evaluate, "out/export", "out/prepare", "out/tokenize", "out/finetune", "out/evaluate")
+    read = ("out/export", "out/prepare/validation.jsonl", "out/tokenize/train", "out/finetune")
+    project.run(tune, *read, "out/tune")
+    project.run(evaluate, "out/export", "out/prepare", "out/tokenize", "out/finetune", "out/tune", "out/evaluate")
     return project

@@ -1,5 +1,6 @@
 import csv
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,29 @@ from toy_project import Project
 from transformers import GPT2LMHeadModel
 
 from pipeline import tracking
-from pipeline.decoding import ModelDecoding, read_decoding
+from pipeline.continuations import leading_words
+from pipeline.decoding import ModelDecoding, SamplingParams, read_decoding
 from pipeline.engine import Engine, cuda
 from pipeline.files import read_json, read_jsonl, sha256_file
 from pipeline.params import PARAMS_FILE, read_yaml
+from pipeline.quality.comparison import Compared
+from pipeline.quality.distance import TERMS, Distance, Scores
 from pipeline.stages import evaluate as stage
-from pipeline.stages.evaluate import evaluate, leading_words, score_documents
+from pipeline.stages.evaluate import choose, evaluate, score_documents
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
 
-FILES = {"metrics.json", "samples.jsonl", "loss_by_position.csv", "copies.csv", "decoding.json", "presets.json"}
-OF_SAMPLES = {
-    *("rep_2", "rep_3", "rep_4", "distinct_1", "distinct_2", "distinct_3", "looping_share", "longest_copy_tokens"),
-    *("mean_longest_copy_tokens", "form_share", "mean_tokens", "finished_share"),
+FILES = {
+    *("metrics.json", "samples.jsonl", "loss_by_position.csv", "copies.csv", "decoding.json", "presets.json"),
+    "report.html",
 }
+OF_SAMPLES = {
+    *("rep_2", "rep_3", "rep_4", "distinct_1", "distinct_2", "distinct_3", "zipf", "self_bleu", "base_perplexity"),
+    *("looping_share", "longest_copy_tokens", "mean_copy_tokens", "form_share", "mean_tokens", "finished_share"),
+    "mauve",
+}
+OF_DISTANCE = {"distance", "distance_low", "distance_high", "too_tame", "too_wild"}
+DECODINGS = ("hand_set", "tuned", "guarded", "greedy", "sampling", "untuned_base")
+SYSTEMS = ("human", *DECODINGS)
 CHECKPOINTS = {"base": "base", "finetuned": "finetune/checkpoint"}
 
 
@@ -75,9 +86,12 @@ def table(file: Path) -> list[dict[str, str]]:
 
 def test_every_figure_is_there(project: Project, metrics: dict[str, Any]) -> None:
     assert {file.name for file in (project.out / "evaluate").iterdir()} == FILES
-    assert set(metrics) == {"protocol", "human", "base", "finetuned"}
+    assert set(metrics) == {"protocol", "base", "finetuned", *SYSTEMS, "human_scales", "choice"}
+    assert set(metrics["base"]) == set(metrics["finetuned"]) == {"perplexity", "bits_per_byte"}
     assert set(metrics["human"]) == OF_SAMPLES
-    assert set(metrics["base"]) == set(metrics["finetuned"]) == OF_SAMPLES | {"perplexity", "bits_per_byte"}
+    for name in DECODINGS:
+        assert set(metrics[name]) == OF_SAMPLES | OF_DISTANCE
+        assert metrics[name]["distance_low"] <= metrics[name]["distance"] <= metrics[name]["distance_high"]
 
 
 def test_the_protocol_says_how_the_figures_were_taken(
@@ -93,7 +107,11 @@ def test_the_protocol_says_how_the_figures_were_taken(
         "tokenizer_sha256": tokenizer_sha256(project.out / "base"),
         "provider": "cpu" if cuda.obstacles() else "cuda",
         "precision": "float32",
-        "samples": project.params.evaluate.samples,
+        # Fewer documents than samples were asked for.
+        "samples": len(texts),
+        "guard_tokens": project.params.evaluate.guard_tokens,
+        "copy_tokens": stage.COPY_TOKENS,
+        "repeat_tokens": stage.REPEAT_TOKENS,
     }
 
 
@@ -127,45 +145,117 @@ def test_samples_of_models_and_people_stand_side_by_side(
     project: Project, rows: list[dict[str, Any]], texts: list[str]
 ) -> None:
     params = project.params.evaluate
-    assert [row["model"] for row in rows] == [
-        name for name in ("human", "base", "finetuned") for _ in range(params.samples)
-    ]
-    by_model = {name: [row for row in rows if row["model"] == name] for name in ("human", "base", "finetuned")}
-    prompts = [leading_words(text, params.prompt_words) for text in texts]
-    for own in by_model.values():
-        # More samples than documents: they come round again.
-        assert [row["prompt"] for row in own] == [prompts[index % len(texts)] for index in range(params.samples)]
+    assert [row["system"] for row in rows] == [name for name in SYSTEMS for _ in texts]
+    by_system = {name: [row for row in rows if row["system"] == name] for name in SYSTEMS}
+    for own in by_system.values():
+        assert [row["prompt"] for row in own] == [leading_words(text, params.prompt_words) for text in texts]
         assert all(row["tokens"] <= params.decoding.max_new_tokens for row in own)
         assert {row["finish_reason"] for row in own} <= {"stop", "length"}
-    for row, text in zip(by_model["human"], texts, strict=False):
+    for row, text in zip(by_system["human"], texts, strict=True):
         assert text.startswith(row["prompt"] + row["text"].rstrip("�"))
         assert (row["seed"], row["decoding"]) == (None, None)
-    for name in ("base", "finetuned"):
-        assert [row["seed"] for row in by_model[name]] == [params.seed + index for index in range(params.samples)]
-        assert all(row["decoding"] == params.decoding.to_mapping() for row in by_model[name])
+    for name in DECODINGS:
+        assert [row["seed"] for row in by_system[name]] == [params.seed + index for index in range(len(texts))]
 
 
-def test_samples_do_not_depend_on_their_batches(
-    project: Project, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = [row for row in rows if row["model"] == "finetuned"]
-    tokenizer = load_tokenizer(project.out / "export" / "engine")
-    engine = Engine.load(project.out / "export" / "engine", provider="cpu")
-    monkeypatch.setattr(stage, "BATCH_SAMPLES", 2)
-    samples = stage.generate(engine, tokenizer, [row["prompt"] for row in own], project.params.evaluate, "finetuned")
-    assert [sample.text for sample in samples] == [row["text"] for row in own]
+def test_each_system_is_decoded_as_its_name_says(project: Project, rows: list[dict[str, Any]]) -> None:
+    hand_set, found = project.params.evaluate.decoding, read_json(project.out / "tune" / "decoding.json")
+    given = {row["system"]: SamplingParams.from_mapping(row["decoding"]) for row in rows if row["decoding"] is not None}
+    tuned = replace(hand_set, **found)
+    assert given == {
+        "hand_set": hand_set,
+        "tuned": tuned,
+        "guarded": replace(tuned, max_verbatim_tokens=project.params.evaluate.guard_tokens),
+        "greedy": SamplingParams(temperature=0, max_new_tokens=hand_set.max_new_tokens),
+        "sampling": SamplingParams(max_new_tokens=hand_set.max_new_tokens),
+        "untuned_base": hand_set,
+    }
+
+
+def test_without_an_index_nothing_is_guarded(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    params = project.params.evaluate
+    assert "guarded" not in stage.decodings_of(params, {}, holds_index=False)
+    assert "evaluate.guard_tokens: left out, as the engine holds no index" in capsys.readouterr().err
+    assert "guarded" not in stage.decodings_of(params.model_copy(update={"guard_tokens": None}), {}, holds_index=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_marks_stand_where_a_sample_copies_or_repeats(project: Project, rows: list[dict[str, Any]]) -> None:
+    tokenizer = load_tokenizer(project.out / "base")
+    train = load_tokens(project.out / "tokenize" / "train", tokenizer_sha256(project.out / "base")).tokens
+    trained = " ".join(map(str, train.tolist()))
+    (long,) = (row for row in rows if row["system"] == "human" and row["prompt"].startswith("Nobody"))
+    # Its one sentence comes again and again, up to the limit of tokens.
+    assert long["copied_spans"] == []
+    for row in rows:
+        for start, end in row["copied_spans"]:
+            copied = tokenizer.encode(row["text"][start:end]).ids
+            assert " ".join(map(str, copied[1:-1])) in trained
+        for kind in ("copied_spans", "repeated_spans"):
+            edges = [edge for span in row[kind] for edge in span]
+            assert edges == sorted(set(edges))
+            assert all(0 <= edge <= len(row["text"]) for edge in edges)
+
+
+def test_figures_of_a_system_are_those_of_its_samples(metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    for name in SYSTEMS:
+        own = [row for row in rows if row["system"] == name]
+        assert metrics[name]["mean_tokens"] == pytest.approx(np.mean([row["tokens"] for row in own]))
+        copies = [row["longest_copy_tokens"] for row in own]
+        assert metrics[name]["mean_copy_tokens"] == pytest.approx(np.mean(copies))
+        assert metrics[name]["longest_copy_tokens"] == max(copies)
+        assert metrics[name]["looping_share"] == pytest.approx(np.mean([row["looping"] for row in own]))
+        stopped = [row["finish_reason"] == "stop" for row in own]
+        assert metrics[name]["finished_share"] == pytest.approx(np.mean(stopped))
 
 
 def test_the_same_inputs_give_the_same_bytes(project: Project, tmp_path: Path) -> None:
     out = project.out
-    evaluate(out / "export", out / "prepare", out / "tokenize", tmp_path / "out", project.params.evaluate)
-    for name in FILES:
+    folders = (out / name for name in ("export", "prepare", "tokenize", "finetune", "tune"))
+    evaluate(*folders, tmp_path / "out", project.params.evaluate, {"run": "another"})
+    for name in FILES - {"report.html"}:
         assert sha256_file(tmp_path / "out" / name) == sha256_file(out / "evaluate" / name), name
+    assert "another" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_the_decoding_that_was_measured_is_what_the_model_brings(project: Project) -> None:
+def compared(*distances: float) -> Compared:
+    """A set of samples at these distances without each of its prompts, and at their mean."""
+    scores = Scores(**dict.fromkeys(TERMS, 1.0))
+    total = float(np.mean(distances))
+    return Compared(scores, Distance(total, {}, 0.0, 0.0), np.array(distances))
+
+
+def test_the_tuned_decoding_is_kept_where_it_is_nearer_beyond_chance() -> None:
+    hand_set = compared(9.0, 9.1, 9.2, 8.9)
+    near, about = compared(5.0, 5.1, 5.2, 4.9), compared(5.0, 13.0, 5.0, 5.0)
+    assert choose(near, hand_set) == {
+        "kept": "tuned",
+        "difference": pytest.approx(-4.0),
+        "difference_low": pytest.approx(-4.0),
+        "difference_high": pytest.approx(-4.0),
+    }
+    chance = choose(about, hand_set)
+    assert chance["kept"] == "hand_set"
+    assert chance["difference_low"] < chance["difference"] < 0 < chance["difference_high"]
+    assert choose(hand_set, near)["kept"] == "hand_set"
+    assert choose(hand_set, hand_set)["kept"] == "hand_set"
+
+
+def test_what_was_chosen_is_what_the_model_brings(project: Project, metrics: dict[str, Any]) -> None:
+    hand_set, tune = project.params.evaluate.decoding, project.out / "tune"
+    presets = {name: replace(hand_set, **values) for name, values in read_json(tune / "presets.json").items()}
+    kept = {"hand_set": hand_set, "tuned": presets["balanced"]}[metrics["choice"]["kept"]]
     out = project.out / "evaluate"
-    assert read_decoding(out / "decoding.json", out / "presets.json") == ModelDecoding(project.params.evaluate.decoding)
+    assert read_decoding(out / "decoding.json", out / "presets.json") == ModelDecoding(kept, presets)
+
+
+def test_the_report_is_of_this_evaluation(
+    project: Project, metrics: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    page = (project.out / "evaluate" / "report.html").read_text()
+    assert f"{metrics['finetuned']['bits_per_byte']:.3f} bits a byte" in page
+    assert f"{metrics['tuned']['distance']:.2f}" in page
+    assert read_json(project.out / "finetune" / "run.json")["run_id"] in page
 
 
 def test_loss_by_position_averages_to_the_loss(project: Project, metrics: dict[str, Any], tokens: TokenArrays) -> None:
@@ -182,9 +272,9 @@ def test_loss_by_position_averages_to_the_loss(project: Project, metrics: dict[s
 
 def test_copies_stand_longest_first(project: Project, metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     ranked = table(project.out / "evaluate" / "copies.csv")
-    for name in ("human", "base", "finetuned"):
+    for name in SYSTEMS:
         lengths = [int(row[name]) for row in ranked]
-        copies = [row["longest_copy_tokens"] for row in rows if row["model"] == name]
+        copies = [row["longest_copy_tokens"] for row in rows if row["system"] == name]
         assert lengths == sorted(copies, reverse=True)
         assert lengths[0] == metrics[name]["longest_copy_tokens"]
 
@@ -197,22 +287,16 @@ def test_scores_and_samples_are_in_a_child_of_the_run(project: Project, metrics:
         assert child is not None
         run = client.get_run(child)
         artifacts = {file.path for file in client.list_artifacts(child)}
+        table = client.load_table(tracking.experiment_id(client), "decodings.json", run_ids=[child])
     for name in CHECKPOINTS:
         assert run.data.metrics[f"{name}/bits_per_byte"] == metrics[name]["bits_per_byte"]
     assert run.data.params["evaluate.seed"] == str(read_yaml(project.root / PARAMS_FILE)["evaluate"]["seed"])
-    assert artifacts == FILES | {"samples.json", "parity.json"}
+    assert artifacts == FILES | {"samples.json", "decodings.json", "parity.json"}
+    assert set(table["system"]) == set(SYSTEMS)
+    # MLflow writes ten digits.
+    assert table.set_index("system")["zipf"].to_dict() == pytest.approx(
+        {name: metrics[name]["zipf"] for name in SYSTEMS}
+    )
+    assert run.data.tags["decoding.kept"] == metrics["choice"]["kept"]
+    assert run.data.metrics["tuned/distance"] == metrics["tuned"]["distance"]
     assert run.data.metrics["parity.float32/next_token_agreement"] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("text", "count", "leading"),
-    [
-        ("one two  three four", 3, "one two  three"),
-        ("# A Lamp\n\nIt went out", 4, "# A Lamp\n\nIt"),
-        ("one two", 3, "one two"),
-        ("one two", 0, ""),
-        ("", 3, ""),
-    ],
-)
-def test_a_prompt_is_words_with_what_stands_between_them(text: str, count: int, leading: str) -> None:
-    assert leading_words(text, count) == leading

@@ -1,0 +1,285 @@
+"""The search of decoding parameters: what is tried, what wins, what is recorded, and going on after an interruption."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from toy_project import Project
+
+from pipeline import tracking
+from pipeline.decoding import SamplingParams
+from pipeline.errors import UserError
+from pipeline.files import read_json, sha256_file, write_jsonl
+from pipeline.search import FOLDER
+from pipeline.stages import tune as stage
+from pipeline.stages.tune import Bench, choose_presets, fingerprint, labelled, set_up, try_out
+
+FILES = {"decoding.json", "presets.json", "trials.json", "metrics.json"}
+PRESETS = {"balanced", "faithful", "adventurous"}
+VALUES = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+}
+READ = ("out/export", "out/prepare/validation.jsonl", "out/tokenize/train")
+
+
+@pytest.fixture
+def rows(project: Project) -> list[dict[str, Any]]:
+    return list(read_json(project.out / "tune" / "trials.json"))
+
+
+@pytest.fixture
+def recorded(project: Project) -> Iterator[tuple[MlflowClient, Run]]:
+    """The store, and the run of the search in it."""
+    with project.entered():
+        client = tracking.connect()
+        parent = read_json(project.out / "finetune" / "run.json")["run_id"]
+        child = tracking.find_child(client, parent, "tune")
+        assert child is not None
+        yield client, client.get_run(child)
+
+
+@pytest.fixture
+def bench(project: Project) -> Bench:
+    params = project.params
+    return set_up(*(project.root / path for path in READ), params.tune, params.evaluate)
+
+
+def trials_of(client: MlflowClient, run_id: str) -> list[Run]:
+    """The child runs of a search, in the order of their numbers."""
+    children = client.search_runs(
+        [tracking.experiment_id(client)],
+        filter_string=f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`{tracking.STAGE_TAG}` = '{tracking.TRIAL}'",
+    )
+    return sorted(children, key=lambda run: int(run.data.tags[tracking.TRIAL_TAG]))
+
+
+def complete(number: int, tame: float, wild: float, distance: float | None = None) -> dict[str, Any]:
+    total = tame + wild if distance is None else distance
+    return {"trial": number, "state": "complete", "too_tame": tame, "too_wild": wild, "distance": total, **VALUES}
+
+
+def test_what_is_written(project: Project, rows: list[dict[str, Any]]) -> None:
+    out = project.out / "tune"
+    assert {file.name for file in out.iterdir()} == FILES
+    winner, presets, metrics = (read_json(out / f"{name}.json") for name in ("decoding", "presets", "metrics"))
+    assert set(presets) == PRESETS
+    assert presets["balanced"] == winner
+    for name, values in presets.items():
+        # Neutral ones too: they take the place of whatever is set by hand.
+        assert set(values) == set(VALUES)
+        (row,) = (row for row in rows if row["preset"] and name in row["preset"].split(", "))
+        assert {key: row[key] for key in VALUES} == values
+    assert [row["trial"] for row in rows] == list(range(project.params.tune.trials))
+    assert metrics["trials"] == len(rows)
+    assert metrics["pruned"] == sum(row["state"] == "pruned" for row in rows)
+    finals = {row["trial"]: row["final_distance"] for row in rows if row["final_distance"] is not None}
+    assert len(finals) == project.params.tune.finalists
+    assert metrics["distance"] == min(finals.values())
+    # Fewer documents than samples were asked for: none comes twice.
+    assert {row["prompts"] for row in rows if row["state"] == "complete"} == {8}
+
+
+def test_the_first_trial_is_the_model_as_it_is(rows: list[dict[str, Any]]) -> None:
+    assert {name: rows[0][name] for name in VALUES} == VALUES
+
+
+def test_the_front_is_of_complete_trials(rows: list[dict[str, Any]]) -> None:
+    front = [row for row in rows if row["on_front"]]
+    assert front
+    for row in front:
+        assert row["state"] == "complete"
+        assert not any(
+            other["state"] == "complete" and other["too_tame"] < row["too_tame"] and other["too_wild"] < row["too_wild"]
+            for other in rows
+        )
+
+
+def test_every_trial_is_a_run_of_its_own(
+    project: Project, rows: list[dict[str, Any]], recorded: tuple[MlflowClient, Run]
+) -> None:
+    client, run = recorded
+    trials = trials_of(client, run.info.run_id)
+    assert len(trials) == len(rows)
+    for row, trial in zip(rows, trials, strict=True):
+        assert trial.info.status == "FINISHED"
+        assert trial.data.tags["tune.state"] == row["state"]
+        assert trial.data.params == {name: str(row[name]) for name in VALUES}
+        assert trial.data.metrics["distance"] == row["distance"]
+        assert trial.data.metrics["zipf"] == row["scores"]["zipf"]
+    assert run.data.metrics["tune/distance"] == read_json(project.out / "tune" / "metrics.json")["distance"]
+    curve = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "trial_distance")}
+    assert curve == {row["trial"]: row["distance"] for row in rows if row["state"] == "complete"}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == FILES
+
+
+def search_again(project: Project, out: Path) -> None:
+    project.run(stage, *READ, "out/finetune", str(out))
+
+
+def test_the_same_search_gives_the_same_bytes(project: Project, tmp_path: Path) -> None:
+    search_again(project, tmp_path / "tune")
+    for name in FILES:
+        assert sha256_file(tmp_path / "tune" / name) == sha256_file(project.out / "tune" / name), name
+    assert not any((project.root / FOLDER).iterdir())
+
+
+@pytest.mark.parametrize("trials", [0, 3])
+def test_an_interrupted_search_goes_on_and_comes_to_the_same(
+    trials: int,
+    project: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > trials:
+            raise KeyboardInterrupt
+        return try_out(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "try_out", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            search_again(project, tmp_path / "tune")
+    assert not (tmp_path / "tune").exists()
+    with project.entered():
+        client = tracking.connect()
+        (begun, *_) = client.search_runs(
+            [tracking.experiment_id(client)], filter_string=f"tags.`{tracking.STAGE_TAG}` = 'tune'"
+        )
+        assert begun.info.status == "FAILED"
+        # As if it had been killed between recording a trial and keeping it.
+        tracking.RunLog(client, begun.info.run_id).log_trial(trials, VALUES, {"distance": 1.0}, {}, 0.0)
+    capsys.readouterr()
+    search_again(project, tmp_path / "tune")
+    assert (f"going on after {trials} trials" in capsys.readouterr().err) == (trials > 0)
+    for name in FILES:
+        assert sha256_file(tmp_path / "tune" / name) == sha256_file(project.out / "tune" / name), name
+    with project.entered():
+        assert client.get_run(begun.info.run_id).info.status == "FINISHED"
+        recorded = trials_of(client, begun.info.run_id)
+        numbers = [int(trial.data.tags[tracking.TRIAL_TAG]) for trial in recorded]
+        assert numbers == list(range(project.params.tune.trials))
+        client.delete_run(begun.info.run_id)
+
+
+def test_a_search_whose_run_is_gone_starts_afresh(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "run_finals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            search_again(project, tmp_path / "tune")
+    with project.entered():
+        client = tracking.connect()
+        (begun, *_) = client.search_runs(
+            [tracking.experiment_id(client)], filter_string=f"tags.`{tracking.STAGE_TAG}` = 'tune'"
+        )
+        client.delete_run(begun.info.run_id)
+    capsys.readouterr()
+    search_again(project, tmp_path / "tune")
+    assert "no longer holds the interrupted search: it starts afresh" in capsys.readouterr().err
+    assert sha256_file(tmp_path / "tune" / "trials.json") == sha256_file(project.out / "tune" / "trials.json")
+
+
+def test_a_trial_that_is_given_up_has_drawn_half(bench: Bench) -> None:
+    asked: list[tuple[int, float]] = []
+
+    def stops(prompts: int, distance: float) -> bool:
+        asked.append((prompts, distance))
+        return True
+
+    found, prompts = try_out(bench, VALUES, stops)
+    assert prompts == 4
+    assert asked == [(4, found.distance.total)]
+    whole, prompts = try_out(bench, VALUES, lambda *_: False)
+    assert prompts == 8
+    assert whole.scores.mean_tokens == pytest.approx(
+        np.mean([len(sample.token_ids) for sample in bench.draw(VALUES, 0, 8)])
+    )
+
+
+def test_with_few_documents_no_trial_is_given_up(project: Project, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    write_jsonl(few, [{"text": f"The baker lit oven {number} before the morning."} for number in range(5)])
+    params = project.params
+    bench = set_up(project.out / "export", few, project.out / "tokenize" / "train", params.tune, params.evaluate)
+
+    def stops(*_: Any) -> bool:
+        raise AssertionError
+
+    assert try_out(bench, VALUES, stops)[1] == 5
+    write_jsonl(few, [{"text": "The baker lit the only oven."}])
+    with pytest.raises(UserError, match="1 text of people is too little"):
+        set_up(project.out / "export", few, project.out / "tokenize" / "train", params.tune, params.evaluate)
+
+
+def test_rounds_and_prompts_have_random_numbers_of_their_own(bench: Bench) -> None:
+    whole, again = (bench.draw(VALUES, 0, 8, round_) for round_ in (0, 1))
+    part = bench.draw(VALUES, 4, 8)
+    assert [list(sample.token_ids) for sample in part] == [list(sample.token_ids) for sample in whole[4:]]
+    assert [list(sample.token_ids) for sample in again] != [list(sample.token_ids) for sample in whole]
+
+
+def test_what_a_search_depends_on(project: Project) -> None:
+    read, params = [project.root / path for path in READ], project.params
+    name = fingerprint(read, params.tune, params.evaluate, "r1")
+    assert fingerprint(read, params.tune, params.evaluate, "r1") == name
+    assert fingerprint(read, params.tune, params.evaluate, "r2") != name
+    for changed in (
+        params.tune.model_copy(update={"seed": 9}),
+        params.tune.model_copy(update={"space": params.tune.space.model_copy(update={"top_k": [0]})}),
+    ):
+        assert fingerprint(read, changed, params.evaluate, "r1") != name
+    evaluate = params.evaluate.model_copy
+    assert fingerprint(read, params.tune, evaluate(update={"prompt_words": 1}), "r1") != name
+    # What is set by hand is not read.
+    for update in ({"decoding": SamplingParams(temperature=0.1)}, {"seed": 9}, {"samples": 3}):
+        assert fingerprint(read, params.tune, evaluate(update=update), "r1") == name
+
+
+def test_presets_by_hand() -> None:
+    rows = [
+        complete(0, 17.0, 1.0),
+        complete(1, 5.0, 2.0),
+        complete(2, 3.0, 3.0),
+        complete(3, 1.0, 6.0),
+        complete(4, 0.5, 20.0),
+        complete(5, 4.0, 4.0),
+        {**complete(6, 0.0, 0.0), "state": "pruned"},
+    ]
+    # The winner of the finals need not be on the front; three times as far as it, a preset is too far.
+    assert choose_presets(rows, {2: 6.5, 5: 7.0}) == {"balanced": 2, "faithful": 0, "adventurous": 3}
+    assert choose_presets(rows, {2: 7.5, 5: 7.0}) == {"balanced": 5, "faithful": 0, "adventurous": 4}
+    rows[0]["distance"] = 25.0
+    assert choose_presets(rows, {2: 7.5, 5: 7.0}) == {"balanced": 5, "faithful": 1, "adventurous": 4}
+
+
+def test_where_nothing_else_is_near_all_presets_are_the_winner() -> None:
+    rows = [complete(0, 1.0, 1.0), complete(1, 0.5, 9.0), complete(2, 9.0, 0.5)]
+    assert choose_presets(rows, {0: 2.0}) == {"balanced": 0, "faithful": 0, "adventurous": 0}
+    rows = [complete(0, 1.0, 1.0), complete(1, 0.9, 0.9, distance=9.0)]
+    assert choose_presets(rows, {0: 2.0}) == {"balanced": 0, "faithful": 0, "adventurous": 0}
+
+
+def test_rows_tell_what_was_made_of_them() -> None:
+    rows = [complete(0, 1.0, 1.0), complete(1, 3.0, 3.0), {**complete(2, 0.0, 0.0), "state": "pruned"}]
+    found = labelled(rows, {0: 2.5}, {"balanced": 0, "faithful": 0, "adventurous": 1})
+    assert [(row["on_front"], row["final_distance"], row["preset"]) for row in found] == [
+        (True, 2.5, "balanced, faithful"),
+        (False, None, "adventurous"),
+        (False, None, None),
+    ]
