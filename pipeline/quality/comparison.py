@@ -111,7 +111,10 @@ class Human:
 def human_side(samples: Sequence[Measured]) -> Human:
     """Take the figures of people's texts. Raises `UserError` for fewer than two of them."""
     if len(samples) < 2:
-        raise UserError(f"{len(samples)} text of people is too little to compare samples with; a split needs two")
+        raise UserError(
+            f"{len(samples)} text of people is too little to compare samples with; take two documents at least "
+            "(prepare.validation_share and prepare.test_share say how many a split has)"
+        )
     scores, without = scores_of(samples), left_out(samples, scores_of)
     return Human(samples, scores, without, human_scales(scores, without))
 
