@@ -285,30 +285,23 @@ def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
     mass = weights.sum(dtype=np.float64)
     if len(peaks) > NUCLEUS_CANDIDATES:
         ids = _candidates(logits, peaks, peak, NUCLEUS_CANDIDATES)
-        token_id = _draw_among(ids, cooled.take(ids), params, u, mass=mass)
+        token_id = _draw_from_nucleus(ids, cooled.take(ids), mass, params, u)
         if token_id is not None:
             return token_id
     # What is left out holds less than half of what the nucleus may lack.
     ids = np.flatnonzero(weights >= mass * (1 - params.top_p) / (2 * logits.size))
-    return _draw_among(ids, cooled.take(ids), params, u, mass=mass)
+    return _draw_from_nucleus(ids, cooled.take(ids), mass, params, u)
 
 
 def _draw_among(
-    ids: TokenIds,
-    logits: Logits,
-    params: SamplingParams,
-    u: float,
-    *,
-    floor: np.float32 | None = None,
-    mass: np.float64 | None = None,
+    ids: TokenIds, logits: Logits, params: SamplingParams, u: float, *, floor: np.float32 | None = None
 ) -> int | None:
     """The token that top-k, top-p and min-p leave of candidates with these cooled logits.
 
-    None where a token at or below `floor` would be kept, as others than the candidates may be there, or where the
-    nucleus of a vocabulary whose weights relative to the likeliest's sum to `mass` holds more than the candidates.
+    None where a token at or below `floor` would be kept, as others than the candidates may be there.
     """
-    # Values alone sort many times faster than their places, and what is kept is known by the least of them.
-    ordered = np.sort(logits)[::-1]
+    order = logits.argsort()[::-1]
+    ordered = logits[order]
     kept = _with_equals(ordered, params.top_k) if params.top_k else len(ordered)
     least = np.float32(math.log(params.min_p)) if params.min_p else np.float32(-np.inf)
     if floor is not None:
@@ -316,22 +309,36 @@ def _draw_among(
         # A nucleus is one of what top-k keeps.
         if not floor < (edge if params.top_p < 1 else max(edge, least)):
             return None
+    weights = np.exp(ordered[:kept], dtype=np.float64)
     if params.top_p < 1:
-        weights = np.exp(ordered[:kept], dtype=np.float64)
-        reached = np.cumsum(weights / (weights.sum() if mass is None else mass))
-        if mass is not None and reached[-1] < params.top_p:
-            return None
+        reached = np.cumsum(weights / weights.sum())
         kept = _with_equals(ordered[:kept], int(reached.searchsorted(params.top_p)) + 1)
     if params.min_p:
         kept = int(np.count_nonzero(ordered[:kept] >= least))
-    is_kept = logits >= ordered[kept - 1]
-    chosen, values = ids[is_kept], logits[is_kept]
     # The CDF goes through the vocabulary, not from the likeliest down.
-    if not (chosen[1:] > chosen[:-1]).all():
-        rising = chosen.argsort()
-        chosen, values = chosen[rising], values[rising]
-    cdf = np.exp(values, dtype=np.float64).cumsum()
-    return int(chosen[cdf.searchsorted(u * cdf[-1], side="right")])
+    chosen = ids[order[:kept]]
+    rising = chosen.argsort()
+    cdf = weights[rising].cumsum()
+    return int(chosen[rising[cdf.searchsorted(u * cdf[-1], side="right")]])
+
+
+def _draw_from_nucleus(ids: TokenIds, logits: Logits, mass: np.float64, params: SamplingParams, u: float) -> int | None:
+    """The token that top-p of the whole vocabulary, and min-p, leave of candidates, rising, with these cooled logits.
+
+    None where the nucleus holds more than the candidates; `mass` is what the weights of the vocabulary sum to, relative
+    to the likeliest's.
+    """
+    # There may be thousands: values alone sort many times faster than their places.
+    ordered = np.sort(logits)[::-1]
+    reached = np.cumsum(np.exp(ordered, dtype=np.float64) / mass)
+    if reached[-1] < params.top_p:
+        return None
+    edge = ordered[reached.searchsorted(params.top_p)]
+    if params.min_p:
+        edge = max(edge, np.float32(math.log(params.min_p)))
+    is_kept = logits >= edge
+    cdf = np.exp(logits[is_kept], dtype=np.float64).cumsum()
+    return int(ids[is_kept][cdf.searchsorted(u * cdf[-1], side="right")])
 
 
 def _cool(logits: AnyLogits, peak: np.float32, temperature: float) -> AnyLogits:
