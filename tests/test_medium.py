@@ -33,12 +33,15 @@ def test_gpt2_medium_is_fine_tuned_exported_and_keeps_parity(tmp_path: Path) -> 
     run_stage(tmp_path, "tokenize", "out/prepare", "out/base", "out/tokenize")
     run_stage(tmp_path, "finetune", "out/tokenize", "out/base", "out/finetune")
     run_stage(tmp_path, "export", "out/finetune/checkpoint", "out/base", "out/tokenize", "out/export")
+    searched = ("out/export", "out/prepare/validation.jsonl", "out/tokenize/train", "out/finetune")
+    run_stage(tmp_path, "tune", *searched, "out/tune")
 
     assert read_json(tmp_path / "out/base/source.json")["parameters"] == 354_823_168
-    assert read_json(tmp_path / "out/finetune/metrics.json")["steps"] == 3
+    assert read_json(tmp_path / "out/finetune/metrics.json")["steps"] == 2
     parity = read_json(tmp_path / "out/export/parity.json")
     assert parity["float32"]["greedy_agreement_tokens"] == parity["float32"]["greedy_tokens"] == 64
     assert parity["int8"]["positions"] >= 2000
+    assert [trial["prompts"] for trial in read_json(tmp_path / "out/tune/trials.json")] == [5, 5]
     peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"peak memory of a stage: {peak_gib:.1f} GiB; parity: {parity}")
     assert peak_gib < MEMORY_GIB
@@ -52,7 +55,7 @@ def write_medium(folder: Path) -> None:
 
 
 def write_documents(folder: Path) -> None:
-    """Three tales to train on, a step each, and five to validate on: over 1,000 tokens."""
+    """Three tales to train on, in two steps, and five to validate on: over 1,000 tokens."""
     folder.mkdir(parents=True)
     texts = [text.strip() for text in TALES.read_text(encoding="utf-8-sig").split("***")]
     splits = {"train": texts[:3], "validation": texts[3:8], "test": texts[8:9]}
@@ -73,6 +76,8 @@ def write_params(path: Path) -> None:
         "learning_rate": 3e-5,
     }
     params["finetune"]["samples"]["max_new_tokens"] = 8
+    # As many samples as documents, long enough to fill the cache.
+    params["tune"] |= {"trials": 2, "finalists": 1, "max_new_tokens": 100}
     # With random weights no token is much likelier than the next: rounding decides which comes first.
     params["export"]["parity"]["int8"]["min_next_token_agreement"] = 0.01
     yaml.dump(params, path)
