@@ -79,10 +79,7 @@ def read_long(engine: Engine, ids: Sequence[int]) -> Reading:
         return engine.read([ids])[0]
     windows = plan_windows(len(ids), engine.context_length, engine.context_length // 2)
     readings = engine.read([ids[window.start : window.end] for window in windows])
-    logprobs = [
-        reading.logprobs[window.first_scored - window.start - 1 :]
-        for window, reading in zip(windows, readings, strict=True)
-    ]
+    logprobs = [window.scored(reading.logprobs) for window, reading in zip(windows, readings, strict=True)]
     tokens = [window.end - window.start for window in windows]
     return Reading(np.concatenate(logprobs), np.average([own.mean_state for own in readings], axis=0, weights=tokens))
 

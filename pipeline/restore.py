@@ -27,25 +27,30 @@ def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, An
     print(f"the tracking store does not hold run {run_id}; making it anew from {finetune}", file=sys.stderr)
     with tracking.start_run("finetune", parameters, tags={tracking.RESTORES_TAG: run_id}) as run:
         for name in ("train", "validation"):
-            with (finetune / f"loss_{name}.csv").open(encoding="utf-8", newline="") as file:
-                for point in csv.DictReader(file):
-                    run.log_metrics({f"{name}_loss": float(point["loss"])}, int(point["step"]))
+            for step, loss in read_curve(finetune / f"loss_{name}.csv"):
+                run.log_metrics({f"{name}_loss": loss}, step)
         run.log_scores("final", read_json(finetune / "metrics.json"))
     return run.run_id
+
+
+def read_curve(path: Path) -> list[tuple[int, float]]:
+    """Optimizer step and loss of each point, as `finetune` writes them."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [(int(point["step"]), float(point["loss"])) for point in csv.DictReader(file)]
 
 
 def missing_stages(client: MlflowClient, out: Path) -> list[str]:
     """The stages whose outputs name something that the store does not hold."""
     run_id = tracking.find_run(client, read_json(out / "finetune" / "run.json")["run_id"])
-    if run_id is None:
-        return ["tune", "evaluate", "register"]
-    searched = [] if tracking.find_child(client, run_id, "tune") is not None else ["tune"]
-    if tracking.find_child(client, run_id, "evaluate") is None:
-        return [*searched, "evaluate", "register"]
+    missing = [
+        stage for stage in ("tune", "evaluate") if run_id is None or tracking.find_child(client, run_id, stage) is None
+    ]
+    if "evaluate" in missing:
+        return [*missing, "register"]
     version = read_json(out / "register" / "version.json")
     found = registry.find_version(client, version["name"], version["fingerprint"])
     is_there = found is not None and int(found.version) == version["version"]
-    return searched if is_there else [*searched, "register"]
+    return missing if is_there else [*missing, "register"]
 
 
 def restore(out: Path) -> None:

@@ -39,6 +39,10 @@ class Window(NamedTuple):
     end: int
     first_scored: int
 
+    def scored(self, logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Of the log-probabilities of its tokens but the first, those that are scored here."""
+        return logprobs[self.first_scored - self.start - 1 :]
+
 
 def plan_windows(document_tokens: int, context_length: int, stride_tokens: int) -> list[Window]:
     """Windows of at most `context_length` tokens in which each token but the first is scored exactly once.

@@ -26,7 +26,7 @@ from pipeline.quality.memorization import copied_tokens
 from pipeline.quality.perplexity import bits_per_byte, perplexity, plan_windows
 from pipeline.quality.repetition import repeated_tokens
 from pipeline.report import SYSTEMS, Report, decoding_told, render_report
-from pipeline.restore import parent_run
+from pipeline.restore import parent_run, read_curve
 from pipeline.serving.text import TextGenerator
 from pipeline.tokens import TokenArrays, load_tokens, tokenizer_sha256
 
@@ -195,7 +195,7 @@ def score_documents(engine: Engine, tokens: TokenArrays, stride_tokens: int) -> 
     scored = engine.score([documents[index][window.start : window.end].tolist() for index, window in windows])
     losses: list[list[NDArray[np.float64]]] = [[] for _ in documents]
     for (index, window), logprobs in zip(windows, scored, strict=True):
-        losses[index].append(-logprobs[window.first_scored - window.start - 1 :])
+        losses[index].append(-window.scored(logprobs))
     return [np.concatenate(parts) for parts in losses]
 
 
@@ -279,12 +279,6 @@ def write_copies(path: Path, measured: Mapping[str, Sequence[Measured]]) -> None
     ordered = [sorted((sample.copy_tokens for sample in own), reverse=True) for own in measured.values()]
     ranks = enumerate(zip(*ordered, strict=True), start=1)
     write_table(path, ["rank", *measured], [[str(rank), *map(str, lengths)] for rank, lengths in ranks])
-
-
-def read_curve(path: Path) -> list[tuple[int, float]]:
-    """Optimizer step and loss, as `finetune` writes them."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [(int(point["step"]), float(point["loss"])) for point in csv.DictReader(file)]
 
 
 def write_table(path: Path, header: list[str], rows: list[list[str]]) -> None:

@@ -267,12 +267,16 @@ def choose_presets(rows: Sequence[Row], finals: Mapping[int, float]) -> dict[str
     to the wild side and `adventurous` least to the tame one. Where nothing else on it is near, either is the winner.
     """
     winner = min(finals, key=lambda number: finals[number])
-    complete = [row for row in rows if row["state"] == "complete"]
     limit = PRESET_DISTANCE * rows[winner]["distance"]
-    front = pareto_front([(row["too_tame"], row["too_wild"]) for row in complete])
-    near = [complete[index]["trial"] for index in front if complete[index]["distance"] <= limit] or [winner]
+    near = [row["trial"] for row in front_of(rows) if row["distance"] <= limit] or [winner]
     # The front rises from the least tame.
     return {"balanced": winner, "faithful": near[-1], "adventurous": near[0]}
+
+
+def front_of(rows: Sequence[Row]) -> list[Row]:
+    """The complete trials that no other beats in both kinds of faults, from the least tame on."""
+    complete = [row for row in rows if row["state"] == "complete"]
+    return [complete[index] for index in pareto_front([(row["too_tame"], row["too_wild"]) for row in complete])]
 
 
 def values_of(row: Row, params: TuneParams) -> Values:
@@ -282,8 +286,7 @@ def values_of(row: Row, params: TuneParams) -> Values:
 
 def labelled(rows: Sequence[Row], finals: Mapping[int, float], presets: Mapping[str, int]) -> list[Row]:
     """The rows with what was made of them: whether they are on the front, how they did anew, which preset they are."""
-    complete = [row for row in rows if row["state"] == "complete"]
-    front = {complete[at]["trial"] for at in pareto_front([(row["too_tame"], row["too_wild"]) for row in complete])}
+    front = {row["trial"] for row in front_of(rows)}
     return [
         {
             **row,
