@@ -37,6 +37,7 @@ data: setup
 	@test -e data -a -e base || dvc pull --quiet data.dvc base.dvc
 
 repro: data
+	@python -m pipeline.params.whole
 	@dvc repro
 	@python -m pipeline restore
 

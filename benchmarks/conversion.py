@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 from contenders import Contender, parse_contender
 
-from pipeline.errors import UserError, reported
+from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json, whole_folder
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("threads", type=int)
     arguments = parser.parse_args()
     contender = parse_contender(arguments.contender, arguments.provider)
-    with reported():
+    with report_errors():
         if not arguments.folder.exists():
             with whole_folder(arguments.folder) as partial:
                 convert(contender, arguments.checkpoint, partial, arguments.threads)

@@ -28,7 +28,7 @@ from worker import Answer, Start, Worker
 
 from pipeline import machine
 from pipeline.engine.manifest import GRAPH_FILE
-from pipeline.errors import UserError, reported
+from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json, sha256_file, whole_file
 from pipeline.tokens import end_of_text_id, load_tokenizer
 
@@ -69,7 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the result there too")
     arguments = parser.parse_args()
-    with reported():
+    with report_errors():
         if sys.platform != "linux":
             raise UserError("the benchmark reads its contenders' memory and processor time from /proc: run it on Linux")
         names = arguments.contenders.split(",") if arguments.contenders else DEFAULTS[arguments.provider]
@@ -154,10 +154,10 @@ def read_bandwidth(provider: str, threads: int) -> float:
     if provider == "cpu":
         return machine.read_bandwidth(threads)
     from pipeline.doctor import gpu_bandwidth
-    from pipeline.engine import cuda
+    from pipeline.engine.cuda import driver
     from pipeline.engine.memory import CudaMemory
 
-    if obstacles := cuda.obstacles():
+    if obstacles := driver.obstacles():
         raise UserError(f"provider: CUDA does not run here: {obstacles[0]}")
     return gpu_bandwidth(CudaMemory())
 

@@ -33,9 +33,10 @@ from transformers import (
 )
 
 from pipeline import machine
-from pipeline.errors import UserError, reported
+from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json
-from pipeline.params import FinetuneParams, load_params
+from pipeline.params.finetune import FinetuneParams
+from pipeline.params.whole import load_params
 from pipeline.tokens import TokenArrays, load_tokens
 from pipeline.training.memory import peak_bytes
 from pipeline.training.model import load_trainable, trained_gpt2
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    with reported():
+    with report_errors():
         if arguments.contender is None:
             compare(arguments)
         else:

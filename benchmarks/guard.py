@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
-from pipeline.errors import reported
+from pipeline.errors import report_errors
 
 LIMITS = (0, 0, 4, 8, 15, 30)
 """0 is none; the second of them tells what chance does."""
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=256, help="of a continuation (default: %(default)s)")
     arguments = parser.parse_args()
-    with reported():
+    with report_errors():
         engine = Engine.load(arguments.engine, precision=arguments.precision, provider="cpu", threads=1)
         measure(engine, rounds=arguments.rounds, requests=arguments.requests, tokens=arguments.tokens)
 

@@ -29,7 +29,7 @@ from decode import find_checkpoint, prepare
 
 from pipeline import machine
 from pipeline.decoding import SamplingParams
-from pipeline.errors import UserError, reported
+from pipeline.errors import UserError, report_errors
 from pipeline.files import whole_file
 
 PROMPT_WORDS = (4, 40)
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result there too")
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    with reported():
+    with report_errors():
         threads = arguments.threads or machine.physical_cores()
         if arguments.alone is not None:
             alone(arguments.alone, arguments.precision, threads)
@@ -241,7 +241,7 @@ def run_alone(folder: Path, precision: str, threads: int, asked: Sequence[Asked]
 
 def alone(folder: Path, precision: str, threads: int) -> None:
     """What `run_alone` starts: print the seconds that the requests on the standard input take."""
-    from pipeline.serving.text import TextGenerator
+    from pipeline.engine.text import TextGenerator
 
     generator = TextGenerator.load(folder, precision=precision, provider="cpu", threads=threads)
     asked = [Asked(*entry) for entry in json.load(sys.stdin)]

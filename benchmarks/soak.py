@@ -25,7 +25,7 @@ import psutil
 from conversion import ROOT, export_engine
 from decode import find_checkpoint
 
-from pipeline.errors import UserError, reported
+from pipeline.errors import UserError, report_errors
 
 SETTLED_SHARE = 0.3
 """Of the time, after which memory should not grow."""
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--work", type=Path, default=Path("out") / "benchmarks", help="default: %(default)s")
     arguments = parser.parse_args()
-    with reported():
+    with report_errors():
         engine = arguments.engine or tiny_engine(arguments.work)
         print(soak(engine, arguments.precision, seconds=arguments.seconds, clients=arguments.clients))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.decoding import ModelDecoding, SamplingParams, list_types, read_decoding, scalar_types
-from pipeline.errors import UserError, reported
-from pipeline.params import load_params
+from pipeline.errors import UserError, report_errors
+from pipeline.params.whole import load_params
 
 OUT = Path("out")
 UI_PORT = 5000
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     _add_find_learning_rate(commands)
     _add_advise(commands)
     parsed = parser.parse_args(arguments)
-    with reported():
+    with report_errors():
         parsed.run(parsed)
 
 
@@ -59,7 +59,7 @@ def _add_generate(commands: Any) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     # Imported here, so that `--help` is there at once.
-    from pipeline.serving.text import TextGenerator, merge_decoding
+    from pipeline.engine.text import TextGenerator, merge_decoding
 
     folder, decoding = _engine_and_decoding(arguments.model)
     values = {name: value for name, value in vars(arguments).items() if name in SamplingParams.__dataclass_fields__}
@@ -106,7 +106,7 @@ def _add_serve(commands: Any) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     from pipeline.serving.server import serve
-    from pipeline.tracking import store_errors, store_uri
+    from pipeline.tracking.store import store_errors, store_uri
 
     store = store_uri()
     ui_url = store if _is_server(store) else f"http://127.0.0.1:{UI_PORT}"
@@ -135,8 +135,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _engine_and_decoding(model: str | None) -> tuple[Path, ModelDecoding]:
     if model is None or not model.startswith("models:"):
         return Path(model or OUT / "export" / "engine"), _decoding_of_folder(model)
-    from pipeline.registry import fetch_model
-    from pipeline.tracking import connect, store_errors
+    from pipeline.tracking.registry import fetch_model
+    from pipeline.tracking.store import connect, store_errors
 
     with store_errors():
         connect(create=False)
@@ -206,8 +206,8 @@ def _add_export(commands: Any) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import load_checkpoint
-    from pipeline.engine.build import build_engine, check_precisions
     from pipeline.engine.verbatim import index_text
+    from pipeline.export.build import build_engine, check_precisions
     from pipeline.tokens import load_tokens, tokenizer_sha256
 
     precisions = arguments.precision.split(",")
@@ -252,8 +252,8 @@ def _add_restore(commands: Any) -> None:
 
 
 def _restore(_: argparse.Namespace) -> None:
-    from pipeline.restore import restore
-    from pipeline.tracking import store_errors
+    from pipeline.tracking.restore import restore
+    from pipeline.tracking.store import store_errors
 
     # DVC reads no section but its stages' own: a mistyped one would go unseen where nothing is to be run.
     load_params()
@@ -274,7 +274,7 @@ def _add_ui(commands: Any) -> None:
 
 
 def _ui(arguments: argparse.Namespace) -> None:
-    from pipeline.tracking import connect, without_password
+    from pipeline.tracking.store import connect, without_password
 
     uri = connect().tracking_uri
     if _is_server(uri):
@@ -318,7 +318,7 @@ def _add_find_learning_rate(commands: Any) -> None:
 
 
 def _find_learning_rate(arguments: argparse.Namespace) -> None:
-    from pipeline.find_learning_rate import find_learning_rate
+    from pipeline.advice.learning_rate import find_learning_rate
 
     found = find_learning_rate(
         OUT / "tokenize",
@@ -347,8 +347,8 @@ def _add_advise(commands: Any) -> None:
 
 
 def _advise(arguments: argparse.Namespace) -> None:
-    from pipeline.advise import SHARES, run_advise
-    from pipeline.experiments import check_place
+    from pipeline.advice.advise import SHARES, run_advise
+    from pipeline.advice.experiments import check_place
 
     check_place()
     print(run_advise(OUT / "advise", arguments.shares or SHARES, load_params().finetune.evaluations))

@@ -21,7 +21,7 @@ CONTEXT_OVERFLOWS = ("end", "slide")
 class SamplingParams:
     """Decoding parameters of one request; every default is neutral (the filter is off).
 
-    The order in which they act is stated in `pipeline.engine.sampling`. Raises `UserError` naming field, value and
+    The order in which they act is stated in `pipeline.engine.filters`. Raises `UserError` naming field, value and
     range when a value has the wrong type or lies out of range.
     """
 

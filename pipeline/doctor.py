@@ -11,7 +11,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from pipeline import machine
-from pipeline.engine import cuda
+from pipeline.engine.cuda import driver
 from pipeline.engine.manifest import CUDA_PRECISIONS, Manifest, read_manifest
 from pipeline.engine.memory import CudaMemory
 from pipeline.errors import UserError
@@ -27,9 +27,9 @@ def report(engine: Path) -> str:
     threads = machine.physical_cores()
     facts["bandwidth"] = f"{machine.read_bandwidth(threads) / 1e9:.1f} GB/s of memory, read by {threads} threads"
     facts["providers"] = ", ".join(ort.get_available_providers()) + " are built into onnxruntime"
-    facts["cpu"] = _first_run(cuda.PROCESSOR) or "runs"
-    obstacles = [str(obstacle) for obstacle in cuda.obstacles()]
-    failure = None if obstacles else _first_run(cuda.PROVIDER)
+    facts["cpu"] = _first_run(driver.PROCESSOR) or "runs"
+    obstacles = [str(obstacle) for obstacle in driver.obstacles()]
+    failure = None if obstacles else _first_run(driver.PROVIDER)
     facts["cuda"] = "\n".join(obstacles) or failure or "runs"
     if not obstacles and not failure:
         facts |= _gpu()
@@ -65,14 +65,14 @@ def _first_run(provider: str) -> str | None:
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in ("a", "b")]
     graph = helper.make_graph([helper.make_node("Add", ["a", "a"], ["b"])], "one", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    with cuda.quiet() as said:
+    with driver.quiet() as said:
         try:
             session = ort.InferenceSession(model.SerializeToString(), providers=[provider])
             (found,) = session.run(None, {"a": np.ones(4, np.float32)})
-        except cuda.ERRORS as error:
+        except driver.ERRORS as error:
             return f"does not run: {str(error).splitlines()[0]}"
     if session.get_providers()[0] != provider:
-        return f"does not run: {cuda.reason_in(said.getvalue())}"
+        return f"does not run: {driver.reason_in(said.getvalue())}"
     return None if (found == 2).all() else "runs, and gives wrong results"
 
 
@@ -99,7 +99,7 @@ def gpu_bandwidth(memory: CudaMemory) -> float:
 
 
 def _gpu_name() -> str:
-    driver, name = cuda.driver(), ctypes.create_string_buffer(NAME_BYTES)
-    if driver is not None and driver.cuInit(0) == 0 and driver.cuDeviceGetName(name, NAME_BYTES, 0) == 0:
+    cuda, name = driver.driver(), ctypes.create_string_buffer(NAME_BYTES)
+    if cuda is not None and cuda.cuInit(0) == 0 and cuda.cuDeviceGetName(name, NAME_BYTES, 0) == 0:
         return name.value.decode()
     return "a GPU without a name"

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """The frame of every command: what `pipeline` logs is shown on stderr, and what stops it is one line there.
 
     A `UserError` or an operating-system error ends with exit code 2, an interruption by the user with 130. Where

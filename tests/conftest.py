@@ -34,7 +34,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_export_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`portable/` and `engine/` of `tiny_checkpoint`. Do not write to it."""
-    from pipeline.engine.build import CACHE_BITS, PRECISIONS
+    from pipeline.export.build import CACHE_BITS, PRECISIONS
     from pipeline.stages.export import export_checkpoint
 
     folder = tmp_path_factory.mktemp("export")

@@ -13,10 +13,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from pipeline.decoding import ModelDecoding, SamplingParams
+from pipeline.engine.text import TextGenerator
 from pipeline.serving.app import Limits, create_app
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.served import FolderSource, Served, Source
-from pipeline.serving.text import TextGenerator
 
 DECODING = ModelDecoding(
     SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=12),

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipeline.checkpoint import load_checkpoint
-from pipeline.engine import cuda
-from pipeline.engine.build import build_engine
+from pipeline.engine.cuda import driver
 from pipeline.engine.verbatim import index_text
+from pipeline.export.build import build_engine
 from pipeline.tokens import write_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_a_soak_leaves_the_server_as_it_was(tiny_engine_folder: Path) -> None:
     assert "in use in the end: nothing" in done.stdout
 
 
-@pytest.mark.skipif(not cuda.obstacles(), reason="CUDA runs here")
+@pytest.mark.skipif(not driver.obstacles(), reason="CUDA runs here")
 def test_a_gpu_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/decode.py", "--checkpoint", "tiny", "--provider", "cuda"]
     done = run([*command, "--contexts", "8", "--new-tokens", "4", "--work", str(tmp_path)])

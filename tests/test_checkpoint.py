@@ -82,10 +82,10 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) -> N
         "import resource; from pathlib import Path\n"
         "from test_checkpoint import make_model\n"
         "from pipeline.checkpoint import save_model\n"
-        "from pipeline.errors import reported; from pipeline.files import whole_folder\n"
+        "from pipeline.errors import report_errors; from pipeline.files import whole_folder\n"
         "model = make_model()\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))\n"
-        "with reported(), whole_folder(Path('out')) as partial:\n"
+        "with report_errors(), whole_folder(Path('out')) as partial:\n"
         "    save_model(model, partial)"
     )
     process = subprocess.run(

@@ -13,12 +13,12 @@ from isolated_store import isolated_store
 from unused_model import log_unused_model
 
 import pipeline
-from pipeline import tracking
 from pipeline.__main__ import main
 from pipeline.decoding import SamplingParams
 from pipeline.files import write_json
-from pipeline.params import PARAMS_FILE
+from pipeline.params.file import PARAMS_FILE
 from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
+from pipeline.tracking import runs, store
 
 ROOT = Path(pipeline.__file__).parents[1]
 PROMPT = "The lamp"
@@ -66,9 +66,9 @@ def write_decoding(folder: Path) -> None:
 
 
 def registered(engine: Path, tmp_path: Path, *names: str) -> str:
-    client = tracking.connect()
+    client = store.connect()
     artifacts = {"engine": str(engine), **{name: str(tmp_path / "registered" / f"{name}.json") for name in names}}
-    with tracking.start_run("register", {}) as run:
+    with runs.start_run("register", {}) as run:
         uri = log_unused_model(run.run_id, tmp_path, artifacts)
     version = mlflow.register_model(uri, NAME)
     client.set_registered_model_alias(NAME, "champion", version.version)

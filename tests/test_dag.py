@@ -9,18 +9,19 @@ import pytest
 from dag import DAG, ROOT, STAGES, arguments, outs
 
 from pipeline.imports import needed_files
-from pipeline.params import Params, Section, read_yaml
+from pipeline.params.file import read_yaml
+from pipeline.params.section import Section
+from pipeline.params.whole import Params
 from pipeline.stages.register import SERVED_MODULE
-from pipeline.stages.tune import READ_OF_EVALUATE
 
 PARAMS = read_yaml(ROOT / "params.yaml")
-READ_ELSEWHERE = {"tune": [f"evaluate.{name}" for name in sorted(READ_OF_EVALUATE)]}
-"""Parameters of another stage's section that a stage reads."""
+SHARED_SECTIONS = {"samples": ("tune", "evaluate")}
+"""Sections of params.yaml that belong to several stages."""
 NAMED_BY_PARAMETERS = {"base": [PARAMS["base"]["source"]]}
 """What a stage reads because a parameter says so."""
 SERVED_LIBRARIES = {"mlflow", "numpy", "onnxruntime", "pandas", "tokenizers"}
 LIGHT = (
-    *("pipeline.decoding", "pipeline.params", "pipeline.engine.sampling"),
+    *("pipeline.decoding", "pipeline.params.whole", "pipeline.engine.filters"),
     *(
         f"pipeline.{folder}.{file.stem}"
         for folder in ("corpus", "quality")
@@ -29,7 +30,7 @@ LIGHT = (
 )
 TORCHLESS = (
     "pipeline.engine",
-    "pipeline.serving.text",
+    "pipeline.engine.text",
     "pipeline.stages.evaluate",
     "pipeline.stages.register",
     "pipeline.stages.tune",
@@ -163,12 +164,8 @@ def test_what_a_parameter_names_is_bundled_and_a_dependency(stage: str) -> None:
 @each_stage
 def test_parameters_belong_to_the_stage(stage: str) -> None:
     listed = STAGES[stage].get("params", [])
-    allowed = [stage] if stage in PARAMS else []
-    assert sorted(listed) == sorted([*allowed, *READ_ELSEWHERE.get(stage, [])])
-    for key in listed:
-        value = PARAMS
-        for part in key.split("."):
-            value = value[part]
+    shared = [section for section, stages in SHARED_SECTIONS.items() if stage in stages]
+    assert sorted(listed) == sorted([*([stage] if stage in PARAMS else []), *shared])
 
 
 @pytest.mark.parametrize("stage", PARAMS)
@@ -177,12 +174,14 @@ def test_every_parameter_is_read_by_its_stage(stage: str) -> None:
     section = sections[stage]
     assert isinstance(section, type)
     assert issubclass(section, Section)
-    files = needed_files(f"pipeline.stages.{stage}", ROOT) - {ROOT / "pipeline" / "params.py"}
-    assert set(fields_of(section)) - attributes_read(files) == set()
+    for reader in SHARED_SECTIONS.get(stage, (stage,)):
+        files = needed_files(f"pipeline.stages.{reader}", ROOT)
+        read = attributes_read({file for file in files if file.parent.name != "params"})
+        assert set(fields_of(section)) - read == set()
 
 
 def test_every_section_belongs_to_a_stage() -> None:
-    assert set(PARAMS) <= set(STAGES)
+    assert set(PARAMS) <= {*STAGES, *SHARED_SECTIONS}
 
 
 def test_every_plot_is_drawn_from_a_stage_output() -> None:

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from served_model import running_server
 
 from pipeline.imports import PACKAGE, needed_files
-from pipeline.params import PARAMS_FILE, read_yaml
+from pipeline.params.file import PARAMS_FILE, read_yaml
 from pipeline.serving.openai import Outcome
 
 DEPLOY = ROOT / "deploy"
@@ -333,7 +333,7 @@ def test_the_model_of_the_parameters_is_served() -> None:
 
 def test_the_image_holds_what_the_server_imports() -> None:
     modules = [file for file in (ROOT / PACKAGE / "serving").glob("[!_]*.py") if file.name != RUN_BY_MLFLOW]
-    names = ["pipeline.registry", *(f"pipeline.serving.{file.stem}" for file in modules)]
+    names = ["pipeline.tracking.registry", *(f"pipeline.serving.{file.stem}" for file in modules)]
     imported = third_party(set().union(*(needed_files(name, ROOT) for name in names)))
     assert {"mlflow", "numpy", "onnxruntime", "tokenizers"} <= imported.keys()
     distributions = metadata.packages_distributions()

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline import __main__ as cli
 from pipeline import doctor, machine
-from pipeline.engine import cuda
+from pipeline.engine.cuda import driver
 
 
 @pytest.fixture(autouse=True)
@@ -16,10 +16,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_runs_and_what_is_missing(
     tiny_engine_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "DRIVER_LIBRARIES", ())
+    monkeypatch.setattr(driver, "DRIVER_LIBRARIES", ())
     cli.main(["doctor", "--engine", str(tiny_engine_folder)])
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"onnxruntime{'-gpu' if cuda.PROVIDER in ort.get_available_providers() else ''} " in shown
+    assert f"onnxruntime{'-gpu' if driver.PROVIDER in ort.get_available_providers() else ''} " in shown
     assert "GB/s of memory" in shown
     assert "cpu runs" in shown
     assert "no NVIDIA driver (libcuda) is installed; install one of version" in shown
@@ -38,8 +38,8 @@ def test_where_an_engine_would_run(tiny_engine_folder: Path) -> None:
 
 
 def test_a_provider_that_does_not_start_says_why() -> None:
-    assert doctor._first_run(cuda.PROCESSOR) is None
-    if cuda.obstacles():
-        found = doctor._first_run(cuda.PROVIDER)
+    assert doctor._first_run(driver.PROCESSOR) is None
+    if driver.obstacles():
+        found = doctor._first_run(driver.PROVIDER)
         assert found is not None
         assert found.startswith("does not run: ")

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
 from pipeline.files import sha256_file
-from pipeline.tracking import EXPERIMENT
+from pipeline.tracking.store import EXPERIMENT
 from pipeline.training.resume import FOLDER, WHOLE_FILE, step_of
 
 ROOT = Path(__file__).parents[1]

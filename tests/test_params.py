@@ -7,8 +7,9 @@ from ruamel.yaml import YAML
 
 import pipeline
 from pipeline.decoding import SamplingParams
-from pipeline.errors import UserError, reported
-from pipeline.params import load_params, parse_params, read_yaml
+from pipeline.errors import UserError, report_errors
+from pipeline.params.file import read_yaml
+from pipeline.params.whole import load_params, parse_params
 
 ROOT = Path(pipeline.__file__).parents[1]
 COMMITTED = read_yaml(ROOT / "params.yaml")
@@ -67,7 +68,7 @@ WRONG = [
     ("tune.samples", 1, "tune.samples: must be greater than or equal to 2, got 1"),
     # Patterns
     ("prepare.separator", "(", "prepare.separator: not a regular expression: missing ), unterminated subpattern"),
-    ("evaluate.form_pattern", "*", "evaluate.form_pattern: not a regular expression: nothing to repeat"),
+    ("samples.form_pattern", "*", "samples.form_pattern: not a regular expression: nothing to repeat"),
     # Decoding
     ("evaluate.decoding.top_p", 1.5, "evaluate.decoding: top_p: 1.5 is out of range, must be in (0, 1]"),
     ("evaluate.decoding.topp", 0.5, "evaluate.decoding: topp: no such decoding parameter; known are allowed_token_ids"),
@@ -181,7 +182,7 @@ def test_a_file_that_holds_no_parameters_is_told_with_its_line(content: bytes, m
 
 
 def test_a_missing_file_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught, reported():
+    with pytest.raises(SystemExit) as caught, report_errors():
         load_params(tmp_path / "params.yaml")
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'params.yaml'}: No such file or directory\n"

@@ -15,17 +15,17 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
-from pipeline import tracking
 from pipeline.errors import UserError
+from pipeline.tracking import lineage, runs, store
 
 CLOSED_PORT = 9
 """Discard, which nothing serves nowadays: a connection is refused at once."""
 
-CONNECT = "from pipeline.tracking import connect, experiment_id; print(experiment_id(connect()))"
+CONNECT = "from pipeline.tracking.store import connect, experiment_id; print(experiment_id(connect()))"
 
 
 @pytest.fixture(autouse=True)
-def store(tmp_path: Path) -> Iterator[None]:
+def own_store(tmp_path: Path) -> Iterator[None]:
     with isolated_store(tmp_path):
         yield
 
@@ -38,16 +38,16 @@ def git(*arguments: str) -> str:
 
 def logged_run(stage: str = "finetune", **arguments: object) -> tuple[MlflowClient, Run]:
     """A finished run without parameters."""
-    with tracking.start_run(stage, {}, **arguments) as run:  # type: ignore[arg-type]
+    with runs.start_run(stage, {}, **arguments) as run:  # type: ignore[arg-type]
         pass
     return run.client, run.client.get_run(run.run_id)
 
 
 def test_runs_are_stored_beside_the_project_and_files_at_an_absolute_place(tmp_path: Path) -> None:
-    client = tracking.connect()
-    experiment = client.get_experiment(tracking.experiment_id(client))
+    client = store.connect()
+    experiment = client.get_experiment(store.experiment_id(client))
     assert client.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
-    assert experiment.name == tracking.EXPERIMENT
+    assert experiment.name == store.EXPERIMENT
     assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
 
 
@@ -61,15 +61,15 @@ def test_dvc_root_is_where_the_store_lies(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_without_dvc_the_current_folder_holds_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVC_ROOT")
-    assert tracking.embedded_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store.embedded_uri() == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_another_store_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mlflow.db").rename(tmp_path / "elsewhere.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere.db")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    client = tracking.connect()
-    experiment = client.get_experiment(tracking.experiment_id(client))
+    client = store.connect()
+    experiment = client.get_experiment(store.experiment_id(client))
     assert experiment.name == "mine"
     assert "mlartifacts" not in experiment.artifact_location
     assert not (tmp_path / "mlflow.db").exists()
@@ -89,7 +89,7 @@ def test_a_store_that_does_not_answer_is_told_soon_and_without_the_password(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     started = time.monotonic()
     with pytest.raises(UserError, match=f"^tracking store {place} does not answer; set MLFLOW_TRACKING_URI") as caught:
-        tracking.connect()
+        store.connect()
     assert time.monotonic() - started < 30
     assert "\n" not in str(caught.value)
     for secret in ("ada", "hunter2", "ter2"):
@@ -98,14 +98,14 @@ def test_a_store_that_does_not_answer_is_told_soon_and_without_the_password(
 
 def test_what_a_client_waits_for_later_is_not_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
-    tracking.connect()
+    store.connect()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "600"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
 def test_a_store_that_fails_while_a_run_is_written_is_told_in_one_line(tmp_path: Path) -> None:
     def log_to_a_spoiled_store() -> None:
-        with tracking.store_errors(), tracking.start_run("finetune", {}) as run:
+        with store.store_errors(), runs.start_run("finetune", {}) as run:
             with sqlite3.connect(tmp_path / "mlflow.db") as database:
                 database.execute("DROP TABLE metrics")
             run.log_metrics({"loss": 1.0})
@@ -120,7 +120,7 @@ def test_a_store_that_fails_while_a_run_is_written_is_told_in_one_line(tmp_path:
 def test_a_store_that_is_not_there_is_not_made_by_a_reader(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").unlink()
     with pytest.raises(UserError, match="there is no tracking store here; go to the folder of the project, or set"):
-        tracking.connect(create=False)
+        store.connect(create=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,15 +136,15 @@ def test_two_processes_may_make_the_store_at_once(tmp_path: Path) -> None:
 
 
 def test_a_deleted_experiment_is_told() -> None:
-    client = tracking.connect()
-    client.delete_experiment(tracking.experiment_id(client))
+    client = store.connect()
+    client.delete_experiment(store.experiment_id(client))
     with pytest.raises(UserError, match="experiment 'gpt2-pipeline' is deleted; restore it, or set"):
-        tracking.experiment_id(client)
+        store.experiment_id(client)
 
 
 def test_a_run_has_every_parameter() -> None:
     parameters = {"base": {"scratch": {"layers": 4}, "revision": None}, "samples": {"prompts": ["", "Ä\n"]}, "x": 3e-5}
-    with tracking.start_run("finetune", parameters) as run:
+    with runs.start_run("finetune", parameters) as run:
         pass
     assert run.client.get_run(run.run_id).data.params == {
         "base.scratch.layers": "4",
@@ -157,34 +157,34 @@ def test_a_run_has_every_parameter() -> None:
 def test_a_run_knows_its_stage_machine_and_libraries() -> None:
     _, run = logged_run()
     assert run.info.status == "FINISHED"
-    assert run.data.tags[tracking.STAGE_TAG] == "finetune"
+    assert run.data.tags[runs.STAGE_TAG] == "finetune"
     assert {"machine.cpu", "machine.platform", "machine.python", "library.mlflow", "library.torch"} <= set(
         run.data.tags
     )
 
 
 def test_a_run_whose_stage_fails_is_marked_failed() -> None:
-    with pytest.raises(KeyboardInterrupt), tracking.start_run("finetune", {}) as run:
+    with pytest.raises(KeyboardInterrupt), runs.start_run("finetune", {}) as run:
         raise KeyboardInterrupt
     assert run.client.get_run(run.run_id).info.status == "FAILED"
 
 
 def test_a_run_whose_parameters_are_refused_is_marked_failed() -> None:
-    with pytest.raises(MlflowException), tracking.start_run("finetune", {"a?b": 1}):
+    with pytest.raises(MlflowException), runs.start_run("finetune", {"a?b": 1}):
         pass
-    client = tracking.connect()
-    (run,) = client.search_runs([tracking.experiment_id(client)])
+    client = store.connect()
+    (run,) = client.search_runs([store.experiment_id(client)])
     assert run.info.status == "FAILED"
 
 
 def test_a_long_parameter_is_logged() -> None:
-    with tracking.start_run("finetune", {"prompts": ["x" * 20_000]}) as run:
+    with runs.start_run("finetune", {"prompts": ["x" * 20_000]}) as run:
         pass
     assert run.client.get_run(run.run_id).data.params["prompts"].startswith('["xxx')
 
 
 def test_metrics_keep_their_steps() -> None:
-    with tracking.start_run("finetune", {}) as run:
+    with runs.start_run("finetune", {}) as run:
         for step, loss in ((0, 3.0), (10, 2)):
             run.log_metrics({"loss": loss}, step)
     history = run.client.get_metric_history(run.run_id, "loss")
@@ -192,7 +192,7 @@ def test_metrics_keep_their_steps() -> None:
 
 
 def test_a_table_grows_by_rows(tmp_path: Path) -> None:
-    with tracking.start_run("finetune", {}) as run:
+    with runs.start_run("finetune", {}) as run:
         run.log_table("samples.json", [{"step": 0, "text": "a"}, {"step": 0, "text": "b"}])
         run.log_table("samples.json", [])
         run.log_table("samples.json", [{"step": 8, "text": "c"}])
@@ -202,7 +202,7 @@ def test_a_table_grows_by_rows(tmp_path: Path) -> None:
 
 def test_data_is_recorded_by_its_digest() -> None:
     digest = hashlib.sha256(b"tokens").hexdigest()[:36]
-    with tracking.start_run("finetune", {}) as run:
+    with runs.start_run("finetune", {}) as run:
         run.log_dataset("train", digest, {"documents": "12"})
     (record,) = run.client.get_run(run.run_id).inputs.dataset_inputs
     assert (record.dataset.name, record.dataset.digest) == ("train", digest)
@@ -212,21 +212,21 @@ def test_data_is_recorded_by_its_digest() -> None:
 
 def test_a_file_lies_in_the_folder_asked_for(tmp_path: Path) -> None:
     (tmp_path / "copies.csv").write_text("rank\n")
-    with tracking.start_run("evaluate", {}) as run:
+    with runs.start_run("evaluate", {}) as run:
         run.log_file(tmp_path / "copies.csv", "plots")
     assert [file.path for file in run.client.list_artifacts(run.run_id, "plots")] == ["plots/copies.csv"]
 
 
 def trials_of(client: MlflowClient, run_id: str) -> list[Run]:
     return client.search_runs(
-        [tracking.experiment_id(client)],
+        [store.experiment_id(client)],
         filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'",
         order_by=["attributes.start_time"],
     )
 
 
 def test_a_trial_is_a_finished_run_below_its_search() -> None:
-    with tracking.start_run("tune", {}) as run:
+    with runs.start_run("tune", {}) as run:
         run.log_trial(3, {"top_k": 50}, {"distance": 1.5}, {"tune.state": "pruned"}, 12.5)
     (trial,) = trials_of(run.client, run.run_id)
     assert trial.info.run_name == "trial 3"
@@ -234,18 +234,18 @@ def test_a_trial_is_a_finished_run_below_its_search() -> None:
     assert trial.info.start_time == 12_500
     assert trial.data.params == {"top_k": "50"}
     assert trial.data.metrics == {"distance": 1.5}
-    assert trial.data.tags[tracking.TRIAL_TAG] == "3"
+    assert trial.data.tags[runs.TRIAL_TAG] == "3"
     assert trial.data.tags["tune.state"] == "pruned"
 
 
 def test_trials_from_a_number_on_are_forgotten() -> None:
-    with tracking.start_run("tune", {}) as other:
+    with runs.start_run("tune", {}) as other:
         other.log_trial(2, {}, {}, {}, 0.0)
-    with tracking.start_run("tune", {}) as run:
+    with runs.start_run("tune", {}) as run:
         for number in range(4):
             run.log_trial(number, {}, {}, {}, 1.0 + number)
         # A child that is no trial stays.
-        with tracking.start_run("evaluate", {}, parent_run_id=run.run_id):
+        with runs.start_run("evaluate", {}, parent_run_id=run.run_id):
             pass
         run.forget_trials(2)
     names = [found.info.run_name for found in trials_of(run.client, run.run_id)]
@@ -260,36 +260,36 @@ def test_a_child_is_found_by_parent_and_stage() -> None:
     _, second = logged_run("evaluate", parent_run_id=parent.info.run_id)
     assert first.data.tags[MLFLOW_PARENT_RUN_ID] == parent.info.run_id
     assert first.info.run_name == "evaluate"
-    assert tracking.find_child(client, parent.info.run_id, "evaluate") == second.info.run_id
-    assert tracking.find_child(client, parent.info.run_id, "register") is None
-    assert tracking.find_child(client, other.info.run_id, "evaluate") is None
+    assert runs.find_child(client, parent.info.run_id, "evaluate") == second.info.run_id
+    assert runs.find_child(client, parent.info.run_id, "register") is None
+    assert runs.find_child(client, other.info.run_id, "evaluate") is None
 
 
 def test_a_child_that_failed_is_not_found() -> None:
     client, parent = logged_run()
-    with pytest.raises(RuntimeError), tracking.start_run("evaluate", {}, parent_run_id=parent.info.run_id):
+    with pytest.raises(RuntimeError), runs.start_run("evaluate", {}, parent_run_id=parent.info.run_id):
         raise RuntimeError
-    assert tracking.find_child(client, parent.info.run_id, "evaluate") is None
+    assert runs.find_child(client, parent.info.run_id, "evaluate") is None
 
 
 def test_a_run_is_found_by_its_id() -> None:
     client, run = logged_run()
-    assert tracking.find_run(client, run.info.run_id) == run.info.run_id
-    assert tracking.find_run(client, "0" * 32) is None
+    assert runs.find_run(client, run.info.run_id) == run.info.run_id
+    assert runs.find_run(client, "0" * 32) is None
 
 
 def test_a_deleted_run_is_found_in_the_one_that_restores_it() -> None:
     client, run = logged_run()
     client.delete_run(run.info.run_id)
-    assert tracking.find_run(client, run.info.run_id) is None
-    _, restored = logged_run(tags={tracking.RESTORES_TAG: run.info.run_id})
-    assert tracking.find_run(client, run.info.run_id) == restored.info.run_id
+    assert runs.find_run(client, run.info.run_id) is None
+    _, restored = logged_run(tags={runs.RESTORES_TAG: run.info.run_id})
+    assert runs.find_run(client, run.info.run_id) == restored.info.run_id
 
 
 def test_a_run_half_restored_does_not_count() -> None:
-    with pytest.raises(RuntimeError), tracking.start_run("finetune", {}, tags={tracking.RESTORES_TAG: "0" * 32}) as run:
+    with pytest.raises(RuntimeError), runs.start_run("finetune", {}, tags={runs.RESTORES_TAG: "0" * 32}) as run:
         raise RuntimeError
-    assert tracking.find_run(run.client, "0" * 32) is None
+    assert runs.find_run(run.client, "0" * 32) is None
 
 
 def test_a_run_knows_commit_and_whether_the_tree_was_changed(tmp_path: Path) -> None:
@@ -300,19 +300,19 @@ def test_a_run_knows_commit_and_whether_the_tree_was_changed(tmp_path: Path) -> 
     git("add", ".")
     git("commit", "--quiet", "--message", "begin")
     commit = git("rev-parse", "HEAD")
-    assert tracking.lineage() | {MLFLOW_GIT_COMMIT: commit, "git.dirty": "false"} == tracking.lineage()
+    assert lineage.lineage() | {MLFLOW_GIT_COMMIT: commit, "git.dirty": "false"} == lineage.lineage()
     # Every stage that runs changes dvc.lock.
     (tmp_path / "dvc.lock").write_text("stages: {}\n")
-    assert tracking.lineage()["git.dirty"] == "false"
+    assert lineage.lineage()["git.dirty"] == "false"
     (tmp_path / "params.yaml").write_text("a: 1\n")
-    assert tracking.lineage()["git.dirty"] == "true"
+    assert lineage.lineage()["git.dirty"] == "true"
     _, run = logged_run()
     assert run.data.tags[MLFLOW_GIT_COMMIT] == commit
     assert run.data.tags["git.dirty"] == "true"
 
 
 def test_outside_git_there_is_no_commit() -> None:
-    assert {MLFLOW_GIT_COMMIT, "git.dirty"}.isdisjoint(tracking.lineage())
+    assert {MLFLOW_GIT_COMMIT, "git.dirty"}.isdisjoint(lineage.lineage())
 
 
 def test_an_experiment_of_dvc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,9 +333,9 @@ def test_the_digest_of_data_comes_from_its_pointer_and_that_of_an_output_from_th
         "  base:\n    outs:\n    - path: out/base\n      md5: 77aa.dir\n"
         "  tokenize:\n    deps:\n    - path: out/base\n      md5: 0000.dir\n"
     )
-    assert tracking.dvc_md5("data") == "24f1.dir"
-    assert tracking.dvc_md5("out/base") == "77aa.dir"
-    assert tracking.dvc_md5("out/export") is None
+    assert lineage.dvc_md5("data") == "24f1.dir"
+    assert lineage.dvc_md5("out/base") == "77aa.dir"
+    assert lineage.dvc_md5("out/export") is None
     _, run = logged_run()
     assert run.data.tags["dvc.data_md5"] == "24f1.dir"
     assert run.data.tags["dvc.base_md5"] == "77aa.dir"
@@ -344,8 +344,8 @@ def test_the_digest_of_data_comes_from_its_pointer_and_that_of_an_output_from_th
 def test_an_output_that_dvc_does_not_hash_has_no_digest(tmp_path: Path) -> None:
     # A remote with versions of its own, as of a bucket, is recorded by those.
     (tmp_path / "data.dvc").write_text("outs:\n- path: data\n  files:\n  - version_id: x\n")
-    assert tracking.dvc_md5("data") is None
+    assert lineage.dvc_md5("data") is None
 
 
 def test_without_dvc_there_is_no_digest() -> None:
-    assert tracking.dvc_md5("data") is None
+    assert lineage.dvc_md5("data") is None

@@ -15,7 +15,8 @@ from ruamel.yaml import YAML
 
 import pipeline
 from pipeline.files import write_jsonl
-from pipeline.params import PARAMS_FILE, Params, load_params, read_yaml
+from pipeline.params.file import PARAMS_FILE, read_yaml
+from pipeline.params.whole import Params, load_params
 
 ROOT = Path(pipeline.__file__).parents[1]
 TEXTS = {
@@ -49,7 +50,8 @@ CHANGES: dict[str, Any] = {
         }
     },
     "tune": {"trials": 8, "finalists": 2, "samples": 10, "max_new_tokens": 8},
-    "evaluate": {"stride_tokens": 32, "samples": 5, "prompt_words": 3, "decoding": {"max_new_tokens": 12}},
+    "samples": {"prompt_words": 3},
+    "evaluate": {"stride_tokens": 32, "samples": 5, "decoding": {"max_new_tokens": 12}},
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
-from pipeline.params import NearDuplicateParams
+from pipeline.params.prepare import NearDuplicateParams
 
 MIN_CANDIDATE_RECALL = 0.999
 """Probability that a pair just alike enough is found by the index; what it finds is compared exactly."""

@@ -11,7 +11,7 @@ from pipeline.corpus.deduplication import Hashes, minhash, shingle
 from pipeline.corpus.pieces import cut_pieces
 from pipeline.corpus.readers import Section
 from pipeline.corpus.words import digest, normalized_words
-from pipeline.params import PrepareParams
+from pipeline.params.prepare import PrepareParams
 
 _TITLE = re.compile(r"# +(.+)")
 _HEADING_LINE = re.compile(r"^#{1,6} .*$", re.MULTILINE)

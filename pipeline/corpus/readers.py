@@ -17,7 +17,7 @@ from pipeline.corpus.encoding import detect_encoding
 from pipeline.corpus.pieces import ends_sentence
 from pipeline.corpus.wrapping import find_wrap, line_breaks
 from pipeline.errors import UserError
-from pipeline.params import PrepareParams
+from pipeline.params.prepare import PrepareParams
 
 TEXT_ENDINGS = (".txt", ".md")
 ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".csv", ".parquet")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.sampling import check_token_ids, log_softmax, token_logprobs
+from pipeline.engine.filters import check_token_ids, log_softmax, token_logprobs
 from pipeline.engine.scheduler import FinishReason, Request, Scheduler, Token
 from pipeline.engine.session import Session, load_session
 from pipeline.errors import UserError
@@ -215,7 +215,7 @@ class Engine:
         self._check_ids("prompt", prompt)
         check_token_ids(params, self.manifest.vocabulary_size)
         if params.stop:
-            raise UserError("stop: holds texts, and the engine reads token ids; pipeline.serving.text knows both")
+            raise UserError("stop: holds texts, and the engine reads token ids; pipeline.engine.text knows both")
         if params.max_verbatim_tokens and self.session.followers is None:
             raise UserError(
                 "max_verbatim_tokens: this engine holds no index of its training text; export it again with "

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.cuda import RUNTIME
+from pipeline.engine.cuda.driver import RUNTIME
 from pipeline.errors import UserError
 
 OUT_OF_MEMORY = 2

@@ -1,6 +1,6 @@
-"""Draws the next token of a continuation as `pipeline.engine.sampling` says, without sorting the vocabulary.
+"""Draws the next token of a continuation as `pipeline.engine.filters` says, without sorting the vocabulary.
 
-The reference in `sampling` is written to be read; this is written to be small beside a step, whose weights have pushed
+The reference in `filters` is written to be read; this is written to be small beside a step, whose weights have pushed
 all else out of the caches: to read few numbers and to call few operations is what counts. Penalties and bans change the
 logits of few tokens, which a continuation keeps as it goes on: a token more a step. The graph lists the likeliest
 tokens. Every other has at most the logit of the last of them, so a token above that which the changes leave alone is in
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine import sampling
+from pipeline.engine import filters
 from pipeline.engine.loops import Loops
 from pipeline.engine.verbatim import Copies
 
@@ -51,7 +51,7 @@ class Continuation:
         prompt_ids: Sequence[int],
         end_of_text_id: int,
         vocabulary_size: int,
-        followers: sampling.Followers | None = None,
+        followers: filters.Followers | None = None,
     ) -> None:
         """`seed` stands in for `params.seed`, which may be null; `choice` is the index among the `n`.
 
@@ -65,7 +65,7 @@ class Continuation:
         self._uniforms, self._first_uniform = np.zeros(0), 0
         self._training_followers = followers
         limit = params.max_verbatim_tokens
-        self._copies = Copies(limit, sampling.known(followers)) if limit else None
+        self._copies = Copies(limit, filters.known(followers)) if limit else None
         self._followers: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
         self._latest: tuple[int, ...] = ()
         self._counts: Counter[int] = Counter()
@@ -104,7 +104,7 @@ class Continuation:
         """The next token after these logits, float32 `[vocabulary]`, which are left as they are.
 
         `top_logits` and `top_ids` are the largest of them in descending order, any number, and whose they are.
-        Raises what `sampling.sample` raises.
+        Raises what `filters.sample` raises.
         """
         params = self.params
         if params.typical_p == 1 and not params.allowed_token_ids:
@@ -127,7 +127,7 @@ class Continuation:
             logits[ids] = own
             if token_id is not None:
                 return token_id
-        return sampling.sample(
+        return filters.sample(
             logits,
             params,
             self.prompt_ids,
@@ -171,7 +171,7 @@ class Continuation:
 
     def uniforms(self, count: int) -> NDArray[np.float64]:
         """The uniforms of the next `count` draws."""
-        return sampling.uniforms(self._seed, self._choice, len(self.output_ids), count)
+        return filters.uniforms(self._seed, self._choice, len(self.output_ids), count)
 
     def _changed(self, own: Logits) -> Logits:
         """What becomes of the logits of the tokens that are changed."""
@@ -187,7 +187,7 @@ class Continuation:
         params = self.params
         if params.repetition_penalty != 1:
             place = self._change(token_id)
-            self._factor[place] = sampling.penalty_factor(params.repetition_penalty)
+            self._factor[place] = filters.penalty_factor(params.repetition_penalty)
         if size := params.no_repeat_ngram_size:
             if len(self._latest) == size - 1:
                 self._followers[self._latest].add(token_id)
@@ -343,7 +343,7 @@ def _draw_from_nucleus(ids: TokenIds, logits: Logits, mass: np.float64, params: 
 
 def _cool(logits: AnyLogits, peak: np.float32, temperature: float) -> AnyLogits:
     """The largest of all, `peak`, taken off, and divided by the temperature, as the reference does it."""
-    return (logits - peak) / sampling.cooling(temperature)
+    return (logits - peak) / filters.cooling(temperature)
 
 
 def _with_equals(ordered: Logits, count: int) -> int:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.device_loop import DeviceLoop, rows_run
-from pipeline.engine.rows import ASKS_HOST, LOGGED, STEP_BITS, TAG_BITS, can_be_drawn, row_of
+from pipeline.engine.cuda.loop import DeviceLoop, rows_run
+from pipeline.engine.cuda.rows import ASKS_HOST, LOGGED, STEP_BITS, TAG_BITS, can_be_drawn, row_of
+from pipeline.engine.filters import token_logprobs
 from pipeline.engine.sampler import Continuation
-from pipeline.engine.sampling import token_logprobs
 from pipeline.engine.session import Session
 from pipeline.errors import UserError
 

@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pipeline.engine import cuda
-from pipeline.engine.kernel import Kernel, Rows
+from pipeline.engine.cuda import driver
+from pipeline.engine.cuda.kernel import Kernel, Rows
+from pipeline.engine.filters import Followers
 from pipeline.engine.manifest import (
     CUDA_PRECISIONS,
     GRAPH_FILE,
@@ -29,7 +30,6 @@ from pipeline.engine.manifest import (
     read_manifest,
 )
 from pipeline.engine.memory import CudaMemory, HostMemory, Memory, Place
-from pipeline.engine.sampling import Followers
 from pipeline.engine.verbatim import VerbatimText, open_index
 from pipeline.errors import UserError
 
@@ -244,7 +244,7 @@ def load_session(folder: Path, *, precision: str, provider: str, threads: int | 
     options = session_options(threads)
     # The graph is fused as it is to run: beyond this level, what is faster apart on the processor would be joined.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    graph = _open(folder, manifest, precision, options, [cuda.PROCESSOR])
+    graph = _open(folder, manifest, precision, options, [driver.PROCESSOR])
     return Session(manifest, precision, "cpu", graph, HostMemory(), slots, followers=_followers(folder, manifest))
 
 
@@ -278,7 +278,7 @@ def session_options(threads: int | None) -> ort.SessionOptions:
 
 
 def _load_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int | None, slots: int) -> Session:
-    if found := cuda.obstacles():
+    if found := driver.obstacles():
         raise UserError(f"provider: CUDA does not run here: {found[0]}")
     held = [name for name in manifest.precisions if name in CUDA_PRECISIONS]
     if not held or precision not in ("auto", *held):
@@ -290,7 +290,7 @@ def _load_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int
     precision = held[0] if precision == "auto" else precision
     try:
         return _open_on_cuda(folder, manifest, precision, threads, slots)
-    except cuda.ERRORS as error:
+    except driver.ERRORS as error:
         raise UserError(f"provider: CUDA does not start: {str(error).splitlines()[0]}") from error
 
 
@@ -306,13 +306,13 @@ def _open_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int
         "user_compute_stream": str(memory.stream),
         "arena_extend_strategy": "kSameAsRequested",
     }
-    with cuda.quiet() as said:
+    with driver.quiet() as said:
         # The processor stays on the list for what is read from its memory.
-        graph = _open(folder, manifest, precision, options, [(cuda.PROVIDER, settings), cuda.PROCESSOR])
-    if graph.get_providers()[0] != cuda.PROVIDER:
-        reason = cuda.reason_in(said.getvalue())
+        graph = _open(folder, manifest, precision, options, [(driver.PROVIDER, settings), driver.PROCESSOR])
+    if graph.get_providers()[0] != driver.PROVIDER:
+        reason = driver.reason_in(said.getvalue())
         raise UserError(f"provider: CUDA does not run here: {reason}; `python -m pipeline doctor` says what is missing")
-    if elsewhere := cuda.nodes_elsewhere(graph):
+    if elsewhere := driver.nodes_elsewhere(graph):
         raise UserError(
             f"provider: CUDA does not run {len(elsewhere)} nodes of {folder}, such as {elsewhere[0]}; "
             "export the checkpoint again with this version, or report it"

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.sampling import Followers
+from pipeline.engine.filters import Followers
 from pipeline.errors import UserError
 from pipeline.tokens import Tokens
 
@@ -79,7 +79,7 @@ class VerbatimText:
 
 
 class Copies:
-    """The tokens with which an output would copy too much, told as it grows: `sampling.verbatim_ids` defines them.
+    """The tokens with which an output would copy too much, told as it grows: `filters.verbatim_ids` defines them.
 
     A copy grows by a token a step. Where nothing follows the last k tokens, what holds these and one more is no copy:
     it takes limit + 1 - k tokens until the output can end in one of that length, and so long nothing is looked up.

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UserError
-from pipeline.quality.bootstrap import Interval, jackknife_interval, left_out
 from pipeline.quality.distance import BALANCED, Distance, Scores, Weights, distance, human_scales
 from pipeline.quality.diversity import distinct_n
+from pipeline.quality.jackknife import Interval, jackknife_interval, left_out
 from pipeline.quality.mauve import mauve_of_buckets, sort_in_buckets
 from pipeline.quality.ngrams import TokenIds
 from pipeline.quality.repetition import is_looping, rep_n

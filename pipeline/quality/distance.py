@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.quality.bootstrap import jackknife_error
+from pipeline.quality.jackknife import jackknife_error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidatorFunc
 from pydantic_core import PydanticCustomError, ValidationError
 
 from pipeline.decoding import ModelDecoding, SamplingParams
+from pipeline.engine.text import merge_decoding
 from pipeline.errors import UserError
-from pipeline.serving.text import merge_decoding
 
 MOST_LOGPROBS = 20
 OWN_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}

@@ -35,8 +35,8 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipeline.decoding import SamplingParams, read_decoding
+from pipeline.engine.text import TextGenerator, bias_of, merge_decoding
 from pipeline.errors import UserError
-from pipeline.serving.text import TextGenerator, bias_of, merge_decoding
 from pipeline.serving.worker import Prompt, Worker, run_job, text_prompt
 
 logger = logging.getLogger(__name__)

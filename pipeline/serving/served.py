@@ -15,12 +15,12 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline import tracking
 from pipeline.decoding import ModelDecoding
+from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
-from pipeline.registry import RUN_TAG, fetch_model, resolve
-from pipeline.serving.text import TextGenerator
 from pipeline.serving.worker import OnTokens, Worker
+from pipeline.tracking import store
+from pipeline.tracking.registry import RUN_TAG, fetch_model, resolve
 
 WATCH_SECONDS = 10.0
 UNREACHABLE = (MlflowException, requests.RequestException, OSError)
@@ -299,5 +299,5 @@ class Served:
 def source_of(model: str, decoding: ModelDecoding, ui_url: str) -> Source:
     """The source that `--model` names; `ui_url` is where MLflow shows the runs. Raises `UserError`."""
     if model.startswith("models:"):
-        return RegistrySource(tracking.connect(create=False), model, tracking.without_password(ui_url))
+        return RegistrySource(store.connect(create=False), model, store.without_password(ui_url))
     return FolderSource(Path(model), decoding)

@@ -9,11 +9,11 @@ from types import FrameType
 import uvicorn
 
 from pipeline.decoding import ModelDecoding
+from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
 from pipeline.serving.app import KEYS_VARIABLE, Limits, create_app, keys_from_environment
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.served import Served, source_of
-from pipeline.serving.text import TextGenerator
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -17,8 +17,8 @@ from functools import partial
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine.scheduler import FinishReason, Request, Token
+from pipeline.engine.text import BYTES, Detokenizer, TextGenerator, TokenTexts
 from pipeline.errors import UserError
-from pipeline.serving.text import BYTES, Detokenizer, TextGenerator, TokenTexts
 from pipeline.tokens import prompt_ids
 
 OnTokens = Callable[[int, float, bool], None]

@@ -22,10 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from pipeline.checkpoint import WEIGHTS_FILE, WEIGHTS_INDEX_FILE, check_checkpoint, load_checkpoint, save_model
-from pipeline.errors import UserError, reported
+from pipeline.errors import UserError, report_errors
 from pipeline.files import read_jsonl, whole_folder, write_json
-from pipeline.params import BaseParams, ScratchParams, load_params
-from pipeline.process import stage_process
+from pipeline.params.base import BaseParams, ScratchParams
+from pipeline.params.file import load_section
+from pipeline.stage_process import stage_process
 from pipeline.tokens import (
     END_OF_TEXT,
     TOKENIZER_FILES,
@@ -50,8 +51,8 @@ def main() -> None:
     parser.add_argument("training_split", type=Path, help="the training split's documents, read from scratch only")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    with reported(), stage_process(arguments.out):
-        make_base(arguments.training_split, arguments.out, load_params().base)
+    with report_errors(), stage_process(arguments.out):
+        make_base(arguments.training_split, arguments.out, load_section("base", BaseParams))
 
 
 def make_base(training_split: Path, out: Path, params: BaseParams) -> None:

@@ -12,23 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from pipeline import tracking
-from pipeline.continuations import SLOTS, Measures, Sample, character_spans, draw_samples, human_samples
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
-from pipeline.errors import reported
+from pipeline.engine.text import TextGenerator
+from pipeline.errors import report_errors
+from pipeline.evaluation.report import SYSTEMS, Report, decoding_told, render_report
+from pipeline.evaluation.samples import SLOTS, Measures, Sample, character_spans, draw_samples, human_samples
 from pipeline.files import read_json, read_jsonl, whole_file, whole_folder, write_json, write_jsonl
-from pipeline.params import PARAMS_FILE, EvaluateParams, load_params, read_yaml
-from pipeline.process import stage_process
+from pipeline.params.evaluate import EvaluateParams
+from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
+from pipeline.params.samples import SamplesParams
 from pipeline.quality.comparison import Compared, Measured, compare, human_side
 from pipeline.quality.distance import Scores
 from pipeline.quality.memorization import copied_tokens
 from pipeline.quality.perplexity import bits_per_byte, perplexity, plan_windows
 from pipeline.quality.repetition import repeated_tokens
-from pipeline.report import SYSTEMS, Report, decoding_told, render_report
-from pipeline.restore import parent_run, read_curve
-from pipeline.serving.text import TextGenerator
+from pipeline.stage_process import stage_process
 from pipeline.tokens import TokenArrays, load_tokens, tokenizer_sha256
+from pipeline.tracking import lineage, runs, store
+from pipeline.tracking.restore import parent_run, read_curve
 
 POSITION_BIN_TOKENS = 32
 COPY_TOKENS = 10
@@ -46,10 +48,11 @@ def main() -> None:
     parser.add_argument("tune", type=Path, help="folder of the tune stage")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    with reported(), tracking.store_errors(), stage_process(arguments.out):
-        params, parameters = load_params().evaluate, read_yaml(PARAMS_FILE)
-        parent = parent_run(tracking.connect(), arguments.finetune, parameters)
-        with tracking.start_run("evaluate", parameters, parent_run_id=parent) as run:
+    with report_errors(), store.store_errors(), stage_process(arguments.out):
+        params, samples = load_section("evaluate", EvaluateParams), load_section("samples", SamplesParams)
+        parameters = read_yaml(PARAMS_FILE)
+        parent = parent_run(store.connect(), arguments.finetune, parameters)
+        with runs.start_run("evaluate", parameters, parent_run_id=parent) as run:
             evaluate(
                 arguments.export,
                 arguments.documents,
@@ -58,7 +61,8 @@ def main() -> None:
                 arguments.tune,
                 arguments.out,
                 params,
-                {**tracking.lineage(), "run": parent},
+                samples,
+                {**lineage.lineage(), "run": parent},
             )
             log_evaluation(run, arguments.out, arguments.export / "parity.json")
 
@@ -71,6 +75,7 @@ def evaluate(
     tune: Path,
     out: Path,
     params: EvaluateParams,
+    sampling: SamplesParams,
     lineage: Mapping[str, str],
 ) -> None:
     """Write scores, samples, the tables of the plots, the report, and what a registered model decodes with to `out`."""
@@ -85,9 +90,9 @@ def evaluate(
         engines["base"],
         tokenizer,
         train.tokens,
-        params.loop_ngram_tokens,
-        params.loop_repeats,
-        params.form_pattern,
+        sampling.loop_ngram_tokens,
+        sampling.loop_repeats,
+        sampling.form_pattern,
     )
     found = read_json(tune / "decoding.json")
     decodings = decodings_of(params, found, holds_index=engines["finetuned"].manifest.holds_index)
@@ -97,7 +102,7 @@ def evaluate(
         documents / "test.jsonl",
         tokenizer,
         samples=params.samples,
-        prompt_words=params.prompt_words,
+        prompt_words=sampling.prompt_words,
         max_new_tokens=params.decoding.max_new_tokens or engines["finetuned"].context_length,
     )
     samples = {"human": people}
@@ -295,7 +300,7 @@ def decoding_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"system": name, **{column: metrics[name].get(column) for column in columns}} for name in systems]
 
 
-def log_evaluation(run: tracking.RunLog, out: Path, parity: Path) -> None:
+def log_evaluation(run: runs.RunLog, out: Path, parity: Path) -> None:
     """Scores, samples and plots of an evaluation, and the parity of what was evaluated, into its run."""
     for precision, found in read_json(parity).items():
         run.log_scores(f"parity.{precision}", found)

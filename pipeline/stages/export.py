@@ -15,14 +15,15 @@ from optimum.utils import logging as optimum_logging
 from transformers import GPT2LMHeadModel, logging
 
 from pipeline.checkpoint import load_checkpoint
-from pipeline.engine.build import build_engine
 from pipeline.engine.generator import Engine
-from pipeline.engine.parity import Parity, broken_promises, measure_parity
 from pipeline.engine.verbatim import VerbatimIndex, index_text
-from pipeline.errors import UserError, reported
+from pipeline.errors import UserError, report_errors
+from pipeline.export.build import build_engine
+from pipeline.export.parity import Parity, broken_promises, measure_parity
 from pipeline.files import whole_folder, write_json
-from pipeline.params import ExportParams, load_params
-from pipeline.process import stage_process
+from pipeline.params.export import ExportParams
+from pipeline.params.file import load_section
+from pipeline.stage_process import stage_process
 from pipeline.tokens import TokenArrays, load_tokens, tokenizer_sha256
 from pipeline.training.packing import cut_windows
 
@@ -36,8 +37,10 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     optimum_logging.set_verbosity_error()
-    with reported(), stage_process(arguments.out):
-        export(arguments.checkpoint, arguments.base, arguments.tokens, arguments.out, load_params().export)
+    with report_errors(), stage_process(arguments.out):
+        export(
+            arguments.checkpoint, arguments.base, arguments.tokens, arguments.out, load_section("export", ExportParams)
+        )
 
 
 def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: ExportParams) -> None:
@@ -109,7 +112,7 @@ def texts_of(arrays: TokenArrays, context_length: int) -> Iterator[list[int]]:
 
 
 class TorchReference:
-    """The checkpoint in PyTorch, as `pipeline.engine.parity` asks for it."""
+    """The checkpoint in PyTorch, as `pipeline.export.parity` asks for it."""
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
         self.model = model

@@ -18,14 +18,15 @@ import torch
 import transformers
 from transformers import GPT2LMHeadModel, logging, set_seed
 
-from pipeline import tracking
 from pipeline.checkpoint import write_checkpoint
-from pipeline.errors import UserError, reported
+from pipeline.errors import UserError, report_errors
 from pipeline.files import sha256_file, whole_file, whole_folder, write_json
 from pipeline.imports import PACKAGE, needed_files
-from pipeline.params import PARAMS_FILE, FinetuneParams, SamplesParams, load_params, read_yaml
-from pipeline.process import end_with_dvc, termination_noted
+from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
+from pipeline.params.finetune import FinetuneParams, TrainingSamplesParams
+from pipeline.stage_process import end_with_dvc, termination_noted
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
+from pipeline.tracking import lineage, runs, store
 from pipeline.training.memory import parts_of_step
 from pipeline.training.model import gathered, load_trainable, trained_gpt2
 from pipeline.training.packing import PackedSteps
@@ -44,8 +45,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     end_with_dvc()
-    with reported(), tracking.store_errors():
-        params = load_params().finetune
+    with report_errors(), store.store_errors():
+        params = load_section("finetune", FinetuneParams)
         processes = join_processes()
         name = fingerprint(arguments.tokens, arguments.base, params, processes.count)
         processes.agree(name, "parameters, data, base, code or libraries")
@@ -65,7 +66,7 @@ def train_recorded(
     """What the first process does: fine-tune under a run, and keep the state of it until it has ended."""
     state = open_state(name)
     run_id = run_to_go_on(state)
-    with tracking.start_run("finetune", read_yaml(PARAMS_FILE), run_id=run_id) as run, stop_told():
+    with runs.start_run("finetune", read_yaml(PARAMS_FILE), run_id=run_id) as run, stop_told():
         state.begin(run.run_id)
         finetune(tokens, base, out, params, run, processes, state, stop)
     state.remove()
@@ -110,12 +111,12 @@ def run_to_go_on(state: ResumeState) -> str | None:
     run_id = state.run_id
     if run_id is None:
         return None
-    if not tracking.holds_run(run_id):
+    if not runs.holds_run(run_id):
         print("finetune: the tracking store no longer holds the interrupted run: it starts afresh", file=sys.stderr)
         state.forget()
         return None
     if state.checkpoint is None:
-        tracking.give_up_run(run_id)
+        runs.give_up_run(run_id)
         return None
     return run_id
 
@@ -125,7 +126,7 @@ def finetune(
     base: Path,
     out: Path,
     params: FinetuneParams,
-    run: tracking.RunLog,
+    run: runs.RunLog,
     processes: Processes | None = None,
     state: ResumeState | None = None,
     stop: threading.Event | None = None,
@@ -161,7 +162,7 @@ def train(
     tokens: Path,
     base: Path,
     params: FinetuneParams,
-    run: tracking.RunLog | None,
+    run: runs.RunLog | None,
     processes: Processes,
     state: ResumeState,
     stop: threading.Event | None,
@@ -213,11 +214,11 @@ def train(
 
 
 def log_samples(
-    run: tracking.RunLog,
+    run: runs.RunLog,
     step: int,
     samples: list[dict[str, str]],
     scores: list[dict[str, float]],
-    params: SamplesParams,
+    params: TrainingSamplesParams,
 ) -> None:
     """A row a sample, and over all of them how much they repeat, and the longest copy from the training text."""
     if not samples:
@@ -275,8 +276,8 @@ def window_length(params: FinetuneParams, positions: int) -> int:
     return params.context_length
 
 
-def log_split(run: tracking.RunLog, name: str, arrays: TokenArrays, tokens: Path) -> None:
-    data_md5 = tracking.dvc_md5("data")
+def log_split(run: runs.RunLog, name: str, arrays: TokenArrays, tokens: Path) -> None:
+    data_md5 = lineage.dvc_md5("data")
     source = {"split": name, "documents": str(len(arrays)), "tokens": str(len(arrays.tokens))}
     run.log_dataset(name, arrays.sha256[:36], source | ({"dvc.data_md5": data_md5} if data_md5 else {}))
 

@@ -19,10 +19,11 @@ from pipeline.corpus.parallel import ordered_map
 from pipeline.corpus.readers import Section, Source, find_files, read_sections, survey
 from pipeline.corpus.report import DROPPED, FileReport, Report
 from pipeline.corpus.splits import SPLITS, split_of
-from pipeline.errors import UserError, reported
+from pipeline.errors import UserError, report_errors
 from pipeline.files import whole_folder, write_json
-from pipeline.params import PrepareParams, load_params
-from pipeline.process import stage_process
+from pipeline.params.file import load_section
+from pipeline.params.prepare import PrepareParams
+from pipeline.stage_process import stage_process
 
 PARALLEL_CHARACTERS = 2_000_000
 """From this size of corpus on, cleaning in several processes gains more than starting them costs."""
@@ -146,8 +147,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of .txt, .md, .jsonl, .csv and .parquet files")
     parser.add_argument("out", type=Path, help="folder that the documents are written to")
     arguments = parser.parse_args()
-    with reported(), stage_process(arguments.out):
-        print(_summary(prepare(arguments.data, arguments.out, load_params().prepare)))
+    with report_errors(), stage_process(arguments.out):
+        print(_summary(prepare(arguments.data, arguments.out, load_section("prepare", PrepareParams))))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import pipeline
-from pipeline import registry, tracking
 from pipeline.decoding import list_types, scalar_types
-from pipeline.errors import reported
+from pipeline.errors import report_errors
 from pipeline.files import digest_of, read_json, sha256_file, write_json
 from pipeline.imports import needed_files
-from pipeline.params import PARAMS_FILE, load_params, read_yaml
-from pipeline.process import stage_process
-from pipeline.restore import parent_run
+from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
+from pipeline.params.register import RegisterParams
+from pipeline.stage_process import stage_process
+from pipeline.tracking import lineage, registry, runs, store
+from pipeline.tracking.restore import parent_run
 
 SERVED_MODULE = "pipeline.serving.pyfunc"
 COLUMNS = {bool: DataType.boolean, int: DataType.long, float: DataType.double, str: DataType.string}
@@ -45,14 +46,14 @@ def main() -> None:
     parser.add_argument("test", type=Path, help="the test split's documents")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    with reported(), tracking.store_errors(), stage_process(arguments.out):
+    with report_errors(), store.store_errors(), stage_process(arguments.out):
         register(
             arguments.export,
             arguments.evaluate,
             arguments.finetune,
             arguments.test,
             arguments.out,
-            name=load_params().register_.name,
+            name=load_section("register", RegisterParams).name,
         )
 
 
@@ -60,7 +61,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
     """Write `version.json` to `out`: the version that holds these files, registered now or found in the registry."""
     scores = read_json(evaluate / "metrics.json")
     score = registry.Score(sha256_file(test), scores["finetuned"]["bits_per_byte"])
-    client = tracking.connect()
+    client = store.connect()
     with tempfile.TemporaryDirectory() as folder:
         code = pack_code(Path(folder) / "pipeline")
         artifacts = {
@@ -78,7 +79,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
             print(f"{name} version {version.version} holds these files already; it is {alias}")
         else:
             parent = parent_run(client, finetune, read_yaml(PARAMS_FILE))
-            with tracking.start_run("register", read_yaml(PARAMS_FILE), parent_run_id=parent) as run:
+            with runs.start_run("register", read_yaml(PARAMS_FILE), parent_run_id=parent) as run:
                 version = registry.log_version(
                     run.run_id,
                     name,
@@ -90,7 +91,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
                     input_example=(["The lamp on Gull Rock"], {"max_new_tokens": 40, "seed": 7}),
                     requirements=requirements(),
                     tags={
-                        **tracking.lineage(),
+                        **lineage.lineage(),
                         registry.RUN_TAG: parent,
                         registry.TEST_SPLIT_TAG: score.test_split_sha256,
                         registry.BITS_PER_BYTE_TAG: repr(score.bits_per_byte),

@@ -7,9 +7,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.corpus.splits import SPLITS
-from pipeline.errors import UserError, reported
+from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json, read_jsonl, whole_folder, write_json
-from pipeline.process import stage_process
+from pipeline.stage_process import stage_process
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256, write_tokens
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("base", type=Path, help="folder of the base stage")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    with reported(), stage_process(arguments.out):
+    with report_errors(), stage_process(arguments.out):
         tokenize(arguments.documents, arguments.base, arguments.out)
 
 

@@ -15,21 +15,23 @@ import optuna
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from pipeline import tracking
-from pipeline.continuations import SLOTS, Measures, draw_samples, human_samples
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
-from pipeline.errors import reported
+from pipeline.engine.text import TextGenerator
+from pipeline.errors import report_errors
+from pipeline.evaluation.samples import SLOTS, Measures, draw_samples, human_samples
+from pipeline.evaluation.search import FOLDER, Search, Values, open_search
 from pipeline.files import digest_of, whole_folder, write_json
 from pipeline.imports import PACKAGE, needed_files
-from pipeline.params import PARAMS_FILE, EvaluateParams, TuneParams, load_params, read_yaml
-from pipeline.process import only_writer, stage_process
+from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
+from pipeline.params.samples import SamplesParams
+from pipeline.params.tune import TuneParams
 from pipeline.quality.comparison import Compared, Human, Measured, compare, human_side
 from pipeline.quality.pareto import pareto_front
-from pipeline.restore import parent_run
-from pipeline.search import FOLDER, Search, Values, open_search
-from pipeline.serving.text import TextGenerator
+from pipeline.stage_process import only_writer, stage_process
 from pipeline.tokens import load_tokens, tokenizer_sha256
+from pipeline.tracking import runs, store
+from pipeline.tracking.restore import parent_run
 
 FINAL_ROUNDS = 2
 """Sets of samples that each finalist is drawn anew."""
@@ -38,9 +40,6 @@ PRUNABLE_PROMPTS = 8
 PRESET_DISTANCE = 3.0
 """An end of the front may be this many times as far from people as the winner to be of use."""
 LOCK_WAIT_S = 10
-READ_OF_EVALUATE = {"form_pattern", "loop_ngram_tokens", "loop_repeats", "prompt_words"}
-"""Of its parameters: how prompts are cut and what faults are, and nothing about decoding."""
-
 Row = dict[str, Any]
 
 
@@ -52,28 +51,29 @@ def main() -> None:
     parser.add_argument("finetune", type=Path, help="folder of the finetune stage, whose run is the parent")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    with reported(), tracking.store_errors(), stage_process(arguments.out), only_writer(FOLDER, LOCK_WAIT_S):
-        params, parameters = load_params(), read_yaml(PARAMS_FILE)
-        parent = parent_run(tracking.connect(), arguments.finetune, parameters)
+    with report_errors(), store.store_errors(), stage_process(arguments.out), only_writer(FOLDER, LOCK_WAIT_S):
+        params, samples = load_section("tune", TuneParams), load_section("samples", SamplesParams)
+        parameters = read_yaml(PARAMS_FILE)
+        parent = parent_run(store.connect(), arguments.finetune, parameters)
         read = (arguments.export, arguments.documents, arguments.tokens)
-        name = fingerprint(read, params.tune, params.evaluate, parent)
-        search = go_on(open_search(name, params.tune.space, params.tune.seed), params.tune)
+        name = fingerprint(read, params, samples, parent)
+        search = go_on(open_search(name, params.space, params.seed), params)
         run_id = search.notes.get("run_id")
-        with tracking.start_run("tune", parameters, parent_run_id=parent, run_id=run_id) as run:
+        with runs.start_run("tune", parameters, parent_run_id=parent, run_id=run_id) as run:
             search.note("run_id", run.run_id)
-            tune(*read, arguments.out, params.tune, params.evaluate, search, run)
+            tune(*read, arguments.out, params, samples, search, run)
             for file in sorted(arguments.out.iterdir()):
                 run.log_file(file)
         search.remove()
 
 
-def fingerprint(read: Sequence[Path], params: TuneParams, evaluate: EvaluateParams, parent: str) -> str:
+def fingerprint(read: Sequence[Path], params: TuneParams, samples: SamplesParams, parent: str) -> str:
     """A name for all that a search depends on: files, parameters, code, libraries, the run that it belongs to."""
     code = sorted(needed_files(f"{PACKAGE}.stages.tune", Path(__file__).parents[2]))
     parts = [
         digest_of([*read, *code]),
         params.model_dump_json(),
-        evaluate.model_dump_json(include=READ_OF_EVALUATE),
+        samples.model_dump_json(),
         optuna.__version__,
         onnxruntime.__version__,
         parent,
@@ -84,7 +84,7 @@ def fingerprint(read: Sequence[Path], params: TuneParams, evaluate: EvaluatePara
 def go_on(search: Search, params: TuneParams) -> Search:
     """The search, or where the store no longer holds what it recorded, one that begins."""
     run_id = search.notes.get("run_id")
-    if run_id is None or tracking.holds_run(run_id):
+    if run_id is None or runs.holds_run(run_id):
         return search
     print("tune: the tracking store no longer holds the interrupted search: it starts afresh", file=sys.stderr)
     search.remove()
@@ -114,23 +114,23 @@ class Bench:
         return self.measures.take(draw_samples(self.generator, self.prompts[start:end], decoding, seed=seed))
 
 
-def set_up(export: Path, documents: Path, tokens: Path, params: TuneParams, evaluate: EvaluateParams) -> Bench:
+def set_up(export: Path, documents: Path, tokens: Path, params: TuneParams, samples: SamplesParams) -> Bench:
     """Load the models, and measure what people wrote."""
     generator = TextGenerator.load(export / "engine", slots=SLOTS)
     people = human_samples(
         documents,
         generator.tokenizer,
         samples=params.samples,
-        prompt_words=evaluate.prompt_words,
+        prompt_words=samples.prompt_words,
         max_new_tokens=params.max_new_tokens,
     )
     measures = Measures(
         Engine.load(export / "base" / "engine"),
         generator.tokenizer,
         load_tokens(tokens, tokenizer_sha256(export / "engine")).tokens,
-        evaluate.loop_ngram_tokens,
-        evaluate.loop_repeats,
-        evaluate.form_pattern,
+        samples.loop_ngram_tokens,
+        samples.loop_repeats,
+        samples.form_pattern,
     )
     human = human_side(measures.take(people))
     half = human.first(len(people) // 2) if len(people) >= PRUNABLE_PROMPTS else None
@@ -143,15 +143,12 @@ def tune(
     tokens: Path,
     out: Path,
     params: TuneParams,
-    evaluate: EvaluateParams,
+    samples: SamplesParams,
     search: Search,
-    run: tracking.RunLog,
+    run: runs.RunLog,
 ) -> None:
-    """Write to `out`: the winner as `decoding.json`, `presets.json`, `trials.json` and `metrics.json`.
-
-    Of `evaluate` it reads `READ_OF_EVALUATE`.
-    """
-    bench = set_up(export, documents, tokens, params, evaluate)
+    """Write to `out`: the winner as `decoding.json`, `presets.json`, `trials.json` and `metrics.json`."""
+    bench = set_up(export, documents, tokens, params, samples)
     rows = run_trials(bench, search, run)
     finals = run_finals(bench, rows, search)
     presets = choose_presets(rows, finals)
@@ -168,7 +165,7 @@ def tune(
     run.log_scores("tune", metrics)
 
 
-def run_trials(bench: Bench, search: Search, run: tracking.RunLog) -> list[Row]:
+def run_trials(bench: Bench, search: Search, run: runs.RunLog) -> list[Row]:
     """Try as many sets of parameters as are asked for, those of an interrupted search among them; a row each."""
     run.forget_trials(len(search.over))
     rows = [trial.user_attrs["row"] for trial in search.over]
@@ -225,7 +222,7 @@ def row_of(number: int, values: Values, found: Compared, prompts: int, *, pruned
     }
 
 
-def record(run: tracking.RunLog, row: Row, values: Values, start_s: float) -> None:
+def record(run: runs.RunLog, row: Row, values: Values, start_s: float) -> None:
     """The trial as a run of its own, and as a point of the search's curve."""
     distances = {name: row[name] for name in ("distance", "too_tame", "too_wild")}
     run.log_trial(row["trial"], values, {**row["scores"], **distances}, {"tune.state": row["state"]}, start_s)

@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from pipeline.errors import UserError
-from pipeline.params import FinetuneParams
+from pipeline.params.finetune import FinetuneParams
 from pipeline.training.objective import LOGITS_BYTES
 from pipeline.training.precision import autocast
 

@@ -10,7 +10,7 @@ from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
-from pipeline.params import FinetuneParams
+from pipeline.params.finetune import FinetuneParams
 from pipeline.training.attention import PACKED
 from pipeline.training.dropout import replace_dropout
 from pipeline.training.objective import Objective, ScoredGPT2

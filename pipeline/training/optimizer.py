@@ -10,7 +10,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import GPT2Config
 
 from pipeline.errors import UserError
-from pipeline.params import FinetuneParams
+from pipeline.params.finetune import FinetuneParams
 
 BLOCK = re.compile(r"\.h\.(\d+)\.")
 """In the name of every weight that belongs to a block of a GPT-2, with the number of the block."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.files import read_json, write_json
-from pipeline.process import only_writer
+from pipeline.stage_process import only_writer
 
 FOLDER = Path(".resume") / "finetune"
 LOCK_WAIT_S = 60

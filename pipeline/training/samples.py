@@ -7,14 +7,16 @@ from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from pipeline.errors import UserError
-from pipeline.params import SamplesParams
+from pipeline.params.finetune import TrainingSamplesParams
 from pipeline.quality.memorization import longest_copies
 from pipeline.quality.repetition import rep_n
 from pipeline.tokens import end_of_text_id, prompt_ids
 from pipeline.training.attention import padded_attention
 
 
-def generate_samples(model: GPT2LMHeadModel, tokenizer: Tokenizer, params: SamplesParams) -> list[dict[str, str]]:
+def generate_samples(
+    model: GPT2LMHeadModel, tokenizer: Tokenizer, params: TrainingSamplesParams
+) -> list[dict[str, str]]:
     """Continue every prompt with transformers' own `generate`; a row a prompt: `prompt` and `text`, which goes on.
 
     The random state of the training is left as it was. Prompts share a batch, padded on the left. Raises `UserError`

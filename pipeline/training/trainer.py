@@ -30,7 +30,7 @@ from transformers import (
 
 from pipeline.checkpoint import weights_written
 from pipeline.errors import UserError
-from pipeline.params import FinetuneParams
+from pipeline.params.finetune import FinetuneParams
 from pipeline.training.memory import keep_freed_memory, peak_bytes
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch

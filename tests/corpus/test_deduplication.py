@@ -16,7 +16,7 @@ from pipeline.corpus.deduplication import (
     shingle,
 )
 from pipeline.corpus.words import digest, normalized_words
-from pipeline.params import NearDuplicateParams
+from pipeline.params.prepare import NearDuplicateParams
 
 PARAMS = NearDuplicateParams(ngram_words=5, jaccard=0.6, permutations=128)
 WORDS = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=30)

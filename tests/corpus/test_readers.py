@@ -8,7 +8,8 @@ import pytest
 from pipeline.corpus import readers
 from pipeline.corpus.readers import Section, Source, find_files, read_sections, survey
 from pipeline.errors import UserError
-from pipeline.params import PrepareParams, load_params
+from pipeline.params.prepare import PrepareParams
+from pipeline.params.whole import load_params
 
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml").prepare
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from pipeline.engine import Completion, Engine, SamplingParams, Token, generator
-from pipeline.engine.sampling import log_softmax, sample
+from pipeline.engine.filters import log_softmax, sample
 from pipeline.errors import UserError
 from pipeline.quality.repetition import is_looping
 

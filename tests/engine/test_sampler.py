@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import sampler
+from pipeline.engine.filters import Logits, filter_logits, sample, softmax
 from pipeline.engine.sampler import Continuation
-from pipeline.engine.sampling import Logits, filter_logits, sample, softmax
 from pipeline.errors import UserError
 
 VOCABULARY = 700

@@ -8,14 +8,15 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from pipeline.engine import Engine, SamplingParams, cuda
+from pipeline.engine import Engine, SamplingParams
+from pipeline.engine.cuda import driver
 from pipeline.engine.manifest import FORMAT_VERSION, GRAPH_FILE, MANIFEST_FILE
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.tokens import TOKENIZER_FILE
 
-OBSTACLES = cuda.obstacles()
-HAS_DRIVER = cuda.driver() is not None
+OBSTACLES = driver.obstacles()
+HAS_DRIVER = driver.driver() is not None
 
 
 @pytest.fixture
@@ -71,8 +72,8 @@ def test_a_driver_without_the_libraries_is_no_cuda(
     tiny_engine_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # A library that is always there stands in for the driver.
-    monkeypatch.setattr(cuda, "DRIVER_LIBRARIES", ("libc.so.6",))
-    monkeypatch.setattr(cuda.ort, "get_available_providers", lambda: [cuda.PROVIDER, cuda.PROCESSOR])
+    monkeypatch.setattr(driver, "DRIVER_LIBRARIES", ("libc.so.6",))
+    monkeypatch.setattr(driver.ort, "get_available_providers", lambda: [driver.PROVIDER, driver.PROCESSOR])
     with caplog.at_level(logging.INFO, logger="pipeline"):
         assert Engine.load(tiny_engine_folder, provider="auto").session.provider == "cpu"
     assert "libraries of CUDA 13 are missing: " in caplog.messages[0]
@@ -82,11 +83,11 @@ def test_a_driver_without_the_libraries_is_no_cuda(
 
 
 def test_a_package_that_hides_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.ort, "get_available_providers", lambda: [cuda.PROCESSOR])
-    monkeypatch.setattr(cuda, "_installed", lambda: {"onnxruntime", "onnxruntime-gpu", "numpy"})
-    assert str(cuda.obstacles()[0]).startswith("onnxruntime is installed over onnxruntime-gpu, and hides its CUDA")
-    monkeypatch.setattr(cuda, "_installed", lambda: {"onnxruntime"})
-    assert str(cuda.obstacles()[0]).startswith(
+    monkeypatch.setattr(driver.ort, "get_available_providers", lambda: [driver.PROCESSOR])
+    monkeypatch.setattr(driver, "_installed", lambda: {"onnxruntime", "onnxruntime-gpu", "numpy"})
+    assert str(driver.obstacles()[0]).startswith("onnxruntime is installed over onnxruntime-gpu, and hides its CUDA")
+    monkeypatch.setattr(driver, "_installed", lambda: {"onnxruntime"})
+    assert str(driver.obstacles()[0]).startswith(
         "this build of onnxruntime has no CUDA provider; install onnxruntime-gpu"
     )
 
@@ -95,12 +96,12 @@ def test_where_each_node_runs_is_known(tiny_engine_folder: Path) -> None:
     options = ort.SessionOptions()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     file = tiny_engine_folder / "float16" / GRAPH_FILE
-    graph = ort.InferenceSession(str(file), options, providers=[cuda.PROCESSOR])
-    assert "GroupQueryAttention h.0.attention" in cuda.nodes_elsewhere(graph)
+    graph = ort.InferenceSession(str(file), options, providers=[driver.PROCESSOR])
+    assert "GroupQueryAttention h.0.attention" in driver.nodes_elsewhere(graph)
 
 
 def test_cuda_wants_its_own_precision(tiny_engine_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "obstacles", list)
+    monkeypatch.setattr(driver, "obstacles", list)
     with pytest.raises(
         UserError, match=r"^provider: CUDA runs float16 or int8_float16, and .* was asked for int8; ask"
     ):

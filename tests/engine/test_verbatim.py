@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.decoding import SamplingParams
+from pipeline.engine.filters import filter_logits, sample, verbatim_ids
 from pipeline.engine.sampler import Continuation
-from pipeline.engine.sampling import filter_logits, sample, verbatim_ids
 from pipeline.engine.verbatim import Copies, VerbatimText, index_text, open_index, sort_suffixes
 from pipeline.quality.memorization import longest_copies
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.quality.bootstrap import jackknife, jackknife_difference
 from pipeline.quality.comparison import MAUVE_SEEDS, Human, Measured, compare, human_side, measure, scores_of
 from pipeline.quality.distance import distance
 from pipeline.quality.diversity import distinct_n
+from pipeline.quality.jackknife import jackknife, jackknife_difference
 from pipeline.quality.mauve import mauve
 from pipeline.quality.repetition import mean_rep_n, share_looping
 from pipeline.quality.self_bleu import self_bleu

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
-from pipeline.quality.bootstrap import left_out
 from pipeline.quality.distance import (
     DOCUMENTED_SCALES,
     LEAST_SCALE,
@@ -25,6 +24,7 @@ from pipeline.quality.distance import (
     human_scales,
 )
 from pipeline.quality.diversity import distinct_n
+from pipeline.quality.jackknife import left_out
 from pipeline.quality.repetition import mean_rep_n
 from pipeline.quality.self_bleu import self_bleu
 from pipeline.quality.zipf import zipf_coefficient

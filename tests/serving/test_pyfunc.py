@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
+from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.serving import pyfunc
-from pipeline.serving.text import TextGenerator
 from pipeline.stages.register import SIGNATURE, pack_code
 
 DECODING = SamplingParams(temperature=0.7, top_k=40, max_new_tokens=12, logit_bias={7: -2.0})

@@ -12,14 +12,14 @@ from isolated_store import isolated_store
 from mlflow import MlflowClient
 from served_model import PATIENCE_S, running_server, wait_for
 
-from pipeline import tracking
 from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.registry import RUN_TAG, resolve
 from pipeline.serving import pyfunc
 from pipeline.serving.served import RegistrySource, source_of
 from pipeline.stages.register import SIGNATURE
+from pipeline.tracking import store
+from pipeline.tracking.registry import RUN_TAG, resolve
 
 NAME = "tides"
 URI = f"models:/{NAME}@champion"
@@ -30,7 +30,7 @@ DECODING = ModelDecoding(OWN, {"faithful": SamplingParams(temperature=0.3, max_n
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
     with isolated_store(tmp_path_factory.mktemp("store")):
-        yield tracking.connect()
+        yield store.connect()
 
 
 def register(client: MlflowClient, engine: Path | None, *, has_presets: bool = True) -> str:
@@ -41,7 +41,7 @@ def register(client: MlflowClient, engine: Path | None, *, has_presets: bool = T
     artifacts = {} if engine is None else {"engine": str(engine), "decoding": str(decoding)}
     if has_presets:
         artifacts["presets"] = str(presets)
-    with mlflow.start_run(experiment_id=tracking.experiment_id(client)) as run:
+    with mlflow.start_run(experiment_id=store.experiment_id(client)) as run:
         mlflow.log_param("base.source", "gpt2")
         logged = mlflow.pyfunc.log_model(
             name="model",

@@ -9,8 +9,8 @@ import pytest
 from served_model import PATIENCE_S, SLOTS, wait_for
 
 from pipeline.decoding import SamplingParams
+from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
-from pipeline.serving.text import TextGenerator
 from pipeline.serving.worker import Job, Piece, Prompt, QueueFullError, Worker
 from pipeline.tokens import prompt_ids
 

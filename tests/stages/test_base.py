@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaConfig
 import pipeline
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_json, write_jsonl
-from pipeline.params import PARAMS_FILE, BaseParams, ScratchParams, read_yaml
+from pipeline.params.base import BaseParams, ScratchParams
+from pipeline.params.file import PARAMS_FILE, read_yaml
 from pipeline.stages.base import ADVICE, make_base
 from pipeline.tokens import end_of_text_id, load_tokenizer
 

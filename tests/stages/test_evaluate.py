@@ -11,17 +11,18 @@ import torch
 from toy_project import Project
 from transformers import GPT2LMHeadModel
 
-from pipeline import tracking
-from pipeline.continuations import leading_words
 from pipeline.decoding import ModelDecoding, SamplingParams, read_decoding
-from pipeline.engine import Engine, cuda
+from pipeline.engine import Engine
+from pipeline.engine.cuda import driver
+from pipeline.evaluation.samples import leading_words
 from pipeline.files import read_json, read_jsonl, sha256_file
-from pipeline.params import PARAMS_FILE, read_yaml
+from pipeline.params.file import PARAMS_FILE, read_yaml
 from pipeline.quality.comparison import Compared
 from pipeline.quality.distance import TERMS, Distance, Scores
 from pipeline.stages import evaluate as stage
 from pipeline.stages.evaluate import choose, evaluate, score_documents
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
+from pipeline.tracking import runs, store
 
 FILES = {
     *("metrics.json", "samples.jsonl", "loss_by_position.csv", "copies.csv", "decoding.json", "presets.json"),
@@ -105,7 +106,7 @@ def test_the_protocol_says_how_the_figures_were_taken(
         "window_tokens": 64,
         "stride_tokens": project.params.evaluate.stride_tokens,
         "tokenizer_sha256": tokenizer_sha256(project.out / "base"),
-        "provider": "cpu" if cuda.obstacles() else "cuda",
+        "provider": "cpu" if driver.obstacles() else "cuda",
         "precision": "float32",
         # Fewer documents than samples were asked for.
         "samples": len(texts),
@@ -146,9 +147,12 @@ def test_samples_of_models_and_people_stand_side_by_side(
 ) -> None:
     params = project.params.evaluate
     assert [row["system"] for row in rows] == [name for name in SYSTEMS for _ in texts]
+    prompts = [leading_words(text, project.params.samples.prompt_words) for text in texts]
     by_system = {name: [row for row in rows if row["system"] == name] for name in SYSTEMS}
     for own in by_system.values():
-        assert [row["prompt"] for row in own] == [leading_words(text, params.prompt_words) for text in texts]
+        assert [row["prompt"] for row in own] == [
+            leading_words(text, project.params.samples.prompt_words) for text in texts
+        ]
         assert all(row["tokens"] <= params.decoding.max_new_tokens for row in own)
         assert {row["finish_reason"] for row in own} <= {"stop", "length"}
     for row, text in zip(by_system["human"], texts, strict=True):
@@ -212,7 +216,7 @@ def test_figures_of_a_system_are_those_of_its_samples(metrics: dict[str, Any], r
 def test_the_same_inputs_give_the_same_bytes(project: Project, tmp_path: Path) -> None:
     out = project.out
     folders = (out / name for name in ("export", "prepare", "tokenize", "finetune", "tune"))
-    evaluate(*folders, tmp_path / "out", project.params.evaluate, {"run": "another"})
+    evaluate(*folders, tmp_path / "out", project.params.evaluate, project.params.samples, {"run": "another"})
     for name in FILES - {"report.html"}:
         assert sha256_file(tmp_path / "out" / name) == sha256_file(out / "evaluate" / name), name
     assert "another" in (tmp_path / "out" / "report.html").read_text()
@@ -281,13 +285,13 @@ def test_copies_stand_longest_first(project: Project, metrics: dict[str, Any], r
 
 def test_scores_and_samples_are_in_a_child_of_the_run(project: Project, metrics: dict[str, Any]) -> None:
     with project.entered():
-        client = tracking.connect()
+        client = store.connect()
         parent = read_json(project.out / "finetune" / "run.json")["run_id"]
-        child = tracking.find_child(client, parent, "evaluate")
+        child = runs.find_child(client, parent, "evaluate")
         assert child is not None
         run = client.get_run(child)
         artifacts = {file.path for file in client.list_artifacts(child)}
-        table = client.load_table(tracking.experiment_id(client), "decodings.json", run_ids=[child])
+        table = client.load_table(store.experiment_id(client), "decodings.json", run_ids=[child])
     for name in CHECKPOINTS:
         assert run.data.metrics[f"{name}/bits_per_byte"] == metrics[name]["bits_per_byte"]
     assert run.data.params["evaluate.seed"] == str(read_yaml(project.root / PARAMS_FILE)["evaluate"]["seed"])

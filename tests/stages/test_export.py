@@ -12,10 +12,10 @@ from toy_project import Project
 from transformers import GPT2LMHeadModel
 
 from pipeline.engine import Engine, SamplingParams
-from pipeline.engine.parity import Parity
 from pipeline.errors import UserError
+from pipeline.export.parity import Parity
 from pipeline.files import read_json, sha256_file
-from pipeline.params import ExportParams
+from pipeline.params.export import ExportParams
 from pipeline.quality.memorization import longest_copies
 from pipeline.stages.export import certify, export
 from pipeline.tokens import load_tokens, tokenizer_sha256

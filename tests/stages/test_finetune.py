@@ -11,13 +11,14 @@ from mlflow import MlflowClient
 from toy_project import Project
 from transformers import GPT2LMHeadModel
 
-from pipeline import tracking
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_json
-from pipeline.params import PARAMS_FILE, FinetuneParams, read_yaml
+from pipeline.params.file import PARAMS_FILE, read_yaml
+from pipeline.params.finetune import FinetuneParams
 from pipeline.stages import finetune as stage
 from pipeline.stages.finetune import finetune
 from pipeline.tokens import TOKENIZER_FILE, load_tokenizer, load_tokens, tokenizer_sha256
+from pipeline.tracking import runs, store
 
 METRICS = {
     *("train_loss", "validation_loss", "validation_perplexity", "base_validation_loss"),
@@ -39,7 +40,7 @@ def curve(file: Path) -> list[tuple[int, float]]:
 @pytest.fixture
 def client(project: Project) -> Iterator[MlflowClient]:
     with project.entered():
-        yield tracking.connect()
+        yield store.connect()
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_metrics_hold_numbers_of_the_training_alone(project: Project) -> None:
 
 def test_the_same_seed_trains_the_same_model(project: Project, tmp_path: Path) -> None:
     again = tmp_path / "finetune"
-    with isolated_store(tmp_path), tracking.start_run("finetune", {}) as run:
+    with isolated_store(tmp_path), runs.start_run("finetune", {}) as run:
         finetune(project.out / "tokenize", project.out / "base", again, project.params.finetune, run)
     expected, found = digests(project.out / "finetune"), digests(again)
     assert expected.pop("run.json") != found.pop("run.json")
@@ -97,10 +98,10 @@ def test_the_same_seed_trains_the_same_model(project: Project, tmp_path: Path) -
 def test_the_run_has_parameters_lineage_and_curves(project: Project, client: MlflowClient, run_id: str) -> None:
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.tags[tracking.STAGE_TAG] == "finetune"
+    assert run.data.tags[runs.STAGE_TAG] == "finetune"
     assert run.data.tags["finetune.precision"] in ("float32", "bfloat16")
     assert run.data.params == {
-        name: str(value) for name, value in tracking.flatten(read_yaml(project.root / PARAMS_FILE)).items()
+        name: str(value) for name, value in runs.flatten(read_yaml(project.root / PARAMS_FILE)).items()
     }
     for name in ("train", "validation"):
         history = client.get_metric_history(run_id, f"{name}_loss")
@@ -136,7 +137,7 @@ def test_the_run_names_its_data_by_digest(project: Project, client: MlflowClient
 def refused(project: Project, base: Path, folder: Path, params: FinetuneParams) -> str:
     """The one line in which the stage refuses; nothing is left then, and the run has failed."""
     with isolated_store(folder):
-        with pytest.raises(UserError) as caught, tracking.start_run("finetune", {}) as run:
+        with pytest.raises(UserError) as caught, runs.start_run("finetune", {}) as run:
             finetune(project.out / "tokenize", base, folder / "out", params, run)
         assert run.client.get_run(run.run_id).info.status == "FAILED"
     assert not list(folder.glob("out*"))
@@ -168,6 +169,6 @@ def test_training_goes_on_without_prompts_to_sample(project: Project, tmp_path: 
     params = project.params.finetune
     silent = params.samples.model_copy(update={"prompts": []})
     params = params.model_copy(update={"samples": silent, "epochs": 0.5, "evaluations": 1})
-    with isolated_store(tmp_path), tracking.start_run("finetune", {}) as run:
+    with isolated_store(tmp_path), runs.start_run("finetune", {}) as run:
         finetune(project.out / "tokenize", project.out / "base", tmp_path / "out", params, run)
         assert [file.path for file in run.client.list_artifacts(run.run_id)] == []

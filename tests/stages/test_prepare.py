@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.params import PrepareParams, load_params
+from pipeline.params.prepare import PrepareParams
+from pipeline.params.whole import load_params
 from pipeline.stages.prepare import prepare
 
 ROOT = Path(__file__).parents[2]

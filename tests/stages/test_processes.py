@@ -15,11 +15,13 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from toy_project import Project
 
-from pipeline import tracking
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.params import PARAMS_FILE, FinetuneParams, load_params
+from pipeline.params.file import PARAMS_FILE
+from pipeline.params.finetune import FinetuneParams
+from pipeline.params.whole import load_params
 from pipeline.stages import finetune as stage
+from pipeline.tracking import store
 from pipeline.training.processes import join_processes
 
 ROOT = Path(__file__).parents[2]
@@ -99,8 +101,8 @@ def test_two_processes_learn_what_one_does_and_record_it_once(project: Project, 
     assert said.count("step 0 of") == 1
     assert "Warning" not in said
     with isolated_store(folder):
-        client = tracking.connect()
-        (run,) = client.search_runs([tracking.experiment_id(client)])
+        client = store.connect()
+        (run,) = client.search_runs([store.experiment_id(client)])
         assert run.info.run_id == read_json(folder / "out" / "finetune" / "run.json")["run_id"]
         assert run.info.status == "FINISHED"
         assert run.data.tags["finetune.batches_a_step"] == "2"

@@ -21,17 +21,17 @@ from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel
 from toy_project import ROOT, Project
 
-from pipeline import registry, tracking
 from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.engine import Engine
+from pipeline.engine.text import TextGenerator
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.imports import needed_files
-from pipeline.params import PARAMS_FILE, read_yaml
-from pipeline.registry import fetch_model
-from pipeline.serving.text import TextGenerator
+from pipeline.params.file import PARAMS_FILE, read_yaml
 from pipeline.stages import register as stage
 from pipeline.stages.register import SERVED_MODULE, SIGNATURE, register
 from pipeline.tokens import load_tokenizer, prompt_ids
+from pipeline.tracking import registry, runs, store
+from pipeline.tracking.registry import fetch_model
 
 PROMPT = "The lamp on Gull Rock"
 PARAMS = {"max_new_tokens": 40, "seed": 7}
@@ -85,14 +85,14 @@ def version(project: Project, evaluated: Path) -> dict[str, Any]:
 @pytest.fixture
 def entered(project: Project, version: dict[str, Any]) -> Iterator[None]:
     with project.entered():
-        tracking.connect()
+        store.connect()
         yield
 
 
 @pytest.fixture(scope="module")
 def model(project: Project, version: dict[str, Any]) -> PyFuncModel:
     with project.entered():
-        tracking.connect()
+        store.connect()
         return mlflow.pyfunc.load_model(f"models:/{version['name']}@champion")
 
 
@@ -134,11 +134,11 @@ def environment(project: Project) -> dict[str, str]:
 def test_the_first_version_is_champion_and_leads_back_to_run_scores_and_data(
     project: Project, version: dict[str, Any]
 ) -> None:
-    client = tracking.connect()
+    client = store.connect()
     found = client.get_model_version_by_alias(version["name"], "champion")
     assert (int(found.version), found.run_id) == (version["version"], version["run_id"]) == (1, found.run_id)
     parent = read_json(project.out / "finetune" / "run.json")["run_id"]
-    assert tracking.find_child(client, parent, "register") == found.run_id
+    assert runs.find_child(client, parent, "register") == found.run_id
     scores = read_json(project.out / "evaluate" / "metrics.json")
     assert found.tags["pipeline.run_id"] == parent
     assert found.tags[registry.FINGERPRINT_TAG] == version["fingerprint"]
@@ -194,7 +194,7 @@ def test_unchanged_inputs_register_nothing(fresh: Project, capsys: pytest.Captur
     capsys.readouterr()
     assert registered(fresh) == first
     assert capsys.readouterr().out == f"{first['name']} version 1 holds these files already; it is champion\n"
-    assert len(tracking.connect().search_model_versions()) == 1
+    assert len(store.connect().search_model_versions()) == 1
 
 
 @pytest.mark.parametrize(
@@ -209,11 +209,11 @@ def test_changed_decoding_is_another_version(file: str, changed: dict[str, Any],
     assert (first["version"], second["version"]) == (1, 2)
     assert first["fingerprint"] != second["fingerprint"]
     # No worse on the same split.
-    assert int(tracking.connect().get_model_version_by_alias(first["name"], "champion").version) == 2
+    assert int(store.connect().get_model_version_by_alias(first["name"], "champion").version) == 2
     # Going back to the earlier decoding goes back to its version.
     write_json(path, earlier)
     assert registered(fresh) == first
-    assert int(tracking.connect().get_model_version_by_alias(first["name"], "champion").version) == 1
+    assert int(store.connect().get_model_version_by_alias(first["name"], "champion").version) == 1
 
 
 def test_a_version_whose_files_are_gone_is_registered_anew(fresh: Project) -> None:
@@ -236,7 +236,7 @@ def test_a_version_cut_off_before_its_alias_is_registered_anew(fresh: Project, m
     assert not (fresh.out / "register").exists()
     version = registered(fresh)
     assert version["version"] == 2
-    assert int(tracking.connect().get_model_version_by_alias(version["name"], "champion").version) == 2
+    assert int(store.connect().get_model_version_by_alias(version["name"], "champion").version) == 2
 
 
 def test_the_same_files_have_the_same_fingerprint_in_any_store(fresh: Project, version: dict[str, Any]) -> None:

@@ -13,11 +13,11 @@ from isolated_store import VARIABLES, isolated_store
 from mlflow import MlflowClient
 from toy_project import Project
 
-from pipeline import tracking
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file
-from pipeline.params import PARAMS_FILE
+from pipeline.params.file import PARAMS_FILE
 from pipeline.stages import finetune as stage
+from pipeline.tracking import runs, store
 from pipeline.training import resume
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(project: Project, whole: P
     assert read_json(parts / "out" / "finetune" / "run.json")["run_id"] == run_id
     assert list(state.iterdir()) == []
     with isolated_store(parts):
-        client = tracking.connect()
+        client = store.connect()
         run = client.get_run(run_id)
         assert run.info.status == "FINISHED"
         assert len(client.search_runs([run.info.experiment_id])) == 1
@@ -119,7 +119,7 @@ def compare_histories(client: MlflowClient, run_id: str, whole: Path) -> None:
     found = {name: client.get_metric_history(run_id, name) for name in client.get_run(run_id).data.metrics}
     rows = client.load_table(client.get_run(run_id).info.experiment_id, "samples.json", run_ids=[run_id])
     with isolated_store(whole):
-        other = tracking.connect()
+        other = store.connect()
         assert set(found) == set(other.get_run(other_id).data.metrics)
         for name, points in found.items():
             expected = other.get_metric_history(other_id, name)
@@ -195,9 +195,9 @@ def test_a_run_that_is_gone_starts_afresh(tmp_path: Path, capsys: pytest.Capture
 
 def test_killed_before_the_first_checkpoint_it_begins_anew(tmp_path: Path) -> None:
     with isolated_store(tmp_path):
-        with tracking.start_run("finetune", {}) as run:
+        with runs.start_run("finetune", {}) as run:
             pass
         state = resume.open_state("a")
         state.begin(run.run_id)
         assert stage.run_to_go_on(state) is None
-        assert tracking.connect().get_run(run.run_id).info.status == "KILLED"
+        assert store.connect().get_run(run.run_id).info.status == "KILLED"

@@ -10,13 +10,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from toy_project import Project
 
-from pipeline import tracking
-from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError
+from pipeline.evaluation.search import FOLDER
 from pipeline.files import read_json, sha256_file, write_jsonl
-from pipeline.search import FOLDER
 from pipeline.stages import tune as stage
 from pipeline.stages.tune import Bench, choose_presets, fingerprint, labelled, set_up, try_out
+from pipeline.tracking import runs, store
 
 FILES = {"decoding.json", "presets.json", "trials.json", "metrics.json"}
 PRESETS = {"balanced", "faithful", "adventurous"}
@@ -41,9 +40,9 @@ def rows(project: Project) -> list[dict[str, Any]]:
 def recorded(project: Project) -> Iterator[tuple[MlflowClient, Run]]:
     """The store, and the run of the search in it."""
     with project.entered():
-        client = tracking.connect()
+        client = store.connect()
         parent = read_json(project.out / "finetune" / "run.json")["run_id"]
-        child = tracking.find_child(client, parent, "tune")
+        child = runs.find_child(client, parent, "tune")
         assert child is not None
         yield client, client.get_run(child)
 
@@ -51,16 +50,16 @@ def recorded(project: Project) -> Iterator[tuple[MlflowClient, Run]]:
 @pytest.fixture
 def bench(project: Project) -> Bench:
     params = project.params
-    return set_up(*(project.root / path for path in READ), params.tune, params.evaluate)
+    return set_up(*(project.root / path for path in READ), params.tune, params.samples)
 
 
 def trials_of(client: MlflowClient, run_id: str) -> list[Run]:
     """The child runs of a search, in the order of their numbers."""
     children = client.search_runs(
-        [tracking.experiment_id(client)],
-        filter_string=f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`{tracking.STAGE_TAG}` = '{tracking.TRIAL}'",
+        [store.experiment_id(client)],
+        filter_string=f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`{runs.STAGE_TAG}` = '{runs.TRIAL}'",
     )
-    return sorted(children, key=lambda run: int(run.data.tags[tracking.TRIAL_TAG]))
+    return sorted(children, key=lambda run: int(run.data.tags[runs.TRIAL_TAG]))
 
 
 def complete(number: int, tame: float, wild: float, distance: float | None = None) -> dict[str, Any]:
@@ -156,13 +155,13 @@ def test_an_interrupted_search_goes_on_and_comes_to_the_same(
             search_again(project, tmp_path / "tune")
     assert not (tmp_path / "tune").exists()
     with project.entered():
-        client = tracking.connect()
+        client = store.connect()
         (begun, *_) = client.search_runs(
-            [tracking.experiment_id(client)], filter_string=f"tags.`{tracking.STAGE_TAG}` = 'tune'"
+            [store.experiment_id(client)], filter_string=f"tags.`{runs.STAGE_TAG}` = 'tune'"
         )
         assert begun.info.status == "FAILED"
         # As if it had been killed between recording a trial and keeping it.
-        tracking.RunLog(client, begun.info.run_id).log_trial(trials, VALUES, {"distance": 1.0}, {}, 0.0)
+        runs.RunLog(client, begun.info.run_id).log_trial(trials, VALUES, {"distance": 1.0}, {}, 0.0)
     capsys.readouterr()
     search_again(project, tmp_path / "tune")
     assert (f"going on after {trials} trials" in capsys.readouterr().err) == (trials > 0)
@@ -171,7 +170,7 @@ def test_an_interrupted_search_goes_on_and_comes_to_the_same(
     with project.entered():
         assert client.get_run(begun.info.run_id).info.status == "FINISHED"
         recorded = trials_of(client, begun.info.run_id)
-        numbers = [int(trial.data.tags[tracking.TRIAL_TAG]) for trial in recorded]
+        numbers = [int(trial.data.tags[runs.TRIAL_TAG]) for trial in recorded]
         assert numbers == list(range(project.params.tune.trials))
         client.delete_run(begun.info.run_id)
 
@@ -184,9 +183,9 @@ def test_a_search_whose_run_is_gone_starts_afresh(
         with pytest.raises(SystemExit):
             search_again(project, tmp_path / "tune")
     with project.entered():
-        client = tracking.connect()
+        client = store.connect()
         (begun, *_) = client.search_runs(
-            [tracking.experiment_id(client)], filter_string=f"tags.`{tracking.STAGE_TAG}` = 'tune'"
+            [store.experiment_id(client)], filter_string=f"tags.`{runs.STAGE_TAG}` = 'tune'"
         )
         client.delete_run(begun.info.run_id)
     capsys.readouterr()
@@ -216,7 +215,7 @@ def test_with_few_documents_no_trial_is_given_up(project: Project, tmp_path: Pat
     few = tmp_path / "few.jsonl"
     write_jsonl(few, [{"text": f"The baker lit oven {number} before the morning."} for number in range(5)])
     params = project.params
-    bench = set_up(project.out / "export", few, project.out / "tokenize" / "train", params.tune, params.evaluate)
+    bench = set_up(project.out / "export", few, project.out / "tokenize" / "train", params.tune, params.samples)
 
     def stops(*_: Any) -> bool:
         raise AssertionError
@@ -224,7 +223,7 @@ def test_with_few_documents_no_trial_is_given_up(project: Project, tmp_path: Pat
     assert try_out(bench, VALUES, stops)[1] == 5
     write_jsonl(few, [{"text": "The baker lit the only oven."}])
     with pytest.raises(UserError, match="1 text of people is too little"):
-        set_up(project.out / "export", few, project.out / "tokenize" / "train", params.tune, params.evaluate)
+        set_up(project.out / "export", few, project.out / "tokenize" / "train", params.tune, params.samples)
 
 
 def test_rounds_and_prompts_have_random_numbers_of_their_own(bench: Bench) -> None:
@@ -236,19 +235,16 @@ def test_rounds_and_prompts_have_random_numbers_of_their_own(bench: Bench) -> No
 
 def test_what_a_search_depends_on(project: Project) -> None:
     read, params = [project.root / path for path in READ], project.params
-    name = fingerprint(read, params.tune, params.evaluate, "r1")
-    assert fingerprint(read, params.tune, params.evaluate, "r1") == name
-    assert fingerprint(read, params.tune, params.evaluate, "r2") != name
+    name = fingerprint(read, params.tune, params.samples, "r1")
+    assert fingerprint(read, params.tune, params.samples, "r1") == name
+    assert fingerprint(read, params.tune, params.samples, "r2") != name
     for changed in (
         params.tune.model_copy(update={"seed": 9}),
         params.tune.model_copy(update={"space": params.tune.space.model_copy(update={"top_k": [0]})}),
     ):
-        assert fingerprint(read, changed, params.evaluate, "r1") != name
-    evaluate = params.evaluate.model_copy
-    assert fingerprint(read, params.tune, evaluate(update={"prompt_words": 1}), "r1") != name
-    # What is set by hand is not read.
-    for update in ({"decoding": SamplingParams(temperature=0.1)}, {"seed": 9}, {"samples": 3}):
-        assert fingerprint(read, params.tune, evaluate(update=update), "r1") == name
+        assert fingerprint(read, changed, params.samples, "r1") != name
+    other_prompts = params.samples.model_copy(update={"prompt_words": 1})
+    assert fingerprint(read, params.tune, other_prompts, "r1") != name
 
 
 def test_presets_by_hand() -> None:

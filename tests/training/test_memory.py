@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.params import FinetuneParams, load_params
+from pipeline.params.finetune import FinetuneParams
+from pipeline.params.whole import load_params
 from pipeline.training import memory
 from pipeline.training.memory import kept_bytes, measure, parts_of_step
 from pipeline.training.model import load_trainable

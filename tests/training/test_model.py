@@ -9,9 +9,10 @@ from peft import PeftModel
 
 from pipeline.checkpoint import load_checkpoint, write_checkpoint
 from pipeline.engine import Engine
-from pipeline.engine.build import build_engine
 from pipeline.errors import UserError
-from pipeline.params import FinetuneParams, LoraParams, load_params
+from pipeline.export.build import build_engine
+from pipeline.params.finetune import FinetuneParams, LoraParams
+from pipeline.params.whole import load_params
 from pipeline.training.model import load_trainable, trained_gpt2
 from pipeline.training.objective import ScoredGPT2
 from pipeline.training.optimizer import build_optimizer

@@ -9,7 +9,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import UserError
-from pipeline.params import FinetuneParams, load_params
+from pipeline.params.finetune import FinetuneParams
+from pipeline.params.whole import load_params
 from pipeline.training.optimizer import JointOptimizer, build_optimizer, freeze
 
 

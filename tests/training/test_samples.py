@@ -4,10 +4,12 @@ from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from pipeline.errors import UserError
-from pipeline.params import SamplesParams
+from pipeline.params.finetune import TrainingSamplesParams
 from pipeline.training.samples import generate_samples
 
-PARAMS = SamplesParams(prompts=["", "The lamp on Gull Rock"], temperature=0.8, top_p=0.95, max_new_tokens=12, seed=3)
+PARAMS = TrainingSamplesParams(
+    prompts=["", "The lamp on Gull Rock"], temperature=0.8, top_p=0.95, max_new_tokens=12, seed=3
+)
 
 
 def test_the_same_seed_gives_the_same_text(tiny_model: GPT2LMHeadModel, tiny_tokenizer: Tokenizer) -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel, set_seed
 
 from pipeline.errors import UserError
-from pipeline.params import FinetuneParams, SamplesParams
+from pipeline.params.finetune import FinetuneParams, TrainingSamplesParams
 from pipeline.tokens import TokenArrays, load_tokens, write_tokens
 from pipeline.training import trainer
 from pipeline.training.attention import padded_attention
@@ -27,7 +27,7 @@ from pipeline.training.trainer import Curves, finetune_model, training_arguments
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONTEXT_LENGTH = 48
-SAMPLES = SamplesParams(prompts=["", "The lamp"], temperature=0.8, top_p=0.95, max_new_tokens=8, seed=3)
+SAMPLES = TrainingSamplesParams(prompts=["", "The lamp"], temperature=0.8, top_p=0.95, max_new_tokens=8, seed=3)
 TRAINING_TEXTS = ["The lamp on Gull Rock.", "Nobody said so.", "The tide, the lamp, the rock.", "A second oven."]
 VALIDATION_TEXTS = ["The lamp on the rock, and the tide that nobody had seen. They say it took her.", "N", "Gull Rock."]
 

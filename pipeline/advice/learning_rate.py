@@ -1,0 +1,192 @@
+"""Find a learning rate by a short range test: `python -m pipeline find-learning-rate`."""
+
+import csv
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+from transformers import logging
+
+from pipeline.advice.range_test import Floats, evened, has_diverged, rate_well_down, rising_rates, smoothed, span_of
+from pipeline.charts import DATA, MARK, MODEL, new_chart, save_chart
+from pipeline.errors import UserError
+from pipeline.files import whole_folder
+from pipeline.params.finetune import FinetuneParams
+from pipeline.stages.finetune import check_vocabulary, fix_randomness, window_length
+from pipeline.tokens import load_tokens, tokenizer_sha256
+from pipeline.training.memory import parts_of_step
+from pipeline.training.model import load_trainable
+from pipeline.training.optimizer import build_optimizer
+from pipeline.training.packing import PackedSteps
+from pipeline.training.precision import autocast
+
+TOLD_STEPS = 10
+"""Lines of the table, and of the progress where there is no terminal."""
+LEAST_STEPS = 20
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """What came of each step, all `[steps]`; losses are in nats a token."""
+
+    rates: Floats
+    losses: Floats
+    base_losses: Floats
+    """Of the base on the same text."""
+    span: int
+    """Steps that the smoothed loss looks back over."""
+    is_diverged: bool
+
+    @property
+    def averages(self) -> Floats:
+        return smoothed(evened(self.losses, self.base_losses), self.span)
+
+    @property
+    def suggestion(self) -> float | None:
+        """The rate to fine-tune at, in two digits; none where the loss nowhere falls."""
+        rate = rate_well_down(self.rates, self.averages, self.span)
+        return None if rate is None else float(f"{rate:.2g}")
+
+
+def find_learning_rate(
+    tokens: Path, base: Path, out: Path, params: FinetuneParams, *, lowest: float, highest: float, steps: int
+) -> str:
+    """Test the rates between `lowest` and `highest`, write `curve.csv` and `curve.svg` to `out`, and tell what came.
+
+    Raises `UserError` where an input is missing, or nothing can be suggested.
+    """
+    for folder in (tokens, base):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: is missing; run `dvc repro tokenize` first")
+    if not 0 < lowest < highest < math.inf:
+        raise UserError(f"--lowest: {lowest:g} must be more than 0 and less than --highest, {highest:g}")
+    if steps < LEAST_STEPS:
+        raise UserError(f"--steps: {steps} are too few; take {LEAST_STEPS} at least")
+    test = run_range_test(tokens, base, params, rising_rates(lowest, highest, steps))
+    with whole_folder(out) as partial:
+        write_curve(partial / "curve.csv", test)
+        draw_curve(partial / "curve.svg", test)
+    return told(test, out)
+
+
+def run_range_test(tokens: Path, base: Path, params: FinetuneParams, rates: Floats) -> RangeTest:
+    """Train at one rate after the other, as `params` say but for the rate, in this process and on one device."""
+    logging.set_verbosity_error()
+    train = load_tokens(tokens / "train", tokenizer_sha256(base))
+    fix_randomness(params.seed)
+    model = load_trainable(base, params)
+    context_length = window_length(params, model.config.n_positions)
+    check_vocabulary(train, model.config.vocab_size)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    steps = PackedSteps(
+        train,
+        context_length=context_length,
+        batch_tokens=params.batch_tokens,
+        # An epoch has a step at least.
+        epochs=len(rates),
+        seed=params.seed,
+        parts=parts_of_step(model, params, context_length=context_length, processes=1),
+        share=params.train_share,
+    )
+    if params.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = build_optimizer(model, params)
+    # Those of the layers differ where they decay with depth.
+    factors = [group["lr"] / params.learning_rate for group in optimizer.param_groups]
+    # With dropout, as in training.
+    model.train()
+    with torch.no_grad():
+        base_losses = [step_loss(model, steps, step) for step in _with_bar(len(rates), "base")]
+    span = span_of(len(rates))
+    losses: list[float] = []
+    for step in _with_bar(len(rates), "rising rate"):
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["lr"] = float(rates[step]) * factor
+        losses.append(take_step(model, steps, step, optimizer, params))
+        if not sys.stderr.isatty() and len(losses) % max(1, len(rates) // TOLD_STEPS) == 0:
+            print(f"step {len(losses)} of {len(rates)}: rate {rates[step]:.1e}, loss {losses[-1]:.3f}", file=sys.stderr)
+        is_diverged = has_diverged(smoothed(evened(losses, base_losses[: len(losses)]), span))
+        if is_diverged:
+            break
+    taken = sum(map(math.isfinite, losses))
+    return RangeTest(rates[:taken], np.array(losses[:taken]), np.array(base_losses[:taken]), span, is_diverged)
+
+
+def take_step(model: nn.Module, steps: PackedSteps, step: int, optimizer: Optimizer, params: FinetuneParams) -> float:
+    """An optimizer step, as the Trainer takes it. Gives the loss before it."""
+    loss = step_loss(model, steps, step)
+    nn.utils.clip_grad_norm_(model.parameters(), params.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+def step_loss(model: nn.Module, steps: PackedSteps, step: int) -> float:
+    """The mean loss over all labels of a step, in nats a token; adds to the gradients, where they are taken."""
+    device = next(model.parameters()).device
+    # A window's first token is no label.
+    labels = sum(window.tokens - 1 for window in steps.step_windows(step))
+    total = 0.0
+    for part in range(steps.parts):
+        batch = steps[step * steps.parts + part]
+        inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        with autocast(device):
+            loss = model(**inputs, num_items_in_batch=labels).loss
+        if loss.requires_grad:
+            loss.backward()
+        total += loss.item()
+    return total
+
+
+def _with_bar(steps: int, name: str) -> Iterator[int]:
+    """The numbers of the steps, with a bar on a terminal."""
+    yield from tqdm(range(steps), desc=name, unit="step", disable=not sys.stderr.isatty())
+
+
+def write_curve(path: Path, test: RangeTest) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "learning_rate", "loss", "base_loss", "smoothed_loss"])
+        columns = (test.rates, test.losses, test.base_losses, test.averages)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        writer.writerows((step, *row) for step, row in enumerate(rows, start=1))
+
+
+def draw_curve(path: Path, test: RangeTest) -> None:
+    figure, axes = new_chart("Training loss at a rising learning rate", "learning rate", "loss, nats a token")
+    axes.set_xscale("log")
+    each = evened(test.losses, test.base_losses)
+    axes.plot(test.rates, each, color=DATA, alpha=0.35, linewidth=1, label="each step, its text evened out")
+    axes.plot(test.rates, test.averages, color=DATA, linewidth=2, label="smoothed")
+    if test.suggestion is not None:
+        axes.axvline(test.suggestion, color=MODEL, linestyle="--", label=f"three quarters down: {test.suggestion:g}")
+    axes.legend(frameon=False, labelcolor=MARK)
+    save_chart(figure, path)
+
+
+def told(test: RangeTest, out: Path) -> str:
+    """A table of some steps, the suggestion, and the line to run. Raises `UserError` where there is no suggestion."""
+    if test.suggestion is None:
+        raise UserError(
+            f"the loss does not fall at any rate from {test.rates[0]:.2g} to {test.rates[-1]:.2g} "
+            f"({out / 'curve.csv'}); lower --lowest, or look whether the base has learned this text already"
+        )
+    averages = test.averages
+    shown = np.unique(np.linspace(0, len(averages) - 1, TOLD_STEPS + 1).round().astype(int))
+    lines = [f"{'rate':>8}  {'loss':>7}  {'smoothed':>8}"]
+    lines += [f"{test.rates[step]:8.1e}  {test.losses[step]:7.3f}  {averages[step]:8.3f}" for step in shown]
+    lowest, last = test.rates[averages.argmin()], test.rates[-1]
+    lines += [
+        f"the smoothed loss is three quarters down at {test.suggestion:g} and lowest at {lowest:.2g}; it "
+        f"{'diverges at' if test.is_diverged else 'does not diverge up to'} {last:.2g}",
+        f"{out / 'curve.svg'} shows it",
+        f"dvc exp run -S finetune.learning_rate={test.suggestion:g}",
+    ]
+    return "\n".join(lines)

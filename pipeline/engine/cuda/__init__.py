@@ -1,0 +1,1 @@
+"""Running on CUDA: the driver, the sampler's kernel, and the loop that decodes on the device."""

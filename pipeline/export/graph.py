@@ -1,0 +1,364 @@
+"""GPT-2 as an ONNX graph for serving: one graph for prefill and decode, its KV cache updated in place.
+
+Inputs, of `rows` sequences of `tokens` new tokens each:
+
+- `input_ids`, `position_ids`: int64 `[rows, tokens]`;
+- `last_positions`: int32 `[rows]`, the position of each row's last new token, `total_tokens`: int32 scalar, the largest
+  of them plus one. Both bound what attention reads;
+- `logit_rows`: int64 `[wanted]`, which of the `rows * tokens` new tokens logits are wanted of;
+- `past.N.key`, `past.N.value`: `[rows, heads, context, head width]`, the whole buffer of layer N.
+
+Outputs: `logits`, float32 `[wanted, vocabulary]`; `states`, `[wanted, width]` in the graph's own floats, what the
+logits are made of, which costs nothing where nobody binds it; where the host draws, `top_logits` and `top_ids`, float32
+and int64 `[wanted, listed]`, the likeliest of the logits in descending order; and `present.N.key`, `present.N.value`,
+which are bound to the memory of `past`: a step writes its tokens' keys and values into it, and nothing is copied. More
+than one new token after a past takes a single row.
+
+The operators are ONNX Runtime's own where those fuse what GPT-2 does (`com.microsoft`): CPU and CUDA have each of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from pipeline.engine.manifest import CUDA_PRECISIONS, STATES, listed_tokens
+from pipeline.export.quantization import Quantized, quantize
+
+WEIGHTS_FILE = "model.data"
+OPSET = 20
+CONTRIB = "com.microsoft"
+ALIGNMENT = 4096
+"""Weights begin on pages of memory, into which the file is mapped."""
+INT8_ACTIVATIONS = 4
+"""`accuracy_level` of MatMulNBits: products of whole numbers, activations rounded to 8 bits a block."""
+
+Precision = Literal["float32", "float16", "int8", "int4", "int8_float16"]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Bits and block of the layers' weights, and of the head's; whether it is the token embedding too if tied."""
+
+    bits: int
+    block: int
+    head_bits: int
+    head_block: int
+    embeds: bool = True
+
+
+QUANTIZATIONS: dict[str, Quantization] = {
+    "int8": Quantization(bits=8, block=256, head_bits=8, head_block=256),
+    "int4": Quantization(bits=4, block=128, head_bits=8, head_block=256),
+    "int8_float16": Quantization(bits=8, block=128, head_bits=8, head_block=128, embeds=False),
+}
+"""Those of the processor chosen by measurement: docs/engine.md has the figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a GPT-2's config says of its graph."""
+
+    context_length: int
+    vocabulary_size: int
+    layers: int
+    heads: int
+    width: int
+    epsilon: float
+    attention_scales: tuple[float, ...]
+    """Factor of each layer's attention logits."""
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class CacheScales:
+    """Steps of a layer's keys and values in a cache of 8 bits, float32 `[heads, head width]` each."""
+
+    key: Floats
+    value: Floats
+
+
+def write_graph(
+    folder: Path,
+    graph_file: str,
+    weights: Mapping[str, Floats],
+    shape: Shape,
+    precision: Precision,
+    cache_scales: Sequence[CacheScales] | None = None,
+) -> None:
+    """Write the graph and its weights to `folder`.
+
+    `weights` are those of a `GPT2LMHeadModel` in float32 under transformers' names without `transformer.`; a head of
+    its own is `lm_head.weight`. `cache_scales`, one a layer, make the cache one of 8 bits.
+    """
+    with GraphWriter(folder, precision, QUANTIZATIONS.get(precision), cache_scales) as graph:
+        hidden, residual = embed(graph, weights)
+        for layer in range(shape.layers):
+            hidden, residual = block(graph, weights, shape, layer, hidden, residual)
+        head(graph, weights, shape, hidden, residual)
+        graph.save(graph_file, shape)
+
+
+def embed(graph: "GraphWriter", weights: Mapping[str, Floats]) -> tuple[str, str]:
+    """The token's and the position's vector, to be added."""
+    token = graph.embedding("wte", weights["wte.weight"], "input_ids")
+    return graph.add("Gather", [graph.weight("wpe", weights["wpe.weight"]), "position_ids"], "position"), token
+
+
+def block(
+    graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, layer: int, hidden: str, residual: str
+) -> tuple[str, str]:
+    """One transformer block; what it adds to the residual is returned unadded, for the next normalization to add."""
+    name = f"h.{layer}"
+    bias = f"h.{layer - 1}.mlp.c_proj.bias" if layer else None
+    normed, residual = graph.normalize(f"{name}.ln_1", weights, shape, hidden, residual, bias)
+    qkv = graph.linear(f"{name}.attn.c_attn", weights, normed, with_bias=True)
+    attention = graph.attention(name, shape, layer, qkv)
+    projected = graph.linear(f"{name}.attn.c_proj", weights, attention)
+    normed, residual = graph.normalize(f"{name}.ln_2", weights, shape, projected, residual, f"{name}.attn.c_proj.bias")
+    expanded = graph.linear(f"{name}.mlp.c_fc", weights, normed)
+    activated = graph.activate(f"{name}.mlp.gelu", weights, expanded, f"{name}.mlp.c_fc.bias")
+    return graph.linear(f"{name}.mlp.c_proj", weights, activated), residual
+
+
+def head(graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, hidden: str, residual: str) -> None:
+    """The last normalization, and the logits of the tokens that are asked for."""
+    normed, _ = graph.normalize("ln_f", weights, shape, hidden, residual, f"h.{shape.layers - 1}.mlp.c_proj.bias")
+    flat = graph.add("Reshape", [normed, graph.constant("flat", np.array([-1, shape.width]))], "ln_f.flat")
+    states = graph.add("Gather", [flat, "logit_rows"], STATES)
+    graph.unembed(states, weights.get("lm_head.weight", weights["wte.weight"]), tied="lm_head.weight" not in weights)
+    if graph.precision not in CUDA_PRECISIONS:
+        listed = graph.constant("listed", np.array([listed_tokens(shape.vocabulary_size)]))
+        graph.nodes.append(helper.make_node("TopK", ["logits", listed], ["top_logits", "top_ids"], name="top_logits"))
+
+
+class GraphWriter:
+    """Collects nodes, and writes each weight to the file of weights as it comes: memory holds one at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision,
+        quantization: Quantization | None,
+        cache_scales: Sequence[CacheScales] | None,
+    ) -> None:
+        self.folder = folder
+        self.cache_scales = cache_scales
+        self.quantization = quantization
+        self.precision = precision
+        self.float_type = np.float16 if precision in CUDA_PRECISIONS else np.float32
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self.file: BinaryIO = (folder / WEIGHTS_FILE).open("wb")
+
+    @property
+    def leaves_bias(self) -> bool:
+        """Whether the operator after a linear map adds its bias: on CUDA they are fused, on the processor slower so."""
+        return self.float_type is np.float16
+
+    def __enter__(self) -> "GraphWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """A node of one output."""
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
+        return output
+
+    def weight(self, name: str, values: Floats) -> str:
+        return self.store(name, values.astype(self.float_type))
+
+    def store(self, name: str, values: NDArray[Any], same_as: str | None = None) -> str:
+        """An initializer in the file of weights; `same_as` names one whose bytes it shares."""
+        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        if same_as is not None:
+            tensor.external_data.extend(self.initializers[same_as].external_data)
+        else:
+            self.file.write(bytes(-self.file.tell() % ALIGNMENT))
+            place = {"location": WEIGHTS_FILE, "offset": self.file.tell(), "length": values.nbytes}
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
+            self.file.write(np.ascontiguousarray(values).data)
+        self.initializers[name] = tensor
+        return name
+
+    def constant(self, name: str, values: NDArray[Any]) -> str:
+        """An initializer in the graph itself."""
+        self.initializers[name] = onnx.numpy_helper.from_array(values, name)
+        return name
+
+    def embedding(self, name: str, table: Floats, indices: str) -> str:
+        """Rows of the table `[entries, width]`."""
+        if self.quantization is None or not self.quantization.embeds:
+            return self.add("Gather", [self.weight(name, table), indices], f"{name}.rows")
+        kept = self.store_quantized(name, table.T, self.quantization.head_bits, self.quantization.head_block)
+        # The same bytes once more in the shape that the embedding wants.
+        flat = self.store(f"{name}.table", kept.values.reshape(len(table), -1), same_as=f"{name}.values")
+        scales = self.store(f"{name}.table_scales", kept.scales, same_as=f"{name}.scales")
+        return self.add(
+            "GatherBlockQuantized",
+            [flat, indices, scales],
+            f"{name}.rows",
+            domain=CONTRIB,
+            bits=kept.bits,
+            block_size=kept.block,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def linear(self, name: str, weights: Mapping[str, Floats], hidden: str, *, with_bias: bool = False) -> str:
+        """`hidden @ weight`, with the bias unless it is left to the next operator, which `with_bias` forbids."""
+        weight = weights[f"{name}.weight"]
+        bias = None if self.leaves_bias and not with_bias else self.weight(f"{name}.bias", weights[f"{name}.bias"])
+        product = f"{name}.product" if bias else name
+        if self.quantization is None:
+            self.add("MatMul", [hidden, self.weight(f"{name}.weight", weight)], product)
+        else:
+            self.store_quantized(name, weight, self.quantization.bits, self.quantization.block)
+            if not self.leaves_bias:
+                return self.multiply_quantized(name, self.quantization.bits, hidden, name, bias)
+            self.multiply_quantized(name, self.quantization.bits, hidden, product, None)
+        return self.add("Add", [product, bias], name) if bias else product
+
+    def store_quantized(self, name: str, weight: Floats, bits: int, largest_block: int) -> Quantized:
+        """Round a weight `[inputs, outputs]`, and store its values and scales."""
+        kept = quantize(weight, bits, largest_block)
+        self.store(f"{name}.values", kept.values)
+        self.store(f"{name}.scales", kept.scales.astype(self.float_type))
+        return kept
+
+    def multiply_quantized(self, name: str, bits: int, hidden: str, output: str, bias: str | None) -> str:
+        """`hidden` times a weight that `store_quantized` has stored."""
+        outputs, blocks, block_bytes = self.initializers[f"{name}.values"].dims
+        block = block_bytes * 8 // bits
+        operands = [hidden, f"{name}.values", f"{name}.scales", *(["", "", bias] if bias else [])]
+        return self.add(
+            "MatMulNBits",
+            operands,
+            output,
+            domain=CONTRIB,
+            K=blocks * block,
+            N=outputs,
+            bits=bits,
+            block_size=block,
+            accuracy_level=INT8_ACTIVATIONS,
+        )
+
+    def normalize(
+        self, name: str, weights: Mapping[str, Floats], shape: Shape, hidden: str, residual: str, bias: str | None
+    ) -> tuple[str, str]:
+        """Add `hidden` and its `bias` to the residual, and normalize: the normalized sum, and the sum.
+
+        `SkipLayerNormalization` does all of it; on the processor it takes four times as long as the two that it fuses.
+        """
+        scale, shift = (self.weight(f"{name}.{part}", weights[f"{name}.{part}"]) for part in ("weight", "bias"))
+        total = f"{name}.sum"
+        if bias is None or not self.leaves_bias:
+            self.add("Add", [residual, hidden], total)
+            return self.add("LayerNormalization", [total, scale, shift], name, epsilon=shape.epsilon), total
+        operands = [residual, hidden, scale, shift, self.weight(bias, weights[bias])]
+        self.nodes.append(
+            helper.make_node(
+                "SkipLayerNormalization",
+                operands,
+                [name, "", "", total],
+                name=name,
+                domain=CONTRIB,
+                epsilon=shape.epsilon,
+            )
+        )
+        return name, total
+
+    def activate(self, name: str, weights: Mapping[str, Floats], hidden: str, bias: str) -> str:
+        operands = [hidden, self.weight(bias, weights[bias])] if self.leaves_bias else [hidden]
+        return self.add("FastGelu", operands, name, domain=CONTRIB)
+
+    def attention(self, name: str, shape: Shape, layer: int, qkv: str) -> str:
+        """Causal attention over the cache, to which the new keys and values are written first."""
+        cache = [f"past.{layer}.key", f"past.{layer}.value"]
+        present = [f"present.{layer}.key", f"present.{layer}.value"]
+        operands = [qkv, "", "", *cache, "last_positions", "total_tokens"]
+        kind: dict[str, Any] = {}
+        if self.cache_scales is not None:
+            scales = self.cache_scales[layer]
+            # Between the positions and the scales lie what GPT-2 does not have: rotation, bias, sinks.
+            operands += ["", "", "", "", ""]
+            for part, values in (("key", scales.key), ("value", scales.value)):
+                operands.append(self.constant(f"{name}.{part}_scale", values[None, :, None, :].astype(np.float32)))
+            kind = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        self.nodes.append(
+            helper.make_node(
+                "GroupQueryAttention",
+                operands,
+                [f"{name}.attention", *present],
+                name=f"{name}.attention",
+                domain=CONTRIB,
+                num_heads=shape.heads,
+                kv_num_heads=shape.heads,
+                do_rotary=0,
+                scale=shape.attention_scales[layer],
+                **kind,
+            )
+        )
+        return f"{name}.attention"
+
+    def unembed(self, hidden: str, table: Floats, *, tied: bool) -> None:
+        """Logits in float32: the table `[vocabulary, width]` times `hidden`."""
+        is_shared = tied and (self.quantization is None or self.quantization.embeds)
+        name = "wte" if is_shared else "lm_head"
+        logits = "logits" if self.float_type is np.float32 else "logits.half"
+        if self.quantization is not None:
+            if not is_shared:
+                self.store_quantized(name, table.T, self.quantization.head_bits, self.quantization.head_block)
+            self.multiply_quantized(name, self.quantization.head_bits, hidden, logits, None)
+        else:
+            if not is_shared:
+                self.weight(name, table)
+            self.add("Gemm", [hidden, name], logits, transB=1)
+        if logits != "logits":
+            self.add("Cast", [logits], "logits", to=TensorProto.FLOAT)
+
+    def save(self, graph_file: str, shape: Shape) -> None:
+        cache_type = np.int8 if self.cache_scales is not None else self.float_type
+        element = helper.np_dtype_to_tensor_dtype(np.dtype(cache_type))
+        cache = [
+            helper.make_tensor_value_info(f"{time}.{layer}.{part}", element,
+                                          ["rows", shape.heads, shape.context_length, shape.head_width])
+            for time in ("past", "present") for layer in range(shape.layers) for part in ("key", "value")
+        ]  # fmt: skip
+        inputs = [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["rows", "tokens"]),
+            helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["rows", "tokens"]),
+            helper.make_tensor_value_info("last_positions", TensorProto.INT32, ["rows"]),
+            helper.make_tensor_value_info("total_tokens", TensorProto.INT32, []),
+            helper.make_tensor_value_info("logit_rows", TensorProto.INT64, ["wanted"]),
+            *cache[: len(cache) // 2],
+        ]
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["wanted", shape.vocabulary_size])
+        listed: list[str | int] = ["wanted", listed_tokens(shape.vocabulary_size)]
+        top = [
+            helper.make_tensor_value_info("top_logits", TensorProto.FLOAT, listed),
+            helper.make_tensor_value_info("top_ids", TensorProto.INT64, listed),
+        ]
+        floats = helper.np_dtype_to_tensor_dtype(np.dtype(self.float_type))
+        states = helper.make_tensor_value_info(STATES, floats, ["wanted", shape.width])
+        outputs = [logits, states, *(top if self.precision not in CUDA_PRECISIONS else []), *cache[len(cache) // 2 :]]
+        graph = helper.make_graph(self.nodes, "gpt2", inputs, outputs, list(self.initializers.values()))
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="gpt2-pipeline")
+        (self.folder / graph_file).write_bytes(model.SerializeToString())

@@ -1,0 +1,269 @@
+"""Whether an engine says what the reference model says: logits, next tokens, distributions, perplexity, greedy text."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pipeline.decoding import SamplingParams
+from pipeline.engine.filters import log_softmax
+from pipeline.engine.generator import Engine
+from pipeline.errors import UserError
+from pipeline.params.export import ParityParams
+
+GREEDY_TOKENS = 64
+PROMPT_TOKENS = (3, 17, 40, 64)
+"""Prompts of these lengths make the batches whose rows are unequal."""
+CONTINUED_TOKENS = 8
+"""Tokens fed one at a time onto a real past."""
+COMPARED_ROWS = 128
+"""Positions whose whole distributions are compared at a time, in float64."""
+
+Logits = NDArray[np.float32]
+
+
+class Reference(Protocol):
+    """The model to agree with, in float32, run without padding and without a cache."""
+
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """Logits `[tokens, vocabulary]` of one text."""
+        ...
+
+    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        """The likeliest continuation, on past end-of-text."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """What was found of one precision; `broken_promises` judges it."""
+
+    max_logit_difference_empty_past: float
+    max_logit_difference_real_past: float
+    max_batch_difference: float
+    """Of a logit between a row of a batch and the same row alone."""
+    max_cache_difference: float
+    """Of a logit between tokens fed one at a time and the whole text at once."""
+    positions: int
+    next_token_agreement: float
+    kl_divergence: float
+    """Of the engine's distribution from the reference's, mean over the positions, in nats."""
+    perplexity_positions: int
+    """The whole validation split."""
+    perplexity_pytorch: float
+    perplexity_onnxruntime: float
+    greedy_tokens: int
+    greedy_agreement_tokens: int
+    """How far the shortest greedy continuation is the reference's."""
+
+
+def measure_parity(
+    engines: Mapping[str, Engine],
+    reference: Reference,
+    validation: Sequence[Sequence[int]],
+    more: Iterable[Sequence[int]],
+    *,
+    positions: int,
+    show_progress: bool,
+) -> dict[str, Parity]:
+    """Compare each engine on real texts, each of which opens with end-of-text and fits in the context.
+
+    Next tokens, distributions and perplexity are compared over all of `validation`; where it has fewer than
+    `positions`, the first two over texts of `more` too. Logits are compared on unequal prompts, each against the
+    reference run alone: first with an empty past, then token by token in a batch; greedy text on prompts of those
+    lengths in one batch. Raises `UserError` where there are too few positions, or every text is too short for a past.
+    """
+    texts = _at_least(validation, more, positions)
+    total, validation_positions = (sum(len(text) - 1 for text in some) for some in (texts, validation))
+    tallies = {name: _Tally() for name in engines}
+    expected_loss, seen = 0.0, 0
+    with tqdm(total=total, desc="parity", unit="token", disable=not show_progress) as bar:
+        for text in texts:
+            expected = reference.logits(text)[:-1]
+            of_validation = seen < validation_positions
+            if of_validation:
+                expected_loss += _loss(expected, text)
+            for name, engine in engines.items():
+                tallies[name].add(engine.session.score(text, 0)[:-1], expected, text, of_validation)
+            seen += len(expected)
+            bar.update(len(expected))
+    prompts = _prompts(texts, min(engine.context_length for engine in engines.values()))
+    new_tokens = min(GREEDY_TOKENS, *(engine.context_length - max(map(len, prompts)) for engine in engines.values()))
+    greedy = [reference.greedy(prompt, new_tokens) for prompt in prompts]
+    continued = _continued(texts, min(engine.context_length for engine in engines.values()))
+    expected_rows = [reference.logits(text) for _, text in continued]
+    return {
+        name: Parity(
+            **_logit_differences(engine, continued, expected_rows),
+            positions=total,
+            next_token_agreement=tallies[name].agreed / total,
+            kl_divergence=tallies[name].divergence / total,
+            perplexity_positions=validation_positions,
+            perplexity_pytorch=_exp(expected_loss / validation_positions),
+            perplexity_onnxruntime=_exp(tallies[name].loss / validation_positions),
+            greedy_tokens=new_tokens,
+            greedy_agreement_tokens=_greedy_agreement(engine, prompts, greedy, new_tokens),
+        )
+        for name, engine in engines.items()
+    }
+
+
+def broken_promises(parity: Parity, tolerance: ParityParams) -> list[str]:
+    """Each promise that does not hold, with what was found and what is allowed; none where parity holds."""
+    broken = [
+        f"a logit is off by {found:.2g} {where}; at most {tolerance.max_logit_difference:g} is allowed"
+        for where, found in (
+            ("with empty past", parity.max_logit_difference_empty_past),
+            ("with real past", parity.max_logit_difference_real_past),
+            ("in a batch from the same alone", parity.max_batch_difference),
+            ("with a cache from without", parity.max_cache_difference),
+        )
+        # Written so that NaN breaks the promise.
+        if not found <= tolerance.max_logit_difference
+    ]
+    if not parity.next_token_agreement >= tolerance.min_next_token_agreement:
+        broken.append(
+            f"the next token agrees at {parity.next_token_agreement:.3%} of {parity.positions} positions; "
+            f"at least {tolerance.min_next_token_agreement:.3%} is asked for"
+        )
+    if not parity.kl_divergence <= tolerance.max_kl_divergence:
+        broken.append(
+            f"the distributions diverge by {parity.kl_divergence:.2g} nats; "
+            f"at most {tolerance.max_kl_divergence:g} is allowed"
+        )
+    rise = parity.perplexity_onnxruntime / parity.perplexity_pytorch - 1
+    if not rise <= tolerance.max_perplexity_rise:
+        broken.append(
+            f"perplexity is {parity.perplexity_onnxruntime:.4f} against {parity.perplexity_pytorch:.4f} in PyTorch; "
+            f"it may rise by {tolerance.max_perplexity_rise:.2%}"
+        )
+    wanted = min(tolerance.min_greedy_tokens, parity.greedy_tokens)
+    if not parity.greedy_agreement_tokens >= wanted:
+        broken.append(f"greedy continuations differ after {parity.greedy_agreement_tokens} tokens; "
+                      f"{wanted} are to be the same")  # fmt: skip
+    return broken
+
+
+class _Tally:
+    """Sums over the positions of the texts."""
+
+    def __init__(self) -> None:
+        self.agreed = 0
+        self.divergence = 0.0
+        self.loss = 0.0
+
+    def add(self, found: Logits, expected: Logits, text: Sequence[int], of_validation: bool) -> None:
+        self.agreed += int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
+        for start in range(0, len(found), COMPARED_ROWS):
+            rows = slice(start, start + COMPARED_ROWS)
+            logprobs, wanted = log_softmax(found[rows]), log_softmax(expected[rows])
+            self.divergence += float((np.exp(wanted) * (wanted - logprobs)).sum())
+        if of_validation:
+            self.loss += _loss(found, text)
+
+
+def _loss(logits: Logits, text: Sequence[int]) -> float:
+    """Negative log-likelihood of the text's tokens but the first, in nats, summed."""
+    followers = np.asarray(text[1:])
+    return -sum(
+        float(log_softmax(logits[start : start + COMPARED_ROWS])[np.arange(len(ids)), ids].sum())
+        for start in range(0, len(logits), COMPARED_ROWS)
+        for ids in (followers[start : start + COMPARED_ROWS],)
+    )
+
+
+def _exp(value: float) -> float:
+    """Infinite, where the language's own would raise."""
+    return float(np.exp(np.float64(min(value, 1e4)))) if not math.isnan(value) else value
+
+
+def _at_least(
+    validation: Sequence[Sequence[int]], more: Iterable[Sequence[int]], positions: int
+) -> list[Sequence[int]]:
+    """All of `validation`, and of `more` so much that there are `positions`."""
+    texts = list(validation)
+    missing = positions - sum(len(text) - 1 for text in texts)
+    for text in more:
+        if missing <= 0:
+            break
+        texts.append(text[: missing + 1])
+        missing -= len(texts[-1]) - 1
+    if missing > 0:
+        raise UserError(
+            f"parity: the training and validation splits hold {positions - missing} tokens, fewer than the {positions} "
+            "that are compared; add text, or lower export.parity.positions"
+        )
+    return texts
+
+
+def _prompts(texts: Sequence[Sequence[int]], context_length: int) -> list[list[int]]:
+    """Beginnings of the longest texts, of unequal lengths."""
+    longest = sorted(texts, key=len, reverse=True)[: len(PROMPT_TOKENS)]
+    room = context_length // 2
+    return [list(text[: min(tokens, room)]) for tokens, text in zip(PROMPT_TOKENS, longest, strict=False)]
+
+
+def _greedy_agreement(engine: Engine, prompts: list[list[int]], expected: list[list[int]], new_tokens: int) -> int:
+    params = SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=new_tokens)
+    completions = engine.generate(prompts, params)
+    return min(
+        next((step for step, pair in enumerate(zip(done.token_ids, wanted, strict=True)) if pair[0] != pair[1]),
+             new_tokens)
+        for done, wanted in zip(completions, expected, strict=True)
+    )  # fmt: skip
+
+
+def _continued(texts: Sequence[Sequence[int]], context_length: int) -> list[tuple[int, list[int]]]:
+    """Texts of unequal lengths, each with how much of it is prompt; the rest is fed a token at a time."""
+    room = context_length - CONTINUED_TOKENS
+    usable = [list(text) for text in texts if len(text) > CONTINUED_TOKENS + 1]
+    if not usable:
+        raise UserError(
+            f"parity: no text of the validation split has more than {CONTINUED_TOKENS + 1} tokens; add longer documents"
+        )
+    continued = []
+    for index, tokens in enumerate(PROMPT_TOKENS):
+        text = usable[index % len(usable)]
+        prompt = min(tokens, room, len(text) - CONTINUED_TOKENS)
+        continued.append((prompt, text[: prompt + CONTINUED_TOKENS]))
+    return continued
+
+
+def _logit_differences(
+    engine: Engine, continued: list[tuple[int, list[int]]], expected: list[Logits]
+) -> dict[str, float]:
+    """The largest absolute differences of a logit."""
+    session = engine.session
+    empty_past, real_past, of_batch, of_cache = [], [], [], []
+    at_once = [session.score(text, 0) for _, text in continued]
+    together = _fed_one_at_a_time(engine, continued)
+    for row, (prompt, text) in enumerate(continued):
+        (alone,) = _fed_one_at_a_time(engine, [(prompt, text)])
+        empty_past.append(np.abs(at_once[row][:prompt] - expected[row][:prompt]).max())
+        real_past.append(np.abs(together[row] - expected[row][prompt:]).max())
+        of_batch.append(np.abs(together[row] - alone).max())
+        of_cache.append(np.abs(alone - at_once[row][prompt:]).max())
+    # NumPy's maximum, unlike the language's, is NaN where any value is.
+    return {
+        "max_logit_difference_empty_past": float(np.max(empty_past)),
+        "max_logit_difference_real_past": float(np.max(real_past)),
+        "max_batch_difference": float(np.max(of_batch)),
+        "max_cache_difference": float(np.max(of_cache)),
+    }
+
+
+def _fed_one_at_a_time(engine: Engine, continued: list[tuple[int, list[int]]]) -> list[Logits]:
+    """Logits `[CONTINUED_TOKENS, vocabulary]` of each text after its prompt, the rows of a batch."""
+    session = engine.session
+    for slot, (prompt, text) in enumerate(continued):
+        session.prefill(slot, text[:prompt], 0)
+    found = []
+    for step in range(CONTINUED_TOKENS):
+        places = [prompt + step for prompt, _ in continued]
+        session.decode([text[place] for place, (_, text) in zip(places, continued, strict=True)], places)
+        found.append(session.logits[: len(continued)].copy())
+    return list(np.stack(found, axis=1))

@@ -1,0 +1,38 @@
+"""The section `base`: where the model to fine-tune comes from."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from pipeline.params.section import Count, Section, Seed
+
+
+class ScratchParams(Section):
+    """The small GPT-2 that `base.source: scratch` makes."""
+
+    vocabulary_size: Annotated[int, Field(ge=257)]
+    """Tokens of the byte-level BPE: 256 bytes, end-of-text, and merges learned from the training split."""
+    context_length: Annotated[int, Field(ge=2)]
+    """Positions."""
+    layers: Count
+    heads: Count
+    width: Count
+    """Size of the residual stream; a multiple of `heads`."""
+    seed: Seed
+    """Of the random weights."""
+
+    @model_validator(mode="after")
+    def _width_divides(self) -> "ScratchParams":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class BaseParams(Section):
+    """Where the model to be fine-tuned comes from."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """A folder, the id of a model on the hub, or `scratch`."""
+    revision: str | None
+    """For a hub id: the commit hash to fetch, 40 hexadecimal digits."""
+    scratch: ScratchParams

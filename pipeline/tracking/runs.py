@@ -1,0 +1,199 @@
+"""Runs in MLflow: open one, write to it, find it again."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from pipeline.tracking.lineage import lineage
+from pipeline.tracking.store import connect, experiment_id
+
+STAGE_TAG = "pipeline.stage"
+RESTORES_TAG = "pipeline.restores"
+TRIAL = "trial"
+TRIAL_TAG = "pipeline.trial"
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """A run that is being written to."""
+
+    client: MlflowClient
+    run_id: str
+    last_steps: Mapping[str, int] = field(default_factory=dict)
+    """Of a run that goes on: the last step of each metric that it holds. Up to there nothing is logged again."""
+
+    def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        now_ms = int(time.time() * 1000)
+        new = {name: value for name, value in values.items() if step > self.last_steps.get(name, -1)}
+        metrics = [Metric(name, float(value), now_ms, step) for name, value in new.items()]
+        self.client.log_batch(self.run_id, metrics=metrics)
+
+    def holds_row(self, table: str, column: str, value: Any) -> bool:
+        """Whether a table of the run holds a row with this value."""
+        if not any(file.path == table for file in self.client.list_artifacts(self.run_id)):
+            return False
+        rows = self.client.load_table(experiment_id(self.client), table, run_ids=[self.run_id])
+        return bool((rows[column] == value).any())
+
+    def log_scores(self, group: str, values: Mapping[str, Any]) -> None:
+        """Log the numbers of `values` as `group/name`; the UI shows a group in a section of its own."""
+        self.log_metrics({f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float)})
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows of the same keys to the table `name`, which the UI shows under Artifacts."""
+        if not rows:
+            return
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        self.client.log_table(self.run_id, columns, name)
+
+    def log_trial(
+        self,
+        number: int,
+        parameters: Mapping[str, Any],
+        scores: Mapping[str, float],
+        tags: Mapping[str, str],
+        start_s: float,
+    ) -> None:
+        """Record a trial of a search, begun at `start_s` and ended now, as a child run with its number."""
+        run = self.client.create_run(
+            experiment_id(self.client),
+            start_time=int(start_s * 1000),
+            run_name=f"trial {number}",
+            tags={MLFLOW_PARENT_RUN_ID: self.run_id, STAGE_TAG: TRIAL, TRIAL_TAG: str(number), **tags},
+        )
+        now_ms = int(time.time() * 1000)
+        self.client.log_batch(
+            run.info.run_id,
+            metrics=[Metric(name, float(value), now_ms, 0) for name, value in scores.items()],
+            params=[Param(name, str(value)) for name, value in parameters.items()],
+        )
+        self.client.set_terminated(run.info.run_id)
+
+    def forget_trials(self, first: int) -> None:
+        """Remove the child runs of the trials from this number on, which are to be taken anew."""
+        children = self.client.search_runs(
+            [experiment_id(self.client)],
+            filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}' and tags.`{STAGE_TAG}` = '{TRIAL}'",
+        )
+        for child in children:
+            if int(child.data.tags[TRIAL_TAG]) >= first:
+                self.client.delete_run(child.info.run_id)
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        self.client.log_artifact(self.run_id, str(path), folder)
+
+    def log_dataset(self, name: str, digest: str, source: Mapping[str, str]) -> None:
+        """Record what data the run read, by its digest (at most 36 characters)."""
+        dataset = MetaDataset(  # type: ignore[abstract]  # mlflow itself makes them; its annotation is off
+            CodeDatasetSource(tags=dict(source)), name=name, digest=digest
+        )
+        context = InputTag(MLFLOW_DATASET_CONTEXT, name)
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags=[context])])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+@contextmanager
+def start_run(
+    stage: str,
+    parameters: Mapping[str, Any],
+    *,
+    parent_run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    run_id: str | None = None,
+) -> Iterator[RunLog]:
+    """Open a run with all parameters and its lineage; it ends as finished, or as failed where the block raises.
+
+    `parameters` is the parsed `params.yaml`; `run_id` is a run of the store that was interrupted, and goes on.
+    """
+    client = connect()
+    all_tags = {STAGE_TAG: stage, **lineage(), **(tags or {})}
+    name = os.environ.get("DVC_EXP_NAME")
+    if parent_run_id is not None:
+        all_tags[MLFLOW_PARENT_RUN_ID] = parent_run_id
+        name = stage
+    if name:
+        all_tags[MLFLOW_RUN_NAME] = name
+    if run_id is None:
+        log = RunLog(client, client.create_run(experiment_id(client), tags=all_tags).info.run_id)
+    else:
+        client.update_run(run_id, status="RUNNING")
+        known = client.get_run(run_id).data.metrics
+        log = RunLog(
+            client,
+            run_id,
+            {name: max(point.step for point in client.get_metric_history(run_id, name)) for name in known},
+        )
+        log.set_tags(all_tags)
+    try:
+        client.log_batch(log.run_id, params=[Param(key, str(value)) for key, value in flatten(parameters).items()])
+        yield log
+    except BaseException:
+        client.set_terminated(log.run_id, "FAILED")
+        raise
+    client.set_terminated(log.run_id)
+
+
+def holds_run(run_id: str) -> bool:
+    """Whether the store holds this very run."""
+    client = connect()
+    return find_run(client, run_id) == run_id
+
+
+def give_up_run(run_id: str) -> None:
+    """End a run that was interrupted and will not go on."""
+    connect().set_terminated(run_id, "KILLED")
+
+
+def find_run(client: MlflowClient, run_id: str) -> str | None:
+    """`run_id`, or the run that restores it, where the store holds either."""
+    try:
+        if client.get_run(run_id).info.lifecycle_stage == "active":
+            return run_id
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+    restored = client.search_runs(
+        [experiment_id(client)],
+        filter_string=f"tags.`{RESTORES_TAG}` = '{run_id}' and attributes.status = 'FINISHED'",
+        max_results=1,
+    )
+    return str(restored[0].info.run_id) if restored else None
+
+
+def find_child(client: MlflowClient, parent_run_id: str, stage: str) -> str | None:
+    """The newest finished child run of a stage."""
+    children = client.search_runs(
+        [experiment_id(client)],
+        filter_string=(
+            f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}' and tags.`{STAGE_TAG}` = '{stage}' "
+            "and attributes.status = 'FINISHED'"
+        ),
+        max_results=1,
+    )
+    return str(children[0].info.run_id) if children else None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots; lists as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+    return flat

@@ -1,0 +1,127 @@
+"""The MLflow store: where it is, how to connect to it, and its errors in one line.
+
+The store is `sqlite:///<root>/mlflow.db` unless `MLFLOW_TRACKING_URI` names another. `<root>` is `DVC_ROOT` if DVC sets
+it, so that queued and temporary experiments write to the same store as the working tree.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+# Read by mlflow when it is imported: no progress bars for files of a few kB.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline.errors import UserError
+
+EXPERIMENT = "gpt2-pipeline"
+
+
+def root() -> Path:
+    """The folder of the project: DVC's root, or the current folder outside of DVC."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
+
+
+def embedded_uri() -> str:
+    """Where runs are stored unless `MLFLOW_TRACKING_URI` says otherwise."""
+    return f"sqlite:///{root() / 'mlflow.db'}"
+
+
+def store_lock() -> FileLock:
+    """Held while the store is created and while aliases move: two processes migrating a fresh sqlite crash."""
+    return FileLock(root() / "mlflow.db.lock")
+
+
+def store_uri() -> str:
+    """The tracking store in use."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri()
+
+
+def connect(*, create: bool = True) -> MlflowClient:
+    """A client of the tracking store; the embedded one is made where it is not there yet, unless `create` is false.
+
+    Raises `UserError` where the store cannot be reached, or is not there.
+    """
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    uri = store_uri()
+    if not create and uri == embedded_uri() and not (root() / "mlflow.db").exists():
+        raise UserError(
+            f"{root() / 'mlflow.db'}: there is no tracking store here; go to the folder of the project, "
+            "or set MLFLOW_TRACKING_URI to its store"
+        )
+    try:
+        with store_lock(), _answering_soon():
+            mlflow.set_tracking_uri(uri)
+            client = MlflowClient(uri)
+            client.search_experiments(max_results=1)
+    # ImportError: the driver of the database that the URI names is not installed.
+    except (MlflowException, ImportError) as error:
+        raise UserError(
+            f"tracking store {without_password(uri)} does not answer; set MLFLOW_TRACKING_URI to one that does, "
+            f"or unset it for the embedded store ({_reason(error)})"
+        ) from error
+    return client
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Tell in one line what MLflow, a full disk or a server that went away kept from being recorded or read."""
+    try:
+        yield
+    except MlflowException as error:
+        raise UserError(
+            f"MLflow, tracking store {without_password(store_uri())}: {_reason(error)}; "
+            "run the command again when that is mended"
+        ) from error
+
+
+def without_password(text: str) -> str:
+    """The text without the user and password that URIs in it may hold."""
+    return re.sub(r"//[^/\s]*@", "//", text)
+
+
+def _reason(error: BaseException) -> str:
+    """One line that says what went wrong: the database's own word where there is one, else the first line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        # SQLAlchemy wraps it in lines of SQL and advice.
+        if (original := getattr(inner, "orig", None)) is not None:
+            return without_password(str(original))
+        inner = inner.__cause__ or inner.__context__
+    return without_password((str(error).splitlines() or [type(error).__name__])[0])
+
+
+@contextmanager
+def _answering_soon() -> Iterator[None]:
+    """A server that is not there is reported within seconds; what the user has set stands, as do later uploads."""
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+    own = {name: value for name, value in limits.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del os.environ[name]
+
+
+def experiment_id(client: MlflowClient) -> str:
+    """The id of the experiment that holds every run (`MLFLOW_EXPERIMENT_NAME`, or `EXPERIMENT`), created if need be."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    with store_lock():
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            embedded = mlflow.get_tracking_uri() == embedded_uri()
+            location = (root() / "mlartifacts").as_uri() if embedded else None
+            return str(client.create_experiment(name, artifact_location=location))
+    if experiment.lifecycle_stage != "active":
+        raise UserError(f"MLflow experiment {name!r} is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME to another")
+    return str(experiment.experiment_id)

@@ -1,0 +1,165 @@
+"""The loop of a device says what the host's says; run on the processor, where both can be."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.engine import Completion, Engine, SamplingParams
+from pipeline.engine.cuda.kernel import Rows
+from pipeline.engine.memory import Buffer, HostMemory
+from pipeline.engine.scheduler import Scheduler
+
+PROMPTS = [[5, 6, 7], [], [11] * 20, [40, 41], [9, 8, 7, 6, 5, 4], [12], [13, 14], [250, 3], [77] * 40, [1, 2]]
+LAG = 3
+THREADS = 2
+
+Launch = Callable[[Rows, int, int], None]
+
+
+class LaggingMemory(HostMemory):
+    """Memory whose log is seen some looks late, as that of a GPU is that has steps in its queue."""
+
+    def __init__(self) -> None:
+        self.seen: deque[NDArray[Any]] = deque(maxlen=LAG)
+
+    def peek(self, buffer: Buffer, row: int, count: int) -> NDArray[Any]:
+        self.seen.append(self.read(buffer, row, count))
+        return self.seen[0]
+
+
+def load(folder: Path, launch: Launch | None, memory: HostMemory | None = None) -> Engine:
+    """An engine whose rows `launch` draws, if given."""
+    engine = Engine.load(folder, provider="cpu", precision="float16", threads=1)
+    if memory is not None:
+        engine.session.memory = memory
+    if launch is not None:
+        engine.session.draw = lambda rows, count: launch(rows, count, THREADS)
+    engine.scheduler = Scheduler(engine.session)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def by_host(tiny_engine_folder: Path) -> Engine:
+    return load(tiny_engine_folder, None)
+
+
+@pytest.fixture(scope="module")
+def by_device(tiny_engine_folder: Path, launch: Launch) -> Engine:
+    return load(tiny_engine_folder, launch)
+
+
+@pytest.fixture
+def late(tiny_engine_folder: Path, launch: Launch) -> Engine:
+    """One whose host is always some steps behind."""
+    return load(tiny_engine_folder, launch, LaggingMemory())
+
+
+def steps_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each step of the device was asked for, as it goes on."""
+    asked: list[int] = []
+    loop = engine.scheduler._loop
+    assert loop is not None
+    step = loop.step
+
+    def counted(slots: int) -> None:
+        asked.append(slots)
+        step(slots)
+
+    monkeypatch.setattr(loop, "step", counted)
+    return asked
+
+
+SETTINGS: list[SamplingParams] = [
+    SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True),
+    SamplingParams(seed=3, top_k=40, top_p=0.95, repetition_penalty=1.2, max_new_tokens=30),
+    SamplingParams(seed=4, temperature=1.3, min_p=0.05, max_new_tokens=70, ignore_eos=True),
+    SamplingParams(seed=5, temperature=0.7, presence_penalty=0.6, frequency_penalty=0.2, max_new_tokens=25),
+    SamplingParams(seed=6, top_k=20, stop_token_ids=tuple(range(100, 106)), max_new_tokens=60),
+    SamplingParams(seed=7, n=3, top_k=60, logit_bias={9: 4.0}, banned_token_ids=(5, 6), max_new_tokens=9),
+    SamplingParams(seed=8, allowed_token_ids=tuple(range(50, 90)), top_p=0.8, max_new_tokens=15),
+    SamplingParams(seed=9, top_p=0.9999, temperature=3.0, max_new_tokens=8, ignore_eos=True),
+    SamplingParams(seed=10, top_k=30, context_overflow="slide", max_new_tokens=90, ignore_eos=True),
+    SamplingParams(seed=11, temperature=0.3, repetition_detection=(8, 2), max_new_tokens=50, ignore_eos=True),
+]
+
+
+@pytest.mark.parametrize("params", SETTINGS)
+@pytest.mark.parametrize("which", ["by_device", "late"])
+def test_the_same_continuations(
+    params: SamplingParams, which: str, by_host: Engine, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Engine = request.getfixturevalue(which)
+    asked = steps_of(engine, monkeypatch)
+    assert engine.generate(PROMPTS, params) == by_host.generate(PROMPTS, params)
+    assert asked
+    assert engine.scheduler.running == engine.scheduler.waiting == 0
+
+
+@pytest.mark.parametrize("which", ["by_device", "late"])
+def test_each_its_own_parameters_and_some_that_the_host_must_draw(
+    which: str, by_host: Engine, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Engine = request.getfixturevalue(which)
+    asked = steps_of(engine, monkeypatch)
+    each = [SETTINGS[index % len(SETTINGS)] for index in range(len(PROMPTS))]
+    each[2] = replace(each[2], logprobs=2, max_new_tokens=5)
+    each[4] = replace(each[4], no_repeat_ngram_size=2, max_new_tokens=7)
+    each[6] = replace(each[6], min_new_tokens=4)
+    each[8] = replace(each[8], max_verbatim_tokens=1, max_new_tokens=20)
+    for own in (engine, by_host):
+        monkeypatch.setattr(own.session, "followers", lambda run: list(range(run[-1] % 7, 300, 7)))
+    found, expected = engine.generate(PROMPTS, each), by_host.generate(PROMPTS, each)
+    assert found == expected
+    assert 0 < len(asked) < 200
+
+
+@pytest.mark.parametrize("which", ["by_device", "late"])
+def test_streams_join_and_leave(which: str, by_host: Engine, request: pytest.FixtureRequest) -> None:
+    engine: Engine = request.getfixturevalue(which)
+    params = SamplingParams(seed=21, top_k=50, max_new_tokens=20, ignore_eos=True)
+    expected = [tokens_of(done) for done in by_host.generate(PROMPTS[:3], params)]
+    first, second = engine.stream(PROMPTS[0], params), engine.stream(PROMPTS[1], params)
+    heads = [next(first).token_id for _ in range(4)]
+    other = [next(second).token_id for _ in range(6)]
+    second.close()  # type: ignore[attr-defined]
+    third = [token.token_id for token in engine.stream(PROMPTS[2], params)]
+    assert [*heads, *(token.token_id for token in first)] == expected[0]
+    assert other == expected[1][:6]
+    assert third == expected[2]
+    assert engine.scheduler.running == 0
+
+
+def test_a_long_prompt_is_not_written_over_while_it_is_read(by_host: Engine, by_device: Engine) -> None:
+    params = SamplingParams(seed=31, top_k=50, max_new_tokens=12, ignore_eos=True)
+    long = [(7 * index) % 250 for index in range(45)]
+
+    def run(engine: Engine) -> list[list[int]]:
+        requests = engine.submit([9, 9], params)
+        for _ in range(3):
+            engine.scheduler.step(prefill_tokens=4)
+        requests += engine.submit(long, params)
+        while any(request.finish_reason is None for request in requests):
+            engine.scheduler.step(prefill_tokens=4)
+        return [request.continuation.output_ids for request in requests]
+
+    assert run(by_device) == run(by_host)
+
+
+def test_scoring_beside_a_running_row(by_device: Engine) -> None:
+    text = [(5 * index) % 250 for index in range(30)]
+    expected = by_device.score([text])[0]
+    stream = by_device.stream([3], SamplingParams(seed=1, top_k=20, max_new_tokens=20, ignore_eos=True))
+    next(stream)
+    next(stream)
+    np.testing.assert_allclose(by_device.score([text])[0], expected)
+    assert len(list(stream)) == 18
+
+
+def tokens_of(done: Completion) -> list[int]:
+    return done.token_ids

@@ -1,0 +1,202 @@
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_gpt2 import write_tokenizer
+from tokenizers import Tokenizer
+
+from pipeline.decoding import SamplingParams
+from pipeline.engine import Engine, Token
+from pipeline.engine.text import TextGenerator, bias_of, merge_decoding
+from pipeline.errors import UserError
+from pipeline.tokens import load_tokenizer
+
+
+@pytest.fixture
+def generator(tiny_engine: Engine, tiny_tokenizer: Tokenizer) -> TextGenerator:
+    return TextGenerator(tiny_engine, tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def pieces_only(tmp_path_factory: pytest.TempPathFactory) -> "PiecesOf":
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return PiecesOf(load_tokenizer(folder))
+
+
+class PiecesOf:
+    """The pieces that a stream of given tokens comes in; no engine is asked."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.generator = TextGenerator(None, tokenizer)  # type: ignore[arg-type]
+
+    def ids(self, token_ids: Iterable[int], stop: Sequence[str] = ()) -> list[str]:
+        return list(self.generator._pieces((Token(token_id) for token_id in token_ids), stop))
+
+    def text(self, text: str, stop: Sequence[str] = ()) -> list[str]:
+        return self.ids(self.tokenizer.encode(text).ids, stop)
+
+    def characters(self, text: str, stop: Sequence[str] = ()) -> list[str]:
+        """Of an ASCII text, a token a character."""
+        return self.ids((self.tokenizer.encode(character).ids[0] for character in text), stop)
+
+
+def test_pieces_come_as_soon_as_they_are_whole(pieces_only: PiecesOf) -> None:
+    assert pieces_only.characters("Rock") == ["R", "o", "c", "k"]
+
+
+@pytest.mark.parametrize("text", ["héllo 🙂 wörld", "🙂🙃", "a\n\nb", "", "日本"])
+def test_characters_of_several_bytes_are_never_cut(text: str, pieces_only: PiecesOf) -> None:
+    pieces = pieces_only.text(text)
+    assert "".join(pieces) == text
+    assert not any("�" in piece or piece == "" for piece in pieces)
+
+
+@given(st.text() | st.text("abé🙂\n"), st.lists(st.text("abé🙂\n", min_size=1, max_size=4), max_size=3))
+def test_pieces_together_are_the_text_up_to_the_stop_that_is_first_complete(
+    pieces_only: PiecesOf, text: str, stop: list[str]
+) -> None:
+    # The mark of bytes that are no character holds a piece back until the next one comes.
+    text = text.replace("�", "")
+    complete = [(text.index(entry) + len(entry), text.index(entry)) for entry in stop if entry in text]
+    pieces = pieces_only.text(text, stop)
+    assert "".join(pieces) == text[: min(complete)[1] if complete else len(text)]
+    assert "" not in pieces
+
+
+@given(st.lists(st.integers(0, 299), max_size=40))
+def test_any_tokens_give_what_the_tokenizer_decodes_but_unfinished_bytes_at_the_end(
+    pieces_only: PiecesOf, token_ids: list[int]
+) -> None:
+    whole = pieces_only.tokenizer.decode(token_ids, skip_special_tokens=False)
+    pieced = "".join(pieces_only.ids(token_ids))
+    assert whole.startswith(pieced)
+    assert set(whole[len(pieced) :]) <= {"�"}
+
+
+def test_an_unfinished_last_character_is_left_out(pieces_only: PiecesOf) -> None:
+    ids = pieces_only.tokenizer.encode("so 🙂").ids
+    assert "".join(pieces_only.ids(ids[:-1])) == "so "
+
+
+def test_a_stop_text_is_cut_where_it_spans_tokens(pieces_only: PiecesOf) -> None:
+    assert pieces_only.characters("ab\n\ncd", ["\n\n"]) == ["a", "b"]
+
+
+def test_a_stop_text_inside_a_token_is_cut(pieces_only: PiecesOf) -> None:
+    long_token = max(range(300), key=lambda token_id: len(pieces_only.tokenizer.decode([token_id])))
+    text = pieces_only.tokenizer.decode([long_token])
+    assert len(text) >= 3
+    assert pieces_only.ids([long_token, long_token], [text[1:]]) == [text[0]]
+
+
+def test_a_stop_text_at_once_gives_nothing(pieces_only: PiecesOf) -> None:
+    assert pieces_only.characters("abc", ["a"]) == []
+    assert pieces_only.characters("abc", ["ab"]) == []
+
+
+def test_what_may_begin_a_stop_text_is_held_back_until_it_is_known(pieces_only: PiecesOf) -> None:
+    assert pieces_only.characters("xaab!", ["aac"]) == ["x", "aab", "!"]
+    assert pieces_only.characters("xaaac!", ["aac"]) == ["x", "a"]
+    assert pieces_only.characters("xaa", ["aac"]) == ["x", "aa"]
+
+
+def test_of_several_stop_texts_the_first_complete_counts(pieces_only: PiecesOf) -> None:
+    assert "".join(pieces_only.characters("one two three", ["three", "two"])) == "one "
+    assert "".join(pieces_only.characters("abcd", ["bcd", "c"])) == "ab"
+    assert "".join(pieces_only.characters("abcd", ["bc", "c"])) == "a"
+
+
+def test_nothing_is_asked_of_the_tokens_after_a_stop_text(pieces_only: PiecesOf) -> None:
+    asked = []
+
+    def tokens() -> Iterable[int]:
+        for character in "ab|cd":
+            asked.append(character)
+            yield pieces_only.tokenizer.encode(character).ids[0]
+
+    assert pieces_only.ids(tokens(), ["|"]) == ["a", "b"]
+    assert asked == ["a", "b", "|"]
+
+
+@pytest.mark.parametrize("stop", [(), ("a", "e"), ("\n",)])
+def test_a_stream_together_is_the_whole_text(generator: TextGenerator, stop: tuple[str, ...]) -> None:
+    for seed in range(4):
+        params = SamplingParams(seed=seed, stop=stop, max_new_tokens=40)
+        pieces = list(generator.stream("The lamp", params))
+        assert "".join(pieces) == generator.generate(["The lamp"], params)[0]
+        assert not any(entry in "".join(pieces) for entry in stop)
+
+
+def test_text_is_what_the_engine_gives_for_the_prompt_read_as_a_documents_beginning(
+    generator: TextGenerator, tiny_engine: Engine, tiny_tokenizer: Tokenizer
+) -> None:
+    params = SamplingParams(seed=5, n=2, max_new_tokens=10, logit_bias=dict.fromkeys(range(80, 256), -100.0))
+    prompts = ["The lamp", "", "N"]
+    ids = [[tiny_engine.end_of_text_id, *tiny_tokenizer.encode(prompt).ids] for prompt in prompts]
+    expected = [tiny_tokenizer.decode(completion.token_ids) for completion in tiny_engine.generate(ids, params)]
+    assert generator.generate(prompts, params) == expected
+
+
+def test_a_stop_text_frees_the_place_of_its_continuation_at_once(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(seed=3, ignore_eos=True, max_new_tokens=40)
+    (whole,) = generator.generate(["The lamp"], params)
+    stop = whole[4:6]
+    fed: list[int] = []
+    decode = generator.engine.session.decode
+    monkeypatch.setattr(
+        generator.engine.session, "decode", lambda ids, places: (fed.append(len(ids)), decode(ids, places))
+    )
+    (done,) = generator.complete(["The lamp"], [replace(params, stop=(stop,))])
+    assert (done.text, done.finish_reason) == (whole[: whole.index(stop)], "stop")
+    assert len(fed) < 20
+    assert generator.engine.scheduler.running == 0
+
+
+def test_each_prompt_has_its_own_parameters(generator: TextGenerator) -> None:
+    each = [SamplingParams(seed=seed, max_new_tokens=4 + seed) for seed in (1, 2)]
+    found = generator.complete(["The lamp", "N"], each)
+    assert [done.text for done in found] == [
+        generator.generate([prompt], own)[0] for prompt, own in zip(["The lamp", "N"], each, strict=True)
+    ]
+
+
+def test_special_tokens_in_a_prompt_are_ordinary_characters(generator: TextGenerator) -> None:
+    with pytest.raises(UserError, match=r"^prompt: \d+ tokens leave no room"):
+        generator.generate(["<|endoftext|>" * 10], SamplingParams())
+
+
+def test_generator_loads_engine_and_tokenizer_from_one_folder(
+    tiny_engine_folder: Path, generator: TextGenerator
+) -> None:
+    params = SamplingParams(seed=6, max_new_tokens=10)
+    loaded = TextGenerator.load(tiny_engine_folder, precision="float32", provider="cpu")
+    assert loaded.generate(["N"], params) == generator.generate(["N"], params)
+
+
+def test_values_that_are_given_take_the_place_of_defaults() -> None:
+    defaults = SamplingParams(temperature=0.8, top_k=50, stop=("\n",), logit_bias={3: 1.0})
+    merged = merge_decoding(defaults, {"temperature": 0.0, "top_k": 0, "seed": 7, "ignore_eos": False})
+    assert merged == SamplingParams(temperature=0.0, stop=("\n",), logit_bias={3: 1.0}, seed=7)
+
+
+def test_null_and_an_empty_list_mean_the_default() -> None:
+    defaults = SamplingParams(temperature=0.8, stop=("\n",))
+    assert merge_decoding(defaults, {"temperature": None, "stop": [], "max_new_tokens": None}) == defaults
+
+
+def test_a_given_value_out_of_range_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^top_p: 1\.5 is out of range, must be in \(0, 1\]$"):
+        merge_decoding(SamplingParams(), {"top_p": 1.5})
+
+
+def test_logit_bias_is_made_of_two_lists() -> None:
+    assert bias_of([3, 5], [1.0, -2.0]) == {3: 1.0, 5: -2.0}
+    with pytest.raises(UserError, match=r"^logit_bias_values: 1 values for 2 ids in logit_bias_ids$"):
+        bias_of([3, 5], [1.0])
