@@ -14,8 +14,9 @@ from fastapi import FastAPI
 
 from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.engine.text import TextGenerator
-from pipeline.serving.app import Limits, create_app
+from pipeline.serving.app import create_app
 from pipeline.serving.metrics import Metrics
+from pipeline.serving.options import Limits
 from pipeline.serving.served import FolderSource, Served, Source
 
 DECODING = ModelDecoding(

@@ -154,7 +154,7 @@ class CompletionRequest(BaseModel):
         try:
             own = decoding.named(self.preset)
         except UserError as error:
-            raise refused(error) from error
+            raise to_api_error(error) from error
         asked = {OWN_NAMES.get(name, name): getattr(self, name) for name in CompletionRequest.model_fields}
         values = {name: value for name, value in asked.items() if name in SamplingParams.__dataclass_fields__}
         if self.repetition_detection is not None:
@@ -173,7 +173,7 @@ class CompletionRequest(BaseModel):
         try:
             return merge_decoding(own, values)
         except UserError as error:
-            raise refused(error) from error
+            raise to_api_error(error) from error
 
 
 class TokenizeRequest(BaseModel):
@@ -190,7 +190,7 @@ class DetokenizeRequest(BaseModel):
     tokens: list[TokenId]
 
 
-def refused(error: UserError) -> ApiError:
+def to_api_error(error: UserError) -> ApiError:
     """Bad input as the API tells it: its fields by the names that they have there."""
     message = str(error)
     for name, own in OWN_NAMES.items():
@@ -200,7 +200,7 @@ def refused(error: UserError) -> ApiError:
     return ApiError(400, message, param=field if colon and known else None)
 
 
-def invalid(errors: Sequence[Any]) -> ApiError:
+def validation_to_api_error(errors: Sequence[Any]) -> ApiError:
     """What pydantic found first in a body, as one line that names the field."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]

@@ -11,8 +11,9 @@ import uvicorn
 from pipeline.decoding import ModelDecoding
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
-from pipeline.serving.app import KEYS_VARIABLE, Limits, create_app, keys_from_environment
+from pipeline.serving.app import KEYS_VARIABLE, create_app, keys_from_environment
 from pipeline.serving.metrics import Metrics
+from pipeline.serving.options import Limits
 from pipeline.serving.served import Served, source_of
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

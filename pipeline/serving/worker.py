@@ -12,10 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from pipeline.decoding import SamplingParams
+from pipeline.engine import Engine
 from pipeline.engine.scheduler import FinishReason, Request, Token
 from pipeline.engine.text import BYTES, Detokenizer, TextGenerator, TokenTexts
 from pipeline.errors import UserError
@@ -91,6 +92,21 @@ class Job:
         return len(self.prompts) * self.params.n
 
 
+@dataclass(frozen=True, slots=True)
+class _Begin:
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
 class Worker:
     """An engine's thread. Jobs beyond the slots wait, at most `max_queue` continuations of them."""
 
@@ -106,31 +122,34 @@ class Worker:
         self._max_queue = max_queue
         self._on_tokens = on_tokens
         self._on_death = on_death
-        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._loaded = threading.Event()
-        self._refusal: Exception | None = None
+        self._messages: queue.SimpleQueue[_Begin | _Cancel | _Stop] = queue.SimpleQueue()
+        self._loading: Future[TextGenerator] = Future()
         self._lock = threading.Lock()
         self._open = 0
         self._mean_seconds = 1.0
         self._scoring: deque[_Scoring] = deque()
         self._running: dict[Job, list[_Choice]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.generator: TextGenerator
         self.ended = False
         """Whether the thread takes nothing more, as it was told to stop or an error ended it."""
 
     def start(self) -> None:
         """Load the engine and let it draw a few tokens. Raises what loading raises, `UserError` for a wrong folder."""
         self._thread.start()
-        self._loaded.wait()
-        if self._refusal is not None:
+        error = self._loading.exception()
+        if error is not None:
             self._thread.join()
-            raise self._refusal
+            raise error
 
     def stop(self) -> None:
         """End the thread when it has nothing left to do; what is open ends with an error."""
-        self._asked.put(None)
+        self._messages.put(_Stop())
         self._thread.join()
+
+    @property
+    def generator(self) -> TextGenerator:
+        """The engine with its tokenizer, once `start` has loaded it."""
+        return self._loading.result()
 
     @property
     def slots(self) -> int:
@@ -167,23 +186,23 @@ class Worker:
                 seconds = math.ceil(max(1.0, rounds * self._mean_seconds))
                 raise QueueFullError(min(seconds, LONGEST_RETRY_SECONDS))
             self._open += job.choices
-            self._asked.put(partial(self._begin, job))
+            self._messages.put(_Begin(job))
 
     def cancel(self, job: Job) -> None:
         """End a job before the next step, and free its slots; nothing for one that has ended."""
-        self._asked.put(partial(self._cancel, job))
+        self._messages.put(_Cancel(job))
 
     def _run(self) -> None:
         try:
-            self.generator = self._load()
-            self._warm_up()
+            generator = self._load()
+            _warm_up(generator.engine)
+            self._loading.set_result(generator)
         except (UserError, OSError) as error:
-            self._refusal = error
+            self._loading.set_exception(error)
             return
         finally:
-            if not hasattr(self, "generator") and self._refusal is None:
-                self._refusal = UserError("the engine does not load; the log tells why")
-            self._loaded.set()
+            if not self._loading.done():
+                self._loading.set_exception(UserError("the engine does not load; the log says why"))
         self._work()
 
     def _work(self) -> None:
@@ -201,21 +220,20 @@ class Worker:
             if not stopped:
                 self._on_death()
 
-    def _warm_up(self) -> None:
-        engine = self.generator.engine
-        tokens = min(WARM_UP_TOKENS, engine.context_length - 1)
-        engine.generate([[engine.end_of_text_id]] * engine.session.slots, SamplingParams(max_new_tokens=tokens, seed=0))
-
     def _take(self) -> bool:
         """Do what was asked meanwhile, waiting for something where nothing runs; false at the end."""
         while True:
             try:
-                ask = self._asked.get(block=not (self._running or self._scoring))
+                message = self._messages.get(block=not (self._running or self._scoring))
             except queue.Empty:
                 return True
-            if ask is None:
-                return False
-            ask()
+            match message:
+                case _Begin(job):
+                    self._begin(job)
+                case _Cancel(job):
+                    self._cancel(job)
+                case _Stop():
+                    return False
 
     def _begin(self, job: Job) -> None:
         wants_scores = job.echo and job.params.logprobs is not None
@@ -322,12 +340,17 @@ class Worker:
     def _fail(self, error: Exception) -> None:
         """End every job that is open: nobody will go on with it."""
         jobs = [*self._running, *(scoring.job for scoring in self._scoring)]
-        while not self._asked.empty():
-            ask = self._asked.get()
-            if isinstance(ask, partial) and ask.func == self._begin:
-                jobs.append(ask.args[0])
+        while not self._messages.empty():
+            message = self._messages.get()
+            if isinstance(message, _Begin):
+                jobs.append(message.job)
         for job in jobs:
             job.deliver(error)
+
+
+def _warm_up(engine: Engine) -> None:
+    tokens = min(WARM_UP_TOKENS, engine.context_length - 1)
+    engine.generate([[engine.end_of_text_id]] * engine.session.slots, SamplingParams(max_new_tokens=tokens, seed=0))
 
 
 def run_job(worker: Worker, prompts: list[Prompt], params: SamplingParams) -> Iterator[Piece]:

@@ -18,7 +18,8 @@ from served_model import DECODING, PATIENCE_S, SLOTS, Running, running_server, w
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
-from pipeline.serving.app import Limits, keys_from_environment, playground
+from pipeline.serving.app import keys_from_environment, playground
+from pipeline.serving.options import Limits
 from pipeline.tokens import prompt_ids
 
 ENDLESS = {"max_tokens": 60, "ignore_eos": True, "seed": 1}

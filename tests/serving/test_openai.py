@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.decoding import ModelDecoding, SamplingParams
-from pipeline.serving.openai import ApiError, CompletionRequest, invalid
+from pipeline.serving.openai import ApiError, CompletionRequest, validation_to_api_error
 
 OWN = SamplingParams(temperature=0.7, top_k=40, min_new_tokens=20, max_new_tokens=50, stop=("The end",))
 FAITHFUL = SamplingParams(temperature=0.4, min_new_tokens=10, max_new_tokens=30, repetition_detection=(20, 3))
@@ -159,7 +159,7 @@ def test_a_range_is_that_of_the_decoding_parameters(field: str, value: object, m
 def test_a_body_is_refused_by_its_field(body: dict[str, object], field: str, message: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         CompletionRequest.model_validate(body)
-    error = invalid(refusal.value.errors())
+    error = validation_to_api_error(refusal.value.errors())
     assert (error.status, error.param, error.message) == (400, field, message)
 
 

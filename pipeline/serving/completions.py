@@ -1,0 +1,303 @@
+"""A request for completions, from its checks to its last token, and its answer: whole, or as server-sent events."""
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from pipeline.errors import UserError
+from pipeline.serving.metrics import Metrics
+from pipeline.serving.openai import ApiError, CompletionRequest, Outcome, to_api_error
+from pipeline.serving.options import Limits
+from pipeline.serving.served import Served, ServedModel
+from pipeline.serving.worker import Job, Piece, Prompt, QueueFullError, TokenText, Worker, text_prompt
+
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers that keep proxies from holding a stream back."""
+
+logger = logging.getLogger(__name__)
+
+
+class Call:
+    """A request for completions that the engine works on; it holds its model until it is closed."""
+
+    def __init__(
+        self,
+        asked: CompletionRequest,
+        model: ServedModel,
+        job: Job,
+        deliveries: "asyncio.Queue[list[Piece] | Exception]",
+        *,
+        metrics: Metrics,
+        timeout_s: float,
+        release: Callable[[], None],
+    ) -> None:
+        self.asked = asked
+        self.job = job
+        self.completion_tokens = 0
+        self._model = model
+        self._deliveries = deliveries
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._release = release
+        self._open = job.choices
+        self._id = f"cmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The tokens that the model reads, with the end-of-text before each text."""
+        return sum(len(prompt.ids) for prompt in self.job.prompts)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """Yield the pieces of each step until the last choice has ended. Raises `ApiError`."""
+        remaining_s = self.job.began - time.perf_counter() + self._timeout_s
+        try:
+            async with asyncio.timeout(remaining_s):
+                while self._open:
+                    delivered = await self._deliveries.get()
+                    if isinstance(delivered, Exception):
+                        raise _engine_error(delivered)
+                    for piece in delivered:
+                        self.completion_tokens += piece.token_count
+                        self._open -= piece.finish_reason is not None
+                    yield delivered
+        except TimeoutError:
+            text = f"the request took longer than {self._timeout_s:g} s"
+            raise ApiError(504, text, code="timeout", outcome="timed_out") from None
+
+    def close(self, outcome: Outcome) -> None:
+        """Free what the call holds, and count how it ended. To be called exactly once."""
+        if self._open:
+            self._model.worker.cancel(self.job)
+        self._metrics.requests.labels(outcome).inc()
+        self._release()
+
+    def body(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
+        body = {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model.name,
+            "system_fingerprint": self._model.fingerprint,
+            "choices": choices,
+        }
+        return body if usage is None else {**body, "usage": usage}
+
+
+async def begin_call(
+    asked: CompletionRequest, served: Served, metrics: Metrics, limits: Limits, *, arrived: float
+) -> Call:
+    """Check a request that arrived at `arrived` (`time.perf_counter`) and submit it. Raises `ApiError`."""
+    if not served.ready:
+        raise ApiError(503, "the server is shutting down", outcome="rejected", headers={"Retry-After": "5"})
+    with ExitStack() as lease:
+        model = lease.enter_context(served.lease())
+        check_name(asked.model, model)
+        params = asked.sampling(model.files.decoding, limits.max_tokens)
+        draws = asked.max_tokens != 0
+        scores = bool(asked.echo) and asked.logprobs is not None
+        try:
+            # Before any work for prompts that could never be taken.
+            model.worker.check(len(asked.prompts()) * params.n)
+            prompts = [await _read_prompt(entry, model) for entry in asked.prompts()]
+            for prompt in prompts:
+                if draws:
+                    model.generator.check(prompt.ids, params)
+                if scores:
+                    model.generator.engine.check_text(prompt.ids, "prompt")
+        except UserError as error:
+            raise to_api_error(error) from error
+        loop = asyncio.get_running_loop()
+        deliveries: asyncio.Queue[list[Piece] | Exception] = asyncio.Queue()
+
+        def deliver(delivered: list[Piece] | Exception) -> None:
+            loop.call_soon_threadsafe(deliveries.put_nowait, delivered)
+
+        job = Job(prompts, params, deliver, echo=bool(asked.echo), draws=draws, began=arrived)
+        _submit(model.worker, job)
+        # From here on the call holds the lease.
+        call = Call(
+            asked,
+            model,
+            job,
+            deliveries,
+            metrics=metrics,
+            timeout_s=limits.timeout_s,
+            release=lease.pop_all().close,
+        )
+    metrics.prompt_tokens.inc(call.prompt_tokens)
+    return call
+
+
+def check_name(name: str | None, model: ServedModel) -> None:
+    """Raise `ApiError` if a request asks for a model other than the one that is served."""
+    if name not in (None, model.name, f"{model.name}/{model.version}"):
+        text = f"model: {name!r} is not served here, {model.name} is"
+        raise ApiError(404, text, param="model", code="model_not_found")
+
+
+def check_ids(name: str, ids: list[int], model: ServedModel) -> None:
+    """Raise `ApiError` if one of the token ids is outside the vocabulary."""
+    vocabulary_size = model.generator.engine.manifest.vocabulary_size
+    for token_id in ids:
+        if token_id >= vocabulary_size:
+            raise ApiError(400, f"{name}: token id {token_id} is not in [0, {vocabulary_size})", param=name)
+
+
+async def answer_whole(call: Call, request: Request) -> Response:
+    """Answer with all choices at once; stop the engine if the client disconnects meanwhile."""
+    outcome: Outcome = "cancelled"
+    collecting = asyncio.ensure_future(_collect(call))
+    leaving = asyncio.ensure_future(_wait_for_disconnect(request))
+    try:
+        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            # Nobody reads this response.
+            return Response(status_code=499)
+        body = collecting.result()
+        outcome = "completed"
+        return json_response(body)
+    except ApiError as error:
+        outcome = error.outcome
+        return error_response(error)
+    finally:
+        for task in (collecting, leaving):
+            task.cancel()
+        call.close(outcome)
+
+
+async def _collect(call: Call) -> dict[str, Any]:
+    """Return the body of the whole answer. Raises `ApiError`."""
+    gained: list[list[Piece]] = [[] for _ in range(call.job.choices)]
+    async for pieces in call.pieces():
+        for piece in pieces:
+            gained[piece.index].append(piece)
+    choices = [
+        _choice_body(
+            index,
+            "".join(piece.text for piece in own),
+            [token for piece in own for token in piece.tokens],
+            own[-1].finish_reason,
+            reports=call.asked.logprobs is not None,
+        )
+        for index, own in enumerate(gained)
+    ]
+    return call.body(choices, call.usage)
+
+
+class EventStream(StreamingResponse):
+    """A call as server-sent events: one per piece of a choice, the last one with the usage, then `[DONE]`."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(self._events(call), media_type="text/event-stream", headers=STREAM_HEADERS)
+        self._call = call
+        self._outcome: Outcome = "cancelled"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            # A client that disconnects cancels this, even before the first event.
+            await super().__call__(scope, receive, send)
+        finally:
+            self._call.close(self._outcome)
+
+    async def _events(self, call: Call) -> AsyncIterator[bytes]:
+        reports = call.asked.logprobs is not None
+        left = call.job.choices
+        try:
+            async for pieces in call.pieces():
+                events = []
+                for piece in pieces:
+                    left -= piece.finish_reason is not None
+                    if piece.text or piece.tokens or piece.finish_reason is not None:
+                        choice = _choice_body(
+                            piece.index, piece.text, piece.tokens, piece.finish_reason, reports=reports
+                        )
+                        events.append(_event(call.body([choice], call.usage if left == 0 else None)))
+                if events:
+                    yield b"".join(events)
+        except ApiError as error:
+            self._outcome = error.outcome
+            yield _event(error.body())
+            return
+        if call.asked.stream_options is not None and call.asked.stream_options.include_usage:
+            yield _event(call.body([], call.usage))
+        yield b"data: [DONE]\n\n"
+        self._outcome = "completed"
+
+
+def error_response(error: ApiError) -> Response:
+    return json_response(error.body(), error.status, error.headers)
+
+
+def json_response(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    # In ASCII: an error may quote half of a surrogate pair.
+    return Response(json.dumps(body), status, headers, media_type="application/json")
+
+
+def _choice_body(
+    index: int, text: str, tokens: list[TokenText], finish_reason: str | None, *, reports: bool
+) -> dict[str, Any]:
+    """Return a choice, or a piece of one, in the shape of OpenAI's API."""
+    logprobs = None
+    if reports:
+        logprobs = {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [token.top_logprobs for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(body)}\n\n".encode()
+
+
+async def _read_prompt(entry: str | list[int], model: ServedModel) -> Prompt:
+    """Return a prompt in tokens: a text begins a document, token ids are taken as they are. Raises `ApiError`."""
+    if isinstance(entry, str):
+        return await asyncio.to_thread(text_prompt, model.generator, entry)
+    check_ids("prompt", entry, model)
+    text = model.generator.tokenizer.decode(entry, skip_special_tokens=False)
+    return Prompt(entry, text, has_context=False)
+
+
+def _submit(worker: Worker, job: Job) -> None:
+    """Submit a job. Raises `ApiError` if the queue is full or the engine has ended."""
+    try:
+        worker.submit(job)
+    except QueueFullError as error:
+        headers = {"Retry-After": str(error.retry_after_seconds)}
+        raise ApiError(429, str(error), code="queue_full", outcome="rejected", headers=headers) from error
+    except RuntimeError as error:
+        raise ApiError(503, str(error), outcome="failed") from error
+
+
+def _engine_error(error: Exception) -> ApiError:
+    """Return what a client reads of an error of the engine, and log one that is not the client's."""
+    if isinstance(error, UserError):
+        return to_api_error(error)
+    logger.error("a request failed: %s", error)
+    return ApiError(500, "the engine failed; the server's log says why", outcome="failed")
+
+
+async def _wait_for_disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
