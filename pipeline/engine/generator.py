@@ -186,7 +186,7 @@ class Engine:
 
     def check_text(self, text: Sequence[int], name: str = "text") -> None:
         """Raises the `UserError` for which a text would not be scored. Safe to call from any thread."""
-        self._check_ids(name, text)
+        self.check_ids(name, text)
         if len(text) == 0:
             raise UserError(f"{name}: has no tokens; give at least one, such as end-of-text")
         if len(text) > self.context_length:
@@ -212,7 +212,7 @@ class Engine:
 
     def _context(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
         """The context that a prompt gives. Raises `UserError` where either will not do."""
-        self._check_ids("prompt", prompt)
+        self.check_ids("prompt", prompt)
         check_token_ids(params, self.manifest.vocabulary_size)
         if params.stop:
             raise UserError("stop: holds texts, and the engine reads token ids; pipeline.engine.text knows both")
@@ -231,7 +231,7 @@ class Engine:
             "or set context_overflow to slide"
         )
 
-    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+    def check_ids(self, name: str, ids: Sequence[int]) -> None:
         for token_id in ids:
             if not 0 <= token_id < self.manifest.vocabulary_size:
                 raise UserError(f"{name}: token id {token_id} is not in [0, {self.manifest.vocabulary_size})")

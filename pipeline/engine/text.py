@@ -1,7 +1,8 @@
 """Text around the engine: prompts in, continuations out, stop texts, and characters never cut in a stream."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,35 @@ from pipeline.errors import UserError
 from pipeline.tokens import load_tokenizer, prompt_ids
 
 BYTES = "bytes:"
-"""How the text of a token begins that is no whole character: its bytes follow, spelled out."""
+"""The beginning of a token's text if the token is no whole character: its bytes follow, spelled out."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A token as a client reads it."""
+
+    text: str
+    offset: int
+    """The position of its first character in the text of the choice."""
+    logprob: float | None
+    top_logprobs: dict[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a choice has gained in a step."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    """The tokens that were drawn."""
+    tokens: list[TokenText] = field(default_factory=list)
+    """The tokens that the text completes; empty if no log-probabilities were asked for."""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def token_count(self) -> int:
+        return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +93,20 @@ class TextGenerator:
         pairs = [(prompt_ids(self.tokenizer, prompt), own) for prompt, own in zip(prompts, params, strict=True)]
         requests = self.submit(pairs)
         stops = [own.stop for _, own in pairs for _ in range(own.n)]
-        texts = {request: _Text(self.tokenizer, request, stop) for request, stop in zip(requests, stops, strict=True)}
-        self.engine.run(requests, lambda request: texts[request].take())
-        return [text.completion() for text in texts.values()]
+        choices = {
+            request: Choice(index, request, self.tokenizer, stop)
+            for index, (request, stop) in enumerate(zip(requests, stops, strict=True))
+        }
+        pieces: list[list[Piece]] = [[] for _ in requests]
+
+        def advance(request: Request) -> bool:
+            choice = choices[request]
+            if (piece := choice.take()) is not None:
+                pieces[choice.index].append(piece)
+            return choice.finish_reason is not None
+
+        self.engine.run(requests, advance)
+        return [_completion(own) for own in pieces]
 
     def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
         """Queue the continuations of prompts in tokens, as `Engine.submit_all` does; stop texts are left to the caller.
@@ -148,6 +188,18 @@ class TokenTexts:
             text = self._texts[token_id] = self._text_of(token_id)
         return text
 
+    def describe(self, token: Token, begin: int, end: int) -> TokenText:
+        """Return a token as a client reads it; it made a text of `begin` characters one of `end`.
+
+        A token of mere bytes is placed where their character will begin. Whole characters end the text: what precedes
+        them then is the mark for bytes that never became a character.
+        """
+        if token.token_id is None:
+            raise ValueError("the token has no id")
+        text, top = self[token.token_id], token.top_logprobs
+        offset = begin if text.startswith(BYTES) else max(begin, end - len(text))
+        return TokenText(text, offset, token.logprob, None if top is None else {self[i]: p for i, p in top.items()})
+
     def _text_of(self, token_id: int) -> str:
         written = self._tokenizer.id_to_token(token_id)
         if written is None:
@@ -162,29 +214,70 @@ class TokenTexts:
             return BYTES + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
-class _Text:
-    """A request, and the text that it has given so far."""
+class Choice:
+    """A continuation that is being drawn, and the text that it has given so far, up to a stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        *,
+        texts: TokenTexts | None = None,
+        begin: int = 0,
+    ) -> None:
+        """Read `request`. `texts` is given if its tokens are reported; its text begins after `begin` characters."""
+        self.index = index
         self.request = request
+        self.finish_reason: FinishReason | None = None
+        """Why it has ended; a stop text ends it, but not yet the request that draws it."""
         self._detokenizer = Detokenizer(tokenizer, stop)
-        self._pieces: list[str] = []
-        self._token_ids: list[int] = []
+        self._texts = texts
+        self._length = begin
+        """The characters of the choice's text that were taken."""
+        self._tokens: deque[TokenText] = deque()
+        """The tokens of which no character was taken yet."""
 
-    def take(self) -> bool:
-        """Take the tokens that have come; whether a stop text is complete."""
-        while self.request.tokens and not self._detokenizer.stopped:
-            token_id = self.request.tokens.popleft().token_id
-            if token_id is not None:
-                self._token_ids.append(token_id)
-                self._pieces.append(self._detokenizer.feed(token_id))
-        return self._detokenizer.stopped
+    def take(self) -> Piece | None:
+        """Return what has come since the last call; None if nothing has."""
+        text, token_ids = "", []
+        while self.request.tokens and self.finish_reason is None:
+            token = self.request.tokens.popleft()
+            if token.token_id is not None:
+                token_ids.append(token.token_id)
+                begin = self._length + len(text) + self._detokenizer.held
+                text += self._detokenizer.feed(token.token_id)
+                if self._texts is not None:
+                    end = self._length + len(text) + self._detokenizer.held
+                    self._tokens.append(self._texts.describe(token, begin, end))
+            self.finish_reason = "stop" if self._detokenizer.stopped else token.finish_reason
+        if self.finish_reason is not None:
+            text += self._detokenizer.finish()
+        if not text and not token_ids and self.finish_reason is None:
+            return None
+        self._length += len(text)
+        return Piece(self.index, text, token_ids, self._complete_tokens(), self.finish_reason)
 
-    def completion(self) -> TextCompletion:
-        reason = "stop" if self._detokenizer.stopped else self.request.finish_reason
-        if reason is None:
-            raise ValueError("the request has not ended")
-        return TextCompletion("".join([*self._pieces, self._detokenizer.finish()]), self._token_ids, reason)
+    def _complete_tokens(self) -> list[TokenText]:
+        """Take the tokens of which a character was taken, and all that are left at the end.
+
+        What spells a stop text is no part of the text.
+        """
+        takes_all = self.finish_reason is not None and not self._detokenizer.stopped
+        tokens = []
+        while self._tokens and (takes_all or self._tokens[0].offset < self._length):
+            tokens.append(self._tokens.popleft())
+        return tokens
+
+
+def _completion(pieces: Sequence[Piece]) -> TextCompletion:
+    reason = pieces[-1].finish_reason
+    if reason is None:
+        raise ValueError("the request has not ended")
+    return TextCompletion(
+        "".join(piece.text for piece in pieces), [token_id for piece in pieces for token_id in piece.token_ids], reason
+    )
 
 
 def _for_engine(params: SamplingParams) -> SamplingParams:

@@ -23,13 +23,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import UserError
-from pipeline.serving.completions import EventStream, answer_whole, begin_call, check_ids, check_name, error_response
+from pipeline.serving.completions import EventStream, answer_whole, begin_call, check_name, error_response
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.openai import (
     ApiError,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    to_api_error,
     validation_to_api_error,
 )
 from pipeline.serving.options import Limits
@@ -102,7 +103,10 @@ def create_app(
         """Return the text of token ids."""
         with served.lease() as current:
             check_name(asked.model, current)
-            check_ids("tokens", asked.tokens, current)
+            try:
+                current.generator.engine.check_ids("tokens", asked.tokens)
+            except UserError as error:
+                raise to_api_error(error) from error
             decode = current.generator.tokenizer.decode
             return {"prompt": await asyncio.to_thread(decode, asked.tokens, skip_special_tokens=False)}
 

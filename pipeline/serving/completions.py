@@ -7,18 +7,20 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from pipeline.engine.text import Piece, TokenText
 from pipeline.errors import UserError
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.openai import ApiError, CompletionRequest, Outcome, to_api_error
 from pipeline.serving.options import Limits
 from pipeline.serving.served import Served, ServedModel
-from pipeline.serving.worker import Job, Piece, Prompt, QueueFullError, TokenText, Worker, text_prompt
+from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worker, text_prompt
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers that keep proxies from holding a stream back."""
@@ -34,7 +36,7 @@ class Call:
         asked: CompletionRequest,
         model: ServedModel,
         job: Job,
-        deliveries: "asyncio.Queue[list[Piece] | Exception]",
+        deliveries: "asyncio.Queue[Delivery | Exception]",
         *,
         metrics: Metrics,
         timeout_s: float,
@@ -48,7 +50,6 @@ class Call:
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._release = release
-        self._open = job.choices
         self._id = f"cmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
 
@@ -65,27 +66,26 @@ class Call:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """Yield the pieces of each step until the last choice has ended. Raises `ApiError`."""
+    async def deliveries(self) -> AsyncIterator[Delivery]:
+        """Yield what each step gives until the last choice has ended. Raises `ApiError`."""
         remaining_s = self.job.began - time.perf_counter() + self._timeout_s
         try:
             async with asyncio.timeout(remaining_s):
-                while self._open:
-                    delivered = await self._deliveries.get()
-                    if isinstance(delivered, Exception):
-                        raise _engine_error(delivered)
-                    for piece in delivered:
-                        self.completion_tokens += piece.token_count
-                        self._open -= piece.finish_reason is not None
-                    yield delivered
+                is_last = False
+                while not is_last:
+                    delivery = await self._deliveries.get()
+                    if isinstance(delivery, Exception):
+                        raise _engine_error(delivery)
+                    self.completion_tokens += sum(piece.token_count for piece in delivery.pieces)
+                    yield delivery
+                    is_last = delivery.is_last
         except TimeoutError:
             text = f"the request took longer than {self._timeout_s:g} s"
             raise ApiError(504, text, code="timeout", outcome="timed_out") from None
 
     def close(self, outcome: Outcome) -> None:
         """Free what the call holds, and count how it ended. To be called exactly once."""
-        if self._open:
-            self._model.worker.cancel(self.job)
+        self._model.worker.cancel(self.job)
         self._metrics.requests.labels(outcome).inc()
         self._release()
 
@@ -107,8 +107,10 @@ async def begin_call(
     """Check a request that arrived at `arrived` (`time.perf_counter`) and submit it. Raises `ApiError`."""
     if not served.ready:
         raise ApiError(503, "the server is shutting down", outcome="rejected", headers={"Retry-After": "5"})
-    with ExitStack() as lease:
-        model = lease.enter_context(served.lease())
+    with ExitStack() as on_error:
+        model = served.acquire()
+        release = partial(served.release, model)
+        on_error.callback(release)
         check_name(asked.model, model)
         params = asked.sampling(model.files.decoding, limits.max_tokens)
         draws = asked.max_tokens != 0
@@ -125,23 +127,16 @@ async def begin_call(
         except UserError as error:
             raise to_api_error(error) from error
         loop = asyncio.get_running_loop()
-        deliveries: asyncio.Queue[list[Piece] | Exception] = asyncio.Queue()
+        deliveries: asyncio.Queue[Delivery | Exception] = asyncio.Queue()
 
-        def deliver(delivered: list[Piece] | Exception) -> None:
-            loop.call_soon_threadsafe(deliveries.put_nowait, delivered)
+        def deliver(delivery: Delivery | Exception) -> None:
+            loop.call_soon_threadsafe(deliveries.put_nowait, delivery)
 
         job = Job(prompts, params, deliver, echo=bool(asked.echo), draws=draws, began=arrived)
+        call = Call(asked, model, job, deliveries, metrics=metrics, timeout_s=limits.timeout_s, release=release)
         _submit(model.worker, job)
-        # From here on the call holds the lease.
-        call = Call(
-            asked,
-            model,
-            job,
-            deliveries,
-            metrics=metrics,
-            timeout_s=limits.timeout_s,
-            release=lease.pop_all().close,
-        )
+        # From here on the call releases the model when it is closed.
+        on_error.pop_all()
     metrics.prompt_tokens.inc(call.prompt_tokens)
     return call
 
@@ -151,14 +146,6 @@ def check_name(name: str | None, model: ServedModel) -> None:
     if name not in (None, model.name, f"{model.name}/{model.version}"):
         text = f"model: {name!r} is not served here, {model.name} is"
         raise ApiError(404, text, param="model", code="model_not_found")
-
-
-def check_ids(name: str, ids: list[int], model: ServedModel) -> None:
-    """Raise `ApiError` if one of the token ids is outside the vocabulary."""
-    vocabulary_size = model.generator.engine.manifest.vocabulary_size
-    for token_id in ids:
-        if token_id >= vocabulary_size:
-            raise ApiError(400, f"{name}: token id {token_id} is not in [0, {vocabulary_size})", param=name)
 
 
 async def answer_whole(call: Call, request: Request) -> Response:
@@ -186,8 +173,8 @@ async def answer_whole(call: Call, request: Request) -> Response:
 async def _collect(call: Call) -> dict[str, Any]:
     """Return the body of the whole answer. Raises `ApiError`."""
     gained: list[list[Piece]] = [[] for _ in range(call.job.choices)]
-    async for pieces in call.pieces():
-        for piece in pieces:
+    async for delivery in call.deliveries():
+        for piece in delivery.pieces:
             gained[piece.index].append(piece)
     choices = [
         _choice_body(
@@ -219,17 +206,16 @@ class EventStream(StreamingResponse):
 
     async def _events(self, call: Call) -> AsyncIterator[bytes]:
         reports = call.asked.logprobs is not None
-        left = call.job.choices
         try:
-            async for pieces in call.pieces():
+            async for delivery in call.deliveries():
+                pieces = [
+                    piece for piece in delivery.pieces if piece.text or piece.tokens or piece.finish_reason is not None
+                ]
                 events = []
                 for piece in pieces:
-                    left -= piece.finish_reason is not None
-                    if piece.text or piece.tokens or piece.finish_reason is not None:
-                        choice = _choice_body(
-                            piece.index, piece.text, piece.tokens, piece.finish_reason, reports=reports
-                        )
-                        events.append(_event(call.body([choice], call.usage if left == 0 else None)))
+                    choice = _choice_body(piece.index, piece.text, piece.tokens, piece.finish_reason, reports=reports)
+                    ends_job = delivery.is_last and piece is pieces[-1]
+                    events.append(_event(call.body([choice], call.usage if ends_job else None)))
                 if events:
                     yield b"".join(events)
         except ApiError as error:
@@ -271,10 +257,10 @@ def _event(body: dict[str, Any]) -> bytes:
 
 
 async def _read_prompt(entry: str | list[int], model: ServedModel) -> Prompt:
-    """Return a prompt in tokens: a text begins a document, token ids are taken as they are. Raises `ApiError`."""
+    """Return a prompt in tokens: a text begins a document, token ids are taken as they are. Raises `UserError`."""
     if isinstance(entry, str):
         return await asyncio.to_thread(text_prompt, model.generator, entry)
-    check_ids("prompt", entry, model)
+    model.generator.engine.check_ids("prompt", entry)
     text = model.generator.tokenizer.decode(entry, skip_special_tokens=False)
     return Prompt(entry, text, has_context=False)
 

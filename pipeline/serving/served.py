@@ -216,20 +216,28 @@ class Served:
             for model in (self.current, *self._retired):
                 model.close()
 
+    def acquire(self) -> ServedModel:
+        """Return the current version, which is kept until it is released."""
+        with self._lock:
+            self.current.users += 1
+            return self.current
+
+    def release(self, model: ServedModel) -> None:
+        """Give back a version that `acquire` returned."""
+        with self._lock:
+            model.users -= 1
+            is_idle = model.users == 0 and model is not self.current
+        if is_idle:
+            self._wake.set()
+
     @contextmanager
     def lease(self) -> Iterator[ServedModel]:
-        """The current version, which is not let go before the block ends."""
-        with self._lock:
-            model = self.current
-            model.users += 1
+        """Acquire the current version for a block."""
+        model = self.acquire()
         try:
             yield model
         finally:
-            with self._lock:
-                model.users -= 1
-                is_idle = model.users == 0 and model is not self.current
-            if is_idle:
-                self._wake.set()
+            self.release(model)
 
     @property
     def models(self) -> list[ServedModel]:

@@ -11,14 +11,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine import Engine
-from pipeline.engine.scheduler import FinishReason, Request, Token
-from pipeline.engine.text import BYTES, Detokenizer, TextGenerator, TokenTexts
+from pipeline.engine import Engine, Token
+from pipeline.engine.text import Choice, Detokenizer, Piece, TextGenerator, TokenText
 from pipeline.errors import UserError
 from pipeline.tokens import prompt_ids
 
@@ -40,27 +39,12 @@ class QueueFullError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenText:
-    """A token as a client reads it."""
+class Delivery:
+    """What a job has gained in a step."""
 
-    text: str
-    offset: int
-    """Of its first character in the text of the choice."""
-    logprob: float | None
-    top_logprobs: dict[str, float] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What a choice has gained."""
-
-    index: int
-    text: str
-    tokens: list[TokenText]
-    """Those that the text completes; none where no log-probabilities were asked for."""
-    token_count: int
-    """Tokens drawn meanwhile."""
-    finish_reason: FinishReason | None = None
+    pieces: list[Piece]
+    is_last: bool
+    """Whether every choice of the job has ended."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +64,8 @@ class Job:
 
     prompts: list[Prompt]
     params: SamplingParams
-    deliver: Callable[[list[Piece] | Exception], None]
-    """Called in the engine's thread with what a step has given, or with what ended the job."""
+    deliver: Callable[[Delivery | Exception], None]
+    """Called in the engine's thread with what each step gives, or with the error that ends the job."""
     echo: bool = False
     draws: bool = True
     """Whether anything is drawn at all."""
@@ -128,7 +112,8 @@ class Worker:
         self._open = 0
         self._mean_seconds = 1.0
         self._scoring: deque[_Scoring] = deque()
-        self._running: dict[Job, list[_Choice]] = {}
+        self._running: dict[Job, dict[Choice, float | None]] = {}
+        """The choices of each job that have not ended, with the time of their last token, None before the first."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.ended = False
         """Whether the thread takes nothing more, as it was told to stop or an error ended it."""
@@ -240,7 +225,7 @@ class Worker:
         if wants_scores:
             self._scoring.append(_Scoring(self.generator, job))
             return
-        self._draw(job, [[Piece(0, prompt.text, [], 0)] if job.echo else [] for prompt in job.prompts])
+        self._draw(job, [Piece(0, prompt.text) for prompt in job.prompts] if job.echo else [])
 
     def _score(self) -> None:
         """Score the next chunk of the first text that waits for it."""
@@ -255,77 +240,80 @@ class Worker:
             return
         if done:
             self._scoring.popleft()
-            self._draw(scoring.job, [[piece] for piece in scoring.pieces])
+            self._draw(scoring.job, scoring.pieces)
 
-    def _draw(self, job: Job, echoed: list[list[Piece]]) -> None:
-        """Submit the continuations of a job, and deliver what goes before them."""
+    def _draw(self, job: Job, echoed: list[Piece]) -> None:
+        """Deliver the prompts of a job that are echoed, one piece each or none at all, and submit its continuations."""
         n = job.params.n
-        heads = [replace(piece, index=index) for index in range(job.choices) for piece in echoed[index // n]]
+        heads = [replace(echoed[index // n], index=index) for index in range(job.choices)] if echoed else []
         if not job.draws:
-            ends = [Piece(index, "", [], 0, "length") for index in range(job.choices)]
-            job.deliver(heads + ends)
+            ends = [Piece(index, finish_reason="length") for index in range(job.choices)]
+            job.deliver(Delivery(heads + ends, is_last=True))
             self._close(job.choices)
             return
         if heads:
-            job.deliver(heads)
+            job.deliver(Delivery(heads, is_last=False))
         try:
             requests = self.generator.submit([(prompt.ids, job.params) for prompt in job.prompts])
         except UserError as error:
             self._end(job, error)
             return
-        begun = [len(pieces[0].text) if pieces else 0 for pieces in echoed]
-        self._running[job] = [
-            _Choice(index, request, self.generator, job, begun[index // n]) for index, request in enumerate(requests)
-        ]
+        texts = self.generator.token_texts if job.params.logprobs is not None else None
+        self._running[job] = {
+            Choice(
+                index,
+                request,
+                self.generator.tokenizer,
+                job.params.stop,
+                texts=texts,
+                begin=len(echoed[index // n].text) if echoed else 0,
+            ): None
+            for index, request in enumerate(requests)
+        }
 
     def _step(self) -> None:
+        """Draw a token for every running continuation, and deliver what each job has gained."""
         if not self._running:
             return
         self.generator.engine.scheduler.step()
         now = time.perf_counter()
         for job, choices in list(self._running.items()):
-            failed = next((choice.request.error for choice in choices if choice.request.error is not None), None)
-            if failed is not None:
-                self._cancel_choices(choices)
-                del self._running[job]
-                job.deliver(failed)
+            error = next((choice.request.error for choice in choices if choice.request.error is not None), None)
+            if error is not None:
+                self._cancel(job)
+                job.deliver(error)
                 continue
-            pieces = [piece for choice in choices if (piece := self._advance(choice, now)) is not None]
-            if pieces:
-                job.deliver(pieces)
-            if all(choice.ended for choice in choices):
+            pieces = [
+                piece for choice in list(choices) if (piece := self._advance(job, choices, choice, now)) is not None
+            ]
+            if not choices:
                 del self._running[job]
+            if pieces or not choices:
+                job.deliver(Delivery(pieces, is_last=not choices))
 
-    def _advance(self, choice: "_Choice", now: float) -> Piece | None:
-        if choice.ended:
-            return None
+    def _advance(self, job: Job, choices: dict[Choice, float | None], choice: Choice, now: float) -> Piece | None:
+        """Take what a choice has gained, and remove it from `choices` if it has ended."""
         piece = choice.take()
         if piece is None:
             return None
         if piece.token_count:
-            since = choice.job.began if choice.last is None else choice.last
-            self._on_tokens(piece.token_count, now - since, choice.last is None)
-            choice.last = now
+            last = choices[choice]
+            self._on_tokens(piece.token_count, now - (job.began if last is None else last), last is None)
+            choices[choice] = now
         if piece.finish_reason is not None:
-            # A stop text ends the text, and not yet what draws it.
+            # A stop text ends the text, but not yet the request that draws it.
             self.generator.engine.scheduler.cancel(choice.request)
-            choice.ended = True
-            self._close(1, now - choice.job.began)
+            del choices[choice]
+            self._close(1, now - job.began)
         return piece
 
     def _cancel(self, job: Job) -> None:
         for scoring in [scoring for scoring in self._scoring if scoring.job is job]:
             self._scoring.remove(scoring)
             self._close(job.choices)
-        if job in self._running:
-            self._cancel_choices(self._running.pop(job))
-
-    def _cancel_choices(self, choices: Sequence["_Choice"]) -> None:
-        for choice in choices:
-            if not choice.ended:
-                self.generator.engine.scheduler.cancel(choice.request)
-                choice.ended = True
-                self._close(1)
+        for choice in self._running.pop(job, {}):
+            self.generator.engine.scheduler.cancel(choice.request)
+            self._close(1)
 
     def _end(self, job: Job, error: Exception) -> None:
         job.deliver(error)
@@ -358,18 +346,17 @@ def run_job(worker: Worker, prompts: list[Prompt], params: SamplingParams) -> It
 
     Raises what `Worker.submit` raises, at the first piece, and what ended the job.
     """
-    got: queue.SimpleQueue[list[Piece] | Exception] = queue.SimpleQueue()
-    job = Job(prompts, params, got.put)
+    deliveries: queue.SimpleQueue[Delivery | Exception] = queue.SimpleQueue()
+    job = Job(prompts, params, deliveries.put)
     worker.submit(job)
-    left = job.choices
+    is_last = False
     try:
-        while left:
-            pieces = got.get()
-            if isinstance(pieces, Exception):
-                raise pieces
-            for piece in pieces:
-                left -= piece.finish_reason is not None
-                yield piece
+        while not is_last:
+            delivery = deliveries.get()
+            if isinstance(delivery, Exception):
+                raise delivery
+            yield from delivery.pieces
+            is_last = delivery.is_last
     finally:
         worker.cancel(job)
 
@@ -377,51 +364,6 @@ def run_job(worker: Worker, prompts: list[Prompt], params: SamplingParams) -> It
 def text_prompt(generator: TextGenerator, text: str) -> Prompt:
     """A text as the beginning of a document."""
     return Prompt(prompt_ids(generator.tokenizer, text), text, has_context=True)
-
-
-class _Choice:
-    """A continuation, and the text that it has given so far."""
-
-    def __init__(self, index: int, request: Request, generator: TextGenerator, job: Job, begun: int) -> None:
-        self.index = index
-        self.request = request
-        self.job = job
-        self.last: float | None = None
-        """When the last token came."""
-        self.ended = False
-        self._detokenizer = Detokenizer(generator.tokenizer, job.params.stop)
-        self._texts = generator.token_texts if job.params.logprobs is not None else None
-        self._given = begun
-        """Characters of the choice's text that were delivered."""
-        self._tokens: deque[TokenText] = deque()
-
-    def take(self) -> Piece | None:
-        """What has come since it was asked last; none where nothing has."""
-        text, count = "", 0
-        reason: FinishReason | None = None
-        while self.request.tokens and not self._detokenizer.stopped:
-            token = self.request.tokens.popleft()
-            if token.token_id is not None:
-                count += 1
-                begin = self._given + len(text) + self._detokenizer.held
-                text += self._detokenizer.feed(token.token_id)
-                if self._texts is not None:
-                    end = self._given + len(text) + self._detokenizer.held
-                    self._tokens.append(token_text(self._texts, token, begin, end))
-            reason = token.finish_reason or reason
-        if self._detokenizer.stopped:
-            reason = "stop"
-        if reason is not None:
-            text += self._detokenizer.finish()
-        if not text and not count and reason is None:
-            return None
-        self._given += len(text)
-        tokens: list[TokenText] = []
-        # One of which no character is there yet waits for it; what spells a stop text is no part of the text.
-        is_whole = reason is not None and not self._detokenizer.stopped
-        while self._tokens and (is_whole or self._tokens[0].offset < self._given):
-            tokens.append(self._tokens.popleft())
-        return Piece(self.index, text, tokens, count, reason)
 
 
 class _Scoring:
@@ -451,8 +393,8 @@ class _Scoring:
             begin = length
             if token.token_id is not None:
                 length += len(detokenizer.feed(token.token_id))
-            tokens.append(token_text(self._texts, token, begin, length))
-        self.pieces.append(Piece(0, prompt.text, tokens, 0))
+            tokens.append(self._texts.describe(token, begin, length))
+        self.pieces.append(Piece(0, prompt.text, tokens=tokens))
         self._tokens = []
         if len(self.pieces) == len(self.job.prompts):
             return True
@@ -462,16 +404,3 @@ class _Scoring:
     def _begin(self) -> Iterator[list[Token]]:
         prompt = self.job.prompts[len(self.pieces)]
         return self._engine.echo_chunks(prompt.ids, self.job.params.logprobs or 0)
-
-
-def token_text(texts: TokenTexts, token: Token, begin: int, end: int) -> TokenText:
-    """A token as a client reads it; it made a text of `begin` characters one of `end`.
-
-    Bytes of a character begin where that will stand. Whole characters end the text: what goes before them then is the
-    mark for bytes that came to nothing.
-    """
-    if token.token_id is None:
-        raise ValueError("the token has no id")
-    text, top = texts[token.token_id], token.top_logprobs
-    offset = begin if text.startswith(BYTES) else max(begin, end - len(text))
-    return TokenText(text, offset, token.logprob, None if top is None else {texts[i]: p for i, p in top.items()})

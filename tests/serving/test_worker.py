@@ -9,9 +9,9 @@ import pytest
 from served_model import PATIENCE_S, SLOTS, wait_for
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.text import TextGenerator
+from pipeline.engine.text import Piece, TextGenerator
 from pipeline.errors import UserError
-from pipeline.serving.worker import Job, Piece, Prompt, QueueFullError, Worker
+from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worker
 from pipeline.tokens import prompt_ids
 
 SEEDED = SamplingParams(max_new_tokens=16, seed=3, ignore_eos=True)
@@ -22,7 +22,7 @@ class Client:
     """Whoever waits for a job."""
 
     def __init__(self, worker: Worker, prompt: str, params: SamplingParams, **options: Any) -> None:
-        self.got: queue.SimpleQueue[list[Piece] | Exception] = queue.SimpleQueue()
+        self.got: queue.SimpleQueue[Delivery | Exception] = queue.SimpleQueue()
         ids = prompt_ids(worker.generator.tokenizer, prompt)
         self.job = Job([Prompt(ids, prompt, has_context=True)], params, self.got.put, **options)
         worker.submit(self.job)
@@ -30,12 +30,15 @@ class Client:
     def pieces(self) -> list[Piece]:
         """All pieces, to the end of the last choice."""
         pieces: list[Piece] = []
-        while sum(piece.finish_reason is not None for piece in pieces) < self.job.choices:
+        while True:
             got = self.got.get(timeout=PATIENCE_S)
             if isinstance(got, Exception):
                 raise got
-            pieces += got
-        return pieces
+            pieces += got.pieces
+            ended = sum(piece.finish_reason is not None for piece in pieces)
+            assert got.is_last == (ended == self.job.choices)
+            if got.is_last:
+                return pieces
 
     def text(self) -> str:
         return "".join(piece.text for piece in self.pieces())
