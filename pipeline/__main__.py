@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.decoding import ModelDecoding, SamplingParams, list_types, read_decoding, scalar_types
+from pipeline.decoding import ModelDecoding, SamplingParams, list_types, merge_decoding, read_decoding, scalar_types
 from pipeline.errors import UserError, report_errors
 from pipeline.params.whole import load_params
 
@@ -59,7 +59,7 @@ def _add_generate(commands: Any) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     # Imported here, so that `--help` is there at once.
-    from pipeline.engine.text import TextGenerator, merge_decoding
+    from pipeline.engine.text import TextGenerator
 
     folder, decoding = _engine_and_decoding(arguments.model)
     values = {name: value for name, value in vars(arguments).items() if name in SamplingParams.__dataclass_fields__}

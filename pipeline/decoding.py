@@ -241,3 +241,9 @@ def _check_integer(name: str, value: Any, *, minimum: int) -> None:
 def _check_range(name: str, value: Any, holds: bool, allowed: str) -> None:
     if not holds:
         raise UserError(f"{name}: {value!r} is out of range, must be {allowed}")
+
+
+def merge_decoding(defaults: SamplingParams, values: Mapping[str, Any]) -> SamplingParams:
+    """Return `defaults` with each value that is given; null and an empty list mean the default. Raises `UserError`."""
+    given = {name: value for name, value in values.items() if value is not None and value != []}
+    return SamplingParams.from_mapping({**defaults.to_mapping(), **given})

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.decoding import ModelDecoding, SamplingParams, read_decoding
+from pipeline.decoding import ModelDecoding, SamplingParams, merge_decoding, read_decoding
 from pipeline.errors import UserError
 from pipeline.files import write_json
 
@@ -252,3 +252,19 @@ def test_a_file_that_will_not_do_is_told(decoding: str, presets: str, message: s
     (tmp_path / "presets.json").write_text(presets)
     with pytest.raises(UserError, match=rf"^{tmp_path}/{message}$"):
         read_decoding(tmp_path / "decoding.json", tmp_path / "presets.json")
+
+
+def test_values_that_are_given_take_the_place_of_defaults() -> None:
+    defaults = SamplingParams(temperature=0.8, top_k=50, stop=("\n",), logit_bias={3: 1.0})
+    merged = merge_decoding(defaults, {"temperature": 0.0, "top_k": 0, "seed": 7, "ignore_eos": False})
+    assert merged == SamplingParams(temperature=0.0, stop=("\n",), logit_bias={3: 1.0}, seed=7)
+
+
+def test_null_and_an_empty_list_mean_the_default() -> None:
+    defaults = SamplingParams(temperature=0.8, stop=("\n",))
+    assert merge_decoding(defaults, {"temperature": None, "stop": [], "max_new_tokens": None}) == defaults
+
+
+def test_a_given_value_out_of_range_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^top_p: 1\.5 is out of range, must be in \(0, 1\]$"):
+        merge_decoding(SamplingParams(), {"top_p": 1.5})

@@ -1,10 +1,9 @@
 """Text around the engine: prompts in, continuations out, stop texts, and characters never cut in a stream."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -13,7 +12,6 @@ from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Token
 from pipeline.engine.generator import SLOTS
 from pipeline.engine.scheduler import FinishReason, Request
-from pipeline.errors import UserError
 from pipeline.tokens import load_tokenizer, prompt_ids
 
 BYTES = "bytes:"
@@ -81,10 +79,6 @@ class TextGenerator:
         engine = Engine.load(folder, precision=precision, provider=provider, threads=threads, slots=slots)
         return cls(engine, load_tokenizer(Path(folder)))
 
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[str]:
-        """The continuation of every prompt, without it; choice j of prompt i stands at `i * n + j`."""
-        return [done.text for done in self.complete(prompts, [params] * len(prompts))]
-
     def complete(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> list[TextCompletion]:
         """The continuation of every prompt by its own parameters; choice j of prompt i stands at `i * n + j`.
 
@@ -126,19 +120,21 @@ class TextGenerator:
         last token may leave one, is no part of it.
         """
         tokens = self.engine.stream(prompt_ids(self.tokenizer, prompt), _for_engine(params))
-        return self._pieces(tokens, params.stop)
+        return detokenize(tokens, self.tokenizer, params.stop)
 
-    def _pieces(self, tokens: Iterator[Token], stop: Sequence[str]) -> Iterator[str]:
-        detokenizer = Detokenizer(self.tokenizer, stop)
-        for token in tokens:
-            if token.token_id is None:
-                break
-            if piece := detokenizer.feed(token.token_id):
-                yield piece
-            if detokenizer.stopped:
-                return
-        if rest := detokenizer.finish():
-            yield rest
+
+def detokenize(tokens: Iterator[Token], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
+    """Yield the text of tokens in pieces of whole characters, up to a stop text."""
+    detokenizer = Detokenizer(tokenizer, stop)
+    for token in tokens:
+        if token.token_id is None:
+            break
+        if piece := detokenizer.feed(token.token_id):
+            yield piece
+        if detokenizer.stopped:
+            return
+    if rest := detokenizer.finish():
+        yield rest
 
 
 class Detokenizer:
@@ -283,19 +279,6 @@ def _completion(pieces: Sequence[Piece]) -> TextCompletion:
 def _for_engine(params: SamplingParams) -> SamplingParams:
     """The parameters without the texts that the engine, which reads ids, does not know."""
     return replace(params, stop=())
-
-
-def merge_decoding(defaults: SamplingParams, values: Mapping[str, Any]) -> SamplingParams:
-    """`defaults` with each value that was given; null and an empty list mean the default."""
-    given = {name: value for name, value in values.items() if value is not None and value != []}
-    return SamplingParams.from_mapping({**defaults.to_mapping(), **given})
-
-
-def bias_of(ids: Sequence[int], values: Sequence[float]) -> dict[int, float]:
-    """`logit_bias` from the two lists that a signature can declare."""
-    if len(ids) != len(values):
-        raise UserError(f"logit_bias_values: {len(values)} values for {len(ids)} ids in logit_bias_ids")
-    return dict(zip(ids, values, strict=True))
 
 
 def _written_bytes() -> dict[str, int]:

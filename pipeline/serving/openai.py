@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
 from pydantic_core import PydanticCustomError, ValidationError
 
-from pipeline.decoding import ModelDecoding, SamplingParams
-from pipeline.engine.text import merge_decoding
+from pipeline.decoding import ModelDecoding, SamplingParams, merge_decoding
 from pipeline.errors import UserError
 
 MOST_LOGPROBS = 20

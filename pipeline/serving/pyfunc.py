@@ -34,8 +34,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from pipeline.decoding import SamplingParams, read_decoding
-from pipeline.engine.text import TextGenerator, bias_of, merge_decoding
+from pipeline.decoding import SamplingParams, merge_decoding, read_decoding
+from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
 from pipeline.serving.worker import Prompt, Worker, run_job, text_prompt
 
@@ -104,8 +104,15 @@ class TextModel(PythonModel):
         own = self.decoding.named(values.pop("preset", None))
         ids, biases = values.pop("logit_bias_ids", []), values.pop("logit_bias_values", [])
         if ids or biases:
-            values["logit_bias"] = bias_of(ids, biases)
+            values["logit_bias"] = read_logit_bias(ids, biases)
         return merge_decoding(own, values)
+
+
+def read_logit_bias(ids: list[int], values: list[float]) -> dict[int, float]:
+    """Return `logit_bias` from the two lists that a signature can declare. Raises `UserError`."""
+    if len(ids) != len(values):
+        raise UserError(f"logit_bias_values: {len(values)} values for {len(ids)} ids in logit_bias_ids")
+    return dict(zip(ids, values, strict=True))
 
 
 set_model(TextModel())

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Token
-from pipeline.engine.text import TextGenerator, bias_of, merge_decoding
+from pipeline.engine.text import TextGenerator, detokenize
 from pipeline.errors import UserError
 from pipeline.tokens import load_tokenizer
 
@@ -32,10 +32,9 @@ class PiecesOf:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.generator = TextGenerator(None, tokenizer)  # type: ignore[arg-type]
 
     def ids(self, token_ids: Iterable[int], stop: Sequence[str] = ()) -> list[str]:
-        return list(self.generator._pieces((Token(token_id) for token_id in token_ids), stop))
+        return list(detokenize((Token(token_id) for token_id in token_ids), self.tokenizer, stop))
 
     def text(self, text: str, stop: Sequence[str] = ()) -> list[str]:
         return self.ids(self.tokenizer.encode(text).ids, stop)
@@ -128,7 +127,7 @@ def test_a_stream_together_is_the_whole_text(generator: TextGenerator, stop: tup
     for seed in range(4):
         params = SamplingParams(seed=seed, stop=stop, max_new_tokens=40)
         pieces = list(generator.stream("The lamp", params))
-        assert "".join(pieces) == generator.generate(["The lamp"], params)[0]
+        assert "".join(pieces) == generator.complete(["The lamp"], [params])[0].text
         assert not any(entry in "".join(pieces) for entry in stop)
 
 
@@ -139,14 +138,14 @@ def test_text_is_what_the_engine_gives_for_the_prompt_read_as_a_documents_beginn
     prompts = ["The lamp", "", "N"]
     ids = [[tiny_engine.end_of_text_id, *tiny_tokenizer.encode(prompt).ids] for prompt in prompts]
     expected = [tiny_tokenizer.decode(completion.token_ids) for completion in tiny_engine.generate(ids, params)]
-    assert generator.generate(prompts, params) == expected
+    assert [done.text for done in generator.complete(prompts, [params] * 3)] == expected
 
 
 def test_a_stop_text_frees_the_place_of_its_continuation_at_once(
     generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = SamplingParams(seed=3, ignore_eos=True, max_new_tokens=40)
-    (whole,) = generator.generate(["The lamp"], params)
+    whole = generator.complete(["The lamp"], [params])[0].text
     stop = whole[4:6]
     fed: list[int] = []
     decode = generator.engine.session.decode
@@ -162,14 +161,14 @@ def test_a_stop_text_frees_the_place_of_its_continuation_at_once(
 def test_each_prompt_has_its_own_parameters(generator: TextGenerator) -> None:
     each = [SamplingParams(seed=seed, max_new_tokens=4 + seed) for seed in (1, 2)]
     found = generator.complete(["The lamp", "N"], each)
-    assert [done.text for done in found] == [
-        generator.generate([prompt], own)[0] for prompt, own in zip(["The lamp", "N"], each, strict=True)
+    assert found == [
+        generator.complete([prompt], [own])[0] for prompt, own in zip(["The lamp", "N"], each, strict=True)
     ]
 
 
 def test_special_tokens_in_a_prompt_are_ordinary_characters(generator: TextGenerator) -> None:
     with pytest.raises(UserError, match=r"^prompt: \d+ tokens leave no room"):
-        generator.generate(["<|endoftext|>" * 10], SamplingParams())
+        generator.complete(["<|endoftext|>" * 10], [SamplingParams()])
 
 
 def test_generator_loads_engine_and_tokenizer_from_one_folder(
@@ -177,26 +176,4 @@ def test_generator_loads_engine_and_tokenizer_from_one_folder(
 ) -> None:
     params = SamplingParams(seed=6, max_new_tokens=10)
     loaded = TextGenerator.load(tiny_engine_folder, precision="float32", provider="cpu")
-    assert loaded.generate(["N"], params) == generator.generate(["N"], params)
-
-
-def test_values_that_are_given_take_the_place_of_defaults() -> None:
-    defaults = SamplingParams(temperature=0.8, top_k=50, stop=("\n",), logit_bias={3: 1.0})
-    merged = merge_decoding(defaults, {"temperature": 0.0, "top_k": 0, "seed": 7, "ignore_eos": False})
-    assert merged == SamplingParams(temperature=0.0, stop=("\n",), logit_bias={3: 1.0}, seed=7)
-
-
-def test_null_and_an_empty_list_mean_the_default() -> None:
-    defaults = SamplingParams(temperature=0.8, stop=("\n",))
-    assert merge_decoding(defaults, {"temperature": None, "stop": [], "max_new_tokens": None}) == defaults
-
-
-def test_a_given_value_out_of_range_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^top_p: 1\.5 is out of range, must be in \(0, 1\]$"):
-        merge_decoding(SamplingParams(), {"top_p": 1.5})
-
-
-def test_logit_bias_is_made_of_two_lists() -> None:
-    assert bias_of([3, 5], [1.0, -2.0]) == {3: 1.0, 5: -2.0}
-    with pytest.raises(UserError, match=r"^logit_bias_values: 1 values for 2 ids in logit_bias_ids$"):
-        bias_of([3, 5], [1.0])
+    assert loaded.complete(["N"], [params]) == generator.complete(["N"], [params])

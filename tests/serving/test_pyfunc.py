@@ -62,6 +62,10 @@ def generator(tiny_engine: Engine, tiny_tokenizer: Tokenizer) -> TextGenerator:
     return TextGenerator(tiny_engine, tiny_tokenizer)
 
 
+def complete(generator: TextGenerator, prompts: list[str], decoding: SamplingParams) -> list[str]:
+    return [done.text for done in generator.complete(prompts, [decoding] * len(prompts))]
+
+
 def test_callers_of_several_threads_do_not_mix(saved: Path) -> None:
     model = mlflow.pyfunc.load_model(str(saved), model_config={"provider": "cpu"})
     asked = [([f"The {word}"], {"seed": seed, "max_new_tokens": 12}) for seed, word in enumerate(["lamp", "cat"] * 4)]
@@ -73,7 +77,7 @@ def test_callers_of_several_threads_do_not_mix(saved: Path) -> None:
 
 def test_nothing_given_means_the_packed_decoding(model: Any, generator: TextGenerator) -> None:
     decoding = SamplingParams.from_mapping({**DECODING.to_mapping(), **SEEDED})
-    expected = generator.generate(["The lamp", ""], decoding)
+    expected = complete(generator, ["The lamp", ""], decoding)
     assert model.predict(["The lamp", ""], params=SEEDED) == expected
     assert model.predict(pd.DataFrame({"prompt": ["The lamp", ""]}), params=SEEDED) == expected
 
@@ -82,13 +86,13 @@ def test_nothing_given_means_the_packed_decoding(model: Any, generator: TextGene
 def test_a_preset_stands_in_place_of_the_packed_decoding(name: str, model: Any, generator: TextGenerator) -> None:
     preset = replace(PRESETS[name], seed=5)
     params = {"preset": name} | SEEDED
-    (expected,) = generator.generate(["The lamp"], preset)
+    (expected,) = complete(generator, ["The lamp"], preset)
     assert model.predict(["The lamp"], params=params) == [expected]
     assert "".join(model.predict_stream("The lamp", params=params)) == expected
     # What is set beside it wins.
     set_beside = params | {"temperature": 1.7, "max_new_tokens": 9, "stop": ["z"]}
     changed = replace(preset, temperature=1.7, max_new_tokens=9, stop=("z",))
-    assert model.predict(["The lamp"], params=set_beside) == generator.generate(["The lamp"], changed)
+    assert model.predict(["The lamp"], params=set_beside) == complete(generator, ["The lamp"], changed)
 
 
 def test_an_unknown_preset_is_the_callers_error(model: Any) -> None:
@@ -123,7 +127,7 @@ def test_every_kind_of_parameter_reaches_the_engine(model: Any, generator: TextG
         seed=5,
     )
     found = model.predict(["The lamp", "N"], params=params | SEEDED)
-    assert found == generator.generate(["The lamp", "N"], decoding)
+    assert found == complete(generator, ["The lamp", "N"], decoding)
     assert len(found) == 4
 
 
@@ -212,3 +216,9 @@ def test_a_foreign_package_is_refused(own_file: str | None, saved: Path, tmp_pat
     assert done.returncode != 0
     assert "is not the one that the model brings" in done.stderr
     assert (own_file or "__init__.py") in done.stderr
+
+
+def test_logit_bias_is_made_of_two_lists() -> None:
+    assert pyfunc.read_logit_bias([3, 5], [1.0, -2.0]) == {3: 1.0, 5: -2.0}
+    with pytest.raises(UserError, match=r"^logit_bias_values: 1 values for 2 ids in logit_bias_ids$"):
+        pyfunc.read_logit_bias([3, 5], [1.0])

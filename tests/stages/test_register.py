@@ -268,8 +268,8 @@ def test_a_model_loads_in_a_new_process_without_torch_or_this_repository(
 
 def said(project: Project, decoding: SamplingParams) -> str:
     """What the exported engine says after the prompt."""
-    (text,) = TextGenerator.load(project.out / "export" / "engine").generate([PROMPT], decoding)
-    return text
+    (done,) = TextGenerator.load(project.out / "export" / "engine").complete([PROMPT], [decoding])
+    return done.text
 
 
 def test_the_model_says_what_the_engine_says(project: Project, model: PyFuncModel) -> None:
