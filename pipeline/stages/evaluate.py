@@ -30,7 +30,8 @@ from pipeline.quality.repetition import repeated_tokens
 from pipeline.stage_process import stage_process
 from pipeline.tokens import TokenArrays, load_tokens, tokenizer_sha256
 from pipeline.tracking import lineage, runs, store
-from pipeline.tracking.restore import parent_run, read_curve
+from pipeline.tracking.restore import parent_run
+from pipeline.training.curves import read_curve
 
 POSITION_BIN_TOKENS = 32
 COPY_TOKENS = 10

@@ -1,6 +1,5 @@
 """Make anew what the tracking store no longer holds: the run that `run.json` names, scores, the registered version."""
 
-import csv
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from mlflow import MlflowClient
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.tracking import registry, runs, store
+from pipeline.training.curves import read_curve
 
 
 def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, Any]) -> str:
@@ -31,12 +31,6 @@ def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, An
                 run.log_metrics({f"{name}_loss": loss}, step)
         run.log_scores("final", read_json(finetune / "metrics.json"))
     return run.run_id
-
-
-def read_curve(path: Path) -> list[tuple[int, float]]:
-    """Optimizer step and loss of each point, as `finetune` writes them."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [(int(point["step"]), float(point["loss"])) for point in csv.DictReader(file)]
 
 
 def missing_stages(client: MlflowClient, out: Path) -> list[str]:
