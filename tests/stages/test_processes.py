@@ -15,14 +15,9 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from toy_project import Project
 
-from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.params.file import PARAMS_FILE
-from pipeline.params.finetune import FinetuneParams
-from pipeline.params.whole import load_params
-from pipeline.stages import finetune as stage
 from pipeline.tracking import store
-from pipeline.training.processes import join_processes
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "stages"
@@ -142,15 +137,3 @@ def test_processes_with_different_parameters_are_refused(project: Project, tmp_p
     for lines in said:
         assert "finetune: the 2 processes have different parameters, data, base, code or libraries; start all" in lines
         assert "Traceback" not in lines
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"fsdp": True}, r"^finetune\.fsdp: shares weights among GPUs, one a process; start the stage with torchrun")],
-)
-def test_weights_are_not_shared_where_there_is_nobody_to_share_them_with(
-    changes: dict[str, object], message: str
-) -> None:
-    params: FinetuneParams = load_params(ROOT / PARAMS_FILE).finetune.model_copy(update=changes)
-    with pytest.raises(UserError, match=message):
-        stage.check_fsdp(params, join_processes())

@@ -16,13 +16,14 @@ from pipeline.params.finetune import FinetuneParams, TrainingSamplesParams
 from pipeline.tokens import TokenArrays, load_tokens, write_tokens
 from pipeline.training import trainer
 from pipeline.training.attention import padded_attention
+from pipeline.training.curves import Curves
 from pipeline.training.model import load_trainable
 from pipeline.training.objective import ScoredGPT2
 from pipeline.training.packing import PackedSteps
 from pipeline.training.processes import join_processes
 from pipeline.training.resume import ResumeState
 from pipeline.training.samples import generate_samples
-from pipeline.training.trainer import Curves, finetune_model, training_arguments
+from pipeline.training.trainer import finetune_model, training_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
