@@ -196,10 +196,10 @@ def experiment_name(share: float) -> str:
 
 def read_point(share: float) -> Point:
     """What came of the experiment on a share. Raises `UserError` where DVC has it no longer."""
-    metrics, curve = (
-        read_output(experiment_name(share), FINETUNE / file) for file in ("metrics.json", "loss_validation.csv")
+    details, curve = (
+        read_output(experiment_name(share), FINETUNE / file) for file in ("details.json", "loss_validation.csv")
     )
-    return Point(share, int(json.loads(metrics)["train_tokens"]), parse_curve(curve))
+    return Point(share, int(json.loads(details)["train_tokens"]), parse_curve(curve))
 
 
 def write_curve(path: Path, points: Sequence[Point], advice: Advice) -> None:

@@ -100,7 +100,7 @@ COLUMNS = {
         Column("self_bleu", "self-BLEU", 3, "How much the samples resemble each other."),
     ],
     "likeness": [
-        Column("base_perplexity", "perplexity", 1, "Of the samples, under the base: how hard they are to predict.", "perplexity"),
+        Column("base_perplexity", "perplexity", 1, "Of the samples under the base: how predictable they are.", "perplexity"),
         Column("mauve", "MAUVE", 3, "How alike samples and people's texts are to a model; 1 is alike."),
     ],
     "copies": [

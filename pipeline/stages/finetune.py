@@ -1,7 +1,6 @@
 """Fine-tune the base on the training split, and open the MLflow run that later stages log under."""
 
 import argparse
-import hashlib
 import shutil
 import signal
 import sys
@@ -14,20 +13,26 @@ import torch
 import transformers
 from transformers import logging
 
+from pipeline import resume
 from pipeline.checkpoint import write_checkpoint
 from pipeline.errors import report_errors
-from pipeline.files import sha256_file, whole_folder, write_json
-from pipeline.imports import PACKAGE, needed_files
+from pipeline.files import whole_folder, write_json
 from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
 from pipeline.params.finetune import FinetuneParams
 from pipeline.stage_process import end_with_dvc, termination_noted
-from pipeline.tracking import runs, store
+from pipeline.tracking.records import record_finetuning
+from pipeline.tracking.runs import RunLog, start_run
+from pipeline.tracking.store import store_errors
 from pipeline.training.curves import write_curve
 from pipeline.training.precision import supports_bfloat16
 from pipeline.training.processes import Processes, join_processes
-from pipeline.training.resume import FOLDER, ResumeState, locked, open_state
+from pipeline.training.state import TrainingState, open_state
 from pipeline.training.train import summarize, train
 from pipeline.training.trainer import Stopped
+
+STAGE = "finetune"
+COMPARED = ("base_validation_loss", "validation_loss")
+"""The figures by which experiments are compared; all others are details."""
 
 
 def main() -> None:
@@ -38,39 +43,44 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     end_with_dvc()
-    with report_errors(), store.store_errors():
+    with report_errors(), store_errors():
         params = load_section("finetune", FinetuneParams)
         processes = join_processes(fsdp=params.fsdp)
         name = fingerprint(arguments.tokens, arguments.base, params, processes.count)
         processes.agree(name, "parameters, data, base, code or libraries")
-        # SIGTERM is caught only from here on: a process that waits for the lock has nothing to save.
-        if processes.is_first:
-            with locked(), termination_noted() as stop:
-                train_recorded(arguments.tokens, arguments.base, arguments.out, params, name, processes, stop)
-        else:
-            with termination_noted() as stop:
-                train_along(arguments.tokens, arguments.base, params, name, processes, stop)
+        if not processes.from_first(lambda: resume.holds_outputs(STAGE, name, arguments.out)):
+            # SIGTERM is caught only from here on: a process that waits for the lock has nothing to save.
+            if processes.is_first:
+                with resume.only_resumer(STAGE), termination_noted() as stop, exit_when_stopped():
+                    train_recorded(arguments.tokens, arguments.base, arguments.out, params, name, processes, stop)
+            else:
+                with termination_noted() as stop, exit_when_stopped():
+                    # The same training as in the first process, without recording it.
+                    state = TrainingState(resume.RESUME_FOLDER / STAGE / name)
+                    train(arguments.tokens, arguments.base, params, None, processes, state, stop)
         processes.close()
+
+
+def fingerprint(tokens: Path, base: Path, params: FinetuneParams, processes: int = 1) -> str:
+    """Return the name of a training: a digest of data, base, parameters, code, libraries, kind and count of devices."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    versions = (torch.__version__, transformers.__version__)
+    facts = (params.model_dump_json(), *versions, device, str(supports_bfloat16()), str(processes))
+    return resume.fingerprint(STAGE, (tokens, base), *facts)
 
 
 def train_recorded(
     tokens: Path, base: Path, out: Path, params: FinetuneParams, name: str, processes: Processes, stop: threading.Event
 ) -> None:
-    """Fine-tune in the first process: under a run, and with a resume state that is removed at the end."""
-    state = open_state(name)
-    run_id = run_to_go_on(state)
-    with runs.start_run("finetune", read_yaml(PARAMS_FILE), run_id=run_id) as run, exit_when_stopped():
-        state.begin(run.run_id)
+    """Fine-tune under a run, which an interrupted training resumes; its state is removed at the end."""
+    folder = resume.open_folder(STAGE, name)
+    run_id = resume.interrupted_run(STAGE, folder)
+    state = open_state(folder)
+    with start_run(STAGE, read_yaml(PARAMS_FILE), run_id=run_id, fingerprint=name) as run:
+        resume.note_run(folder, run.run_id)
         finetune(tokens, base, out, params, run, processes, state, stop)
-    state.remove()
-
-
-def train_along(
-    tokens: Path, base: Path, params: FinetuneParams, name: str, processes: Processes, stop: threading.Event
-) -> None:
-    """Fine-tune in every other process: the same training, without recording it."""
-    with exit_when_stopped():
-        train(tokens, base, params, None, processes, ResumeState(FOLDER / name), stop)
+        record_finetuning(run, out)
+    resume.remove(folder)
 
 
 @contextmanager
@@ -83,49 +93,17 @@ def exit_when_stopped() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGTERM) from stopped
 
 
-def fingerprint(tokens: Path, base: Path, params: FinetuneParams, processes: int = 1) -> str:
-    """Hash all that the weights depend on: data, base, parameters, code, libraries, kind and count of devices."""
-    files = [file for folder in (tokens, base) for file in sorted(folder.rglob("*")) if file.is_file()]
-    code = needed_files(f"{PACKAGE}.stages.finetune", Path(__file__).parents[2])
-    parts = [sha256_file(file) for file in (*files, *sorted(code))]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parts += [
-        params.model_dump_json(),
-        torch.__version__,
-        transformers.__version__,
-        device,
-        str(supports_bfloat16()),
-        str(processes),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def run_to_go_on(state: ResumeState) -> str | None:
-    """Return the run of an interrupted training that has a checkpoint; None if training starts from the base."""
-    run_id = state.run_id
-    if run_id is None:
-        return None
-    if not runs.holds_run(run_id):
-        print("finetune: the tracking store no longer holds the interrupted run: it starts afresh", file=sys.stderr)
-        state.forget()
-        return None
-    if state.checkpoint is None:
-        runs.give_up_run(run_id)
-        return None
-    return run_id
-
-
 def finetune(
     tokens: Path,
     base: Path,
     out: Path,
     params: FinetuneParams,
-    run: runs.RunLog,
+    run: RunLog,
     processes: Processes | None = None,
-    state: ResumeState | None = None,
+    state: TrainingState | None = None,
     stop: threading.Event | None = None,
 ) -> None:
-    """Write to `out`: `checkpoint/`, `metrics.json`, the loss curves as CSV, and `run.json`, which names the run.
+    """Write to `out`: `checkpoint/`, `metrics.json`, `details.json`, and the loss curves as CSV.
 
     `state` holds the checkpoints of the training, which resumes from the newest; without it, an interrupted training
     is lost. Raises `Stopped` if `stop` is set meanwhile.
@@ -133,15 +111,14 @@ def finetune(
     with whole_folder(out) as partial:
         work = partial / "work"
         processes = processes or join_processes(fsdp=params.fsdp)
-        trained = train(tokens, base, params, run, processes, state or ResumeState(work), stop)
+        trained = train(tokens, base, params, run, processes, state or TrainingState(work), stop)
         shutil.rmtree(work, ignore_errors=True)
         write_checkpoint(trained.model, tokenizer_of=base, out=partial / "checkpoint")
-        metrics = summarize(trained)
-        write_json(partial / "metrics.json", metrics)
+        details = summarize(trained)
+        write_json(partial / "details.json", details)
+        write_json(partial / "metrics.json", {name: details[name] for name in COMPARED})
         write_curve(partial / "loss_train.csv", trained.curves.train)
         write_curve(partial / "loss_validation.csv", trained.curves.validation)
-        write_json(partial / "run.json", {"run_id": run.run_id})
-        run.log_scores("final", metrics)
 
 
 if __name__ == "__main__":

@@ -173,11 +173,6 @@ def holds_run(run_id: str) -> bool:
         return False
 
 
-def give_up_run(run_id: str) -> None:
-    """End a run that was interrupted and will not be resumed."""
-    connect().set_terminated(run_id, "KILLED")
-
-
 def find_run(client: MlflowClient, stage: str, outputs: Path) -> str | None:
     """Return the id of the newest finished run of `stage` that wrote exactly these files, or None."""
     found = client.search_runs(

@@ -36,7 +36,7 @@ def embedded_uri() -> str:
 
 
 def store_lock() -> FileLock:
-    """Return the lock to hold while the store is created (two processes that migrate it crash) and while aliases move."""
+    """Return the lock to hold while aliases move, and while the store is created: two processes doing that crash."""
     return FileLock(root() / "mlflow.db.lock")
 
 
@@ -114,7 +114,7 @@ def _answering_soon() -> Iterator[None]:
 
 
 def experiment_id(client: MlflowClient) -> str:
-    """Return the id of the experiment of every run, named `MLFLOW_EXPERIMENT_NAME` or `EXPERIMENT`; create it if missing."""
+    """Return the id of the experiment of all runs (`MLFLOW_EXPERIMENT_NAME` or `EXPERIMENT`); create it if missing."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     with store_lock():
         experiment = client.get_experiment_by_name(name)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.files import whole_file
+from pipeline.files import write_csv
 
 Point = tuple[int, float]
 """An optimizer step, and the loss there in nats per token."""
@@ -26,10 +26,7 @@ class Curves:
 
 def write_curve(path: Path, points: Sequence[Point]) -> None:
     """Write a CSV file with the columns `step` and `loss`."""
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "loss"])
-        writer.writerows(points)
+    write_csv(path, [("step", "loss"), *points])
 
 
 def read_curve(path: Path) -> list[Point]:

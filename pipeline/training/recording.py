@@ -28,7 +28,7 @@ def log_samples(
         "samples_longest_copy_tokens": max(score["longest_copy_tokens"] for score in scores),
     }
     run.log_metrics(metrics, step)
-    if step == 0 or not run.holds_row("samples.json", "step", step):
+    if not run.holds_row("samples.json", "step", step):
         decoding = params.model_dump(exclude={"prompts"})
         rows = [{"step": step, **sample, **score, **decoding} for sample, score in zip(samples, scores, strict=True)]
         run.log_table("samples.json", rows)

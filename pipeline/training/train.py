@@ -19,8 +19,8 @@ from pipeline.training.precision import supports_bfloat16
 from pipeline.training.processes import Processes
 from pipeline.training.randomness import fix_randomness
 from pipeline.training.recording import log_samples, log_split
-from pipeline.training.resume import ResumeState
 from pipeline.training.samples import generate_samples, score_samples
+from pipeline.training.state import TrainingState
 from pipeline.training.trainer import finetune_model
 
 
@@ -39,7 +39,7 @@ def train(
     params: FinetuneParams,
     run: RunLog | None,
     processes: Processes,
-    state: ResumeState,
+    state: TrainingState,
     stop: threading.Event | None,
 ) -> Trained:
     """Fine-tune in each of the `processes`. The first records the training in `run`; the others have None."""
@@ -89,9 +89,9 @@ def train(
 
 
 def summarize(trained: Trained) -> dict[str, float]:
-    """Return what `dvc metrics` compares: losses in nats per token.
+    """Return the figures of a training; losses in nats per token.
 
-    Nothing in it differs between two runs of the same commit.
+    Nothing in them differs between two runs of the same commit.
     """
     curves = trained.curves
     best_step, best_loss = curves.best_validation

@@ -35,7 +35,7 @@ from pipeline.training.optimizer import build_optimizer
 from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch
 from pipeline.training.precision import supports_bfloat16, supports_tf32
 from pipeline.training.processes import Processes
-from pipeline.training.resume import WHOLE_FILE, ResumeState
+from pipeline.training.state import WHOLE_FILE, TrainingState
 
 FSDP = {
     "transformer_layer_cls_to_wrap": ["GPT2Block"],
@@ -240,7 +240,7 @@ class PackedTrainer(Trainer):
         )
 
     def _last_good(self) -> str:
-        folder = ResumeState(Path(self.args.output_dir)).checkpoint
+        folder = TrainingState(Path(self.args.output_dir)).checkpoint
         return "" if folder is None else f"; the last good checkpoint is kept in {folder}"
 
     @property
