@@ -22,8 +22,8 @@ from pipeline.files import read_json, read_jsonl, whole_file, whole_folder, writ
 from pipeline.params.evaluate import EvaluateParams
 from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
 from pipeline.params.samples import SamplesParams
-from pipeline.quality.comparison import Compared, Measured, compare, human_side
-from pipeline.quality.distance import Scores
+from pipeline.quality.comparison import Comparison, SampleFigures, compare, measure_people
+from pipeline.quality.distance import SetFigures
 from pipeline.quality.memorization import copied_tokens
 from pipeline.quality.perplexity import bits_per_byte, perplexity, plan_windows
 from pipeline.quality.repetition import repeated_tokens
@@ -111,7 +111,7 @@ def evaluate(
         prompts = [sample.prompt for sample in people]
         samples[name] = draw_samples(generator, prompts, decoding, seed=params.seed, description=f"samples: {name}")
     measured = {name: measures.take(own) for name, own in samples.items()}
-    human = human_side(measured["human"])
+    human = measure_people(measured["human"])
     compared = {name: compare(measured[name], human, intervals=True) for name in decodings}
 
     metrics = {
@@ -120,9 +120,9 @@ def evaluate(
         **{name: score_samples(own, measured[name]) for name, own in samples.items()},
         "human_scales": human.scales,
     }
-    metrics["human"] |= named(human.scores)
+    metrics["human"] |= named(human.figures)
     for name, own in compared.items():
-        metrics[name] |= named(own.scores) | distance_of(own)
+        metrics[name] |= named(own.figures) | distance_of(own)
     metrics["choice"] = choice = choose(compared["tuned"], compared["hand_set"])
     print(decoding_told(choice))
     with whole_folder(out) as partial:
@@ -200,7 +200,7 @@ def score_documents(engine: Engine, tokens: TokenArrays, stride_tokens: int) -> 
     scored = engine.score([documents[index][window.start : window.end].tolist() for index, window in windows])
     losses: list[list[NDArray[np.float64]]] = [[] for _ in documents]
     for (index, window), logprobs in zip(windows, scored, strict=True):
-        losses[index].append(-window.scored(logprobs))
+        losses[index].append(-window.select_scored(logprobs))
     return [np.concatenate(parts) for parts in losses]
 
 
@@ -209,7 +209,7 @@ def score_losses(losses: Sequence[NDArray[np.float64]], test: TokenArrays) -> di
     return {"perplexity": perplexity(logprobs), "bits_per_byte": bits_per_byte(logprobs, test.text_bytes)}
 
 
-def score_samples(samples: Sequence[Sample], measured: Sequence[Measured]) -> dict[str, float | None]:
+def score_samples(samples: Sequence[Sample], measured: Sequence[SampleFigures]) -> dict[str, float | None]:
     """What no distance is made of."""
     return {
         "longest_copy_tokens": max(sample.copy_tokens for sample in measured),
@@ -217,18 +217,18 @@ def score_samples(samples: Sequence[Sample], measured: Sequence[Measured]) -> di
     }
 
 
-def named(scores: Scores) -> dict[str, float | None]:
+def named(scores: SetFigures) -> dict[str, float | None]:
     """The figures that a distance is made of, with a word more for the perplexity: it is not that of the model."""
     return {("base_perplexity" if name == "perplexity" else name): value for name, value in asdict(scores).items()}
 
 
-def distance_of(compared: Compared) -> dict[str, float | None]:
+def distance_of(compared: Comparison) -> dict[str, float | None]:
     distance, low, high = compared.interval()
     faults = {"too_tame": compared.distance.too_tame, "too_wild": compared.distance.too_wild}
     return {"distance": distance, "distance_low": low, "distance_high": high, **faults}
 
 
-def choose(tuned: Compared, hand_set: Compared) -> dict[str, Any]:
+def choose(tuned: Comparison, hand_set: Comparison) -> dict[str, Any]:
     """Which decoding goes with the model: the tuned one where it is nearer to people beyond what chance would do."""
     difference, low, high = tuned.difference(hand_set)
     kept = "tuned" if high < 0 else "hand_set"
@@ -237,7 +237,7 @@ def choose(tuned: Compared, hand_set: Compared) -> dict[str, Any]:
 
 def sample_rows(
     samples: Mapping[str, Sequence[Sample]],
-    measured: Mapping[str, Sequence[Measured]],
+    measured: Mapping[str, Sequence[SampleFigures]],
     decodings: Mapping[str, SamplingParams],
     tokenizer: Tokenizer,
     training_ids: NDArray[np.unsignedinteger],
@@ -279,7 +279,7 @@ def write_loss_by_position(path: Path, losses: dict[str, list[NDArray[np.float64
     write_table(path, ["position", *losses], table)
 
 
-def write_copies(path: Path, measured: Mapping[str, Sequence[Measured]]) -> None:
+def write_copies(path: Path, measured: Mapping[str, Sequence[SampleFigures]]) -> None:
     """The longest verbatim copy of each sample, sorted: a rank a row."""
     ordered = [sorted((sample.copy_tokens for sample in own), reverse=True) for own in measured.values()]
     ranks = enumerate(zip(*ordered, strict=True), start=1)

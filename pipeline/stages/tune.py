@@ -26,7 +26,7 @@ from pipeline.imports import PACKAGE, needed_files
 from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
 from pipeline.params.samples import SamplesParams
 from pipeline.params.tune import TuneParams
-from pipeline.quality.comparison import Compared, Human, Measured, compare, human_side
+from pipeline.quality.comparison import Comparison, Human, SampleFigures, compare, measure_people
 from pipeline.quality.pareto import pareto_front
 from pipeline.stage_process import only_writer, stage_process
 from pipeline.tokens import load_tokens, tokenizer_sha256
@@ -107,7 +107,7 @@ class Bench:
     def half(self) -> int:
         return len(self.prompts) // 2
 
-    def draw(self, values: Mapping[str, Any], start: int, end: int, round_: int = 0) -> list[Measured]:
+    def draw(self, values: Mapping[str, Any], start: int, end: int, round_: int = 0) -> list[SampleFigures]:
         """Samples of the prompts from `start` to `end`, measured; in another round with other random numbers."""
         decoding = SamplingParams.from_mapping({**values, "max_new_tokens": self.params.max_new_tokens})
         seed = self.params.seed + round_ * len(self.prompts) + start
@@ -132,7 +132,7 @@ def set_up(export: Path, documents: Path, tokens: Path, params: TuneParams, samp
         samples.loop_repeats,
         samples.form_pattern,
     )
-    human = human_side(measures.take(people))
+    human = measure_people(measures.take(people))
     half = human.first(len(people) // 2) if len(people) >= PRUNABLE_PROMPTS else None
     return Bench(generator, measures, [sample.prompt for sample in people], human, half, params)
 
@@ -198,7 +198,7 @@ def stops_early(trial: optuna.Trial) -> Callable[[int, float], bool]:
     return asked
 
 
-def try_out(bench: Bench, values: Values, stops: Callable[[int, float], bool]) -> tuple[Compared, int]:
+def try_out(bench: Bench, values: Values, stops: Callable[[int, float], bool]) -> tuple[Comparison, int]:
     """Samples beside people's texts, and of how many prompts: half of them, where it stops there."""
     first = bench.draw(values, 0, bench.half)
     if bench.human_half is not None:
@@ -209,7 +209,7 @@ def try_out(bench: Bench, values: Values, stops: Callable[[int, float], bool]) -
     return compare(samples, bench.human), len(bench.prompts)
 
 
-def row_of(number: int, values: Values, found: Compared, prompts: int, *, pruned: bool) -> Row:
+def row_of(number: int, values: Values, found: Comparison, prompts: int, *, pruned: bool) -> Row:
     return {
         "trial": number,
         "state": "pruned" if pruned else "complete",
@@ -218,7 +218,7 @@ def row_of(number: int, values: Values, found: Compared, prompts: int, *, pruned
         "distance": found.distance.total,
         "too_tame": found.distance.too_tame,
         "too_wild": found.distance.too_wild,
-        "scores": asdict(found.scores),
+        "scores": asdict(found.figures),
     }
 
 
