@@ -23,7 +23,7 @@ def score_documents(engine: Engine, tokens: TokenArrays, stride_tokens: int) -> 
     scored = engine.score([documents[index][window.start : window.end].tolist() for index, window in windows])
     losses: list[list[NDArray[np.float64]]] = [[] for _ in documents]
     for (index, window), logprobs in zip(windows, scored, strict=True):
-        losses[index].append(-window.scored(logprobs))
+        losses[index].append(-window.select_scored(logprobs))
     return [np.concatenate(parts) for parts in losses]
 
 

@@ -20,7 +20,7 @@ from pipeline.engine import Engine, Reading
 from pipeline.engine.text import TextGenerator
 from pipeline.files import read_jsonl
 from pipeline.params.samples import SamplesParams
-from pipeline.quality.comparison import Measured, measure
+from pipeline.quality.comparison import SampleFigures, measure_sample
 from pipeline.quality.memorization import longest_copies
 from pipeline.quality.perplexity import plan_windows
 from pipeline.tokens import prompt_ids
@@ -51,15 +51,15 @@ class Meter:
     params: SamplesParams
     """The definitions of a loop and of the data's form."""
 
-    def measure(self, samples: Sequence[Sample]) -> list[Measured]:
+    def measure(self, samples: Sequence[Sample]) -> list[SampleFigures]:
         """Return the figures of each sample."""
         copies = longest_copies([sample.token_ids for sample in samples], self.training_ids).lengths_tokens
         return [self._measure(sample, int(copy)) for sample, copy in zip(samples, copies, strict=True)]
 
-    def _measure(self, sample: Sample, copy_tokens: int) -> Measured:
+    def _measure(self, sample: Sample, copy_tokens: int) -> SampleFigures:
         reading = read_long(self.base, [*prompt_ids(self.tokenizer, sample.prompt), *sample.token_ids])
         own = reading.logprobs[len(reading.logprobs) - len(sample.token_ids) :]
-        return measure(
+        return measure_sample(
             sample.token_ids,
             copy_tokens=copy_tokens,
             loop_ngram_tokens=self.params.loop_ngram_tokens,
@@ -79,7 +79,7 @@ def read_long(engine: Engine, ids: Sequence[int]) -> Reading:
         return engine.read([ids])[0]
     windows = plan_windows(len(ids), engine.context_length, engine.context_length // 2)
     readings = engine.read([ids[window.start : window.end] for window in windows])
-    logprobs = [window.scored(reading.logprobs) for window, reading in zip(windows, readings, strict=True)]
+    logprobs = [window.select_scored(reading.logprobs) for window, reading in zip(windows, readings, strict=True)]
     tokens = [window.end - window.start for window in windows]
     return Reading(np.concatenate(logprobs), np.average([own.mean_state for own in readings], axis=0, weights=tokens))
 

@@ -13,8 +13,8 @@ from pipeline.decoding import SamplingParams
 from pipeline.engine.text import TextGenerator
 from pipeline.evaluation.samples import Meter, Sample, character_spans, draw_samples
 from pipeline.params.evaluate import EvaluateParams
-from pipeline.quality.comparison import Compared, Measured, compare, human_side
-from pipeline.quality.distance import Scores
+from pipeline.quality.comparison import Comparison, SampleFigures, compare, measure_people
+from pipeline.quality.distance import SetFigures
 from pipeline.quality.memorization import copied_tokens
 from pipeline.quality.repetition import repeated_tokens
 
@@ -30,7 +30,7 @@ class System:
     """People, or a model with a decoding: a sample per prompt, and the figures of each."""
 
     samples: list[Sample]
-    figures: list[Measured]
+    figures: list[SampleFigures]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ModelSystem(System):
     """A model with a decoding, compared with people's texts."""
 
     decoding: SamplingParams
-    comparison: Compared
+    comparison: Comparison
 
 
 def decodings_of(params: EvaluateParams, found: Mapping[str, Any], *, holds_index: bool) -> dict[str, SamplingParams]:
@@ -76,7 +76,7 @@ def run_systems(
 
     `generators` are those of `base` and `finetuned`.
     """
-    human = human_side(people.figures)
+    human = measure_people(people.figures)
     prompts = [sample.prompt for sample in people.samples]
     systems: dict[str, ModelSystem] = {}
     for name, decoding in decodings.items():
@@ -87,7 +87,7 @@ def run_systems(
     return systems
 
 
-def choose_decoding(tuned: Compared, hand_set: Compared) -> dict[str, Any]:
+def choose_decoding(tuned: Comparison, hand_set: Comparison) -> dict[str, Any]:
     """Keep the tuned decoding if it is nearer to people than the hand-set one, with 95 % confidence."""
     difference, low, high = tuned.difference(hand_set)
     kept = "tuned" if high < 0 else "hand_set"
@@ -96,7 +96,7 @@ def choose_decoding(tuned: Compared, hand_set: Compared) -> dict[str, Any]:
 
 def summarize_people(people: System) -> dict[str, float | None]:
     """Return the figures of people's texts."""
-    return _summarize(people) | rename_perplexity(human_side(people.figures).scores)
+    return _summarize(people) | rename_perplexity(measure_people(people.figures).figures)
 
 
 def summarize_model(system: ModelSystem) -> dict[str, float | None]:
@@ -104,7 +104,7 @@ def summarize_model(system: ModelSystem) -> dict[str, float | None]:
     distance, low, high = system.comparison.interval()
     return {
         **_summarize(system),
-        **rename_perplexity(system.comparison.scores),
+        **rename_perplexity(system.comparison.figures),
         "distance": distance,
         "distance_low": low,
         "distance_high": high,
@@ -121,7 +121,7 @@ def _summarize(system: System) -> dict[str, float | None]:
     }
 
 
-def rename_perplexity(scores: Scores) -> dict[str, float | None]:
+def rename_perplexity(scores: SetFigures) -> dict[str, float | None]:
     """Return the figures of the distance, with `perplexity` renamed to `base_perplexity`: the base computes it."""
     return {("base_perplexity" if name == "perplexity" else name): value for name, value in asdict(scores).items()}
 

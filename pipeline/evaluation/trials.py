@@ -19,7 +19,7 @@ from pipeline.evaluation.samples import SLOTS, Meter, draw_samples, human_sample
 from pipeline.evaluation.search import Search, Values
 from pipeline.params.samples import SamplesParams
 from pipeline.params.tune import TuneParams
-from pipeline.quality.comparison import Compared, Human, Measured, compare, human_side
+from pipeline.quality.comparison import Comparison, Human, SampleFigures, compare, measure_people
 from pipeline.tokens import load_tokens, tokenizer_sha256
 
 FINAL_ROUNDS = 2
@@ -63,7 +63,7 @@ class Bench:
     def half(self) -> int:
         return len(self.prompts) // 2
 
-    def draw(self, values: Mapping[str, Any], start: int, end: int, round_: int = 0) -> list[Measured]:
+    def draw(self, values: Mapping[str, Any], start: int, end: int, round_: int = 0) -> list[SampleFigures]:
         """Draw and measure samples of the prompts from `start` to `end`; each round has its own random numbers."""
         decoding = SamplingParams.from_mapping({**values, "max_new_tokens": self.params.max_new_tokens})
         seed = self.params.seed + round_ * len(self.prompts) + start
@@ -82,7 +82,7 @@ def set_up(export: Path, documents: Path, tokens: Path, params: TuneParams, samp
     )
     training_ids = load_tokens(tokens, tokenizer_sha256(export / "engine")).tokens
     meter = Meter(Engine.load(export / "base" / "engine"), generator.tokenizer, training_ids, samples)
-    human = human_side(meter.measure(people))
+    human = measure_people(meter.measure(people))
     half = human.first(len(people) // 2) if len(people) >= PRUNABLE_PROMPTS else None
     return Bench(generator, meter, [sample.prompt for sample in people], human, half, params)
 
@@ -109,7 +109,7 @@ def run_trials(bench: Bench, search: Search, record: Callable[[Trial, float], No
                 distance=comparison.distance.total,
                 too_tame=comparison.distance.too_tame,
                 too_wild=comparison.distance.too_wild,
-                scores=asdict(comparison.scores),
+                scores=asdict(comparison.figures),
             )
             asked.set_user_attr("trial", asdict(trial))
             record(trial, start_s)
@@ -133,7 +133,7 @@ def pruner_of(asked: optuna.Trial) -> Callable[[int, float], bool]:
     return should_prune
 
 
-def try_out(bench: Bench, values: Values, should_prune: Callable[[int, float], bool]) -> tuple[Compared, int]:
+def try_out(bench: Bench, values: Values, should_prune: Callable[[int, float], bool]) -> tuple[Comparison, int]:
     """Compare samples with people's texts; return the comparison and how many prompts it took: half if pruned."""
     first = bench.draw(values, 0, bench.half)
     if bench.human_half is not None:

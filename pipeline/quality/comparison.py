@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UserError
-from pipeline.quality.distance import BALANCED, Distance, Scores, Weights, distance, human_scales
+from pipeline.quality.distance import BALANCED, Distance, SetFigures, Weights, distance, human_scales
 from pipeline.quality.diversity import distinct_n
-from pipeline.quality.jackknife import Interval, jackknife_interval, left_out
+from pipeline.quality.jackknife import Interval, jackknife_interval, leave_each_out
 from pipeline.quality.mauve import mauve_of_buckets, sort_in_buckets
 from pipeline.quality.ngrams import TokenIds
 from pipeline.quality.repetition import is_looping, rep_n
@@ -28,7 +28,7 @@ MAUVE_SEEDS = range(5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class SampleFigures:
     """A sample, or a person's text, with the figures of it alone."""
 
     token_ids: TokenIds
@@ -46,7 +46,7 @@ class Measured:
     """Its feature for MAUVE, [width]."""
 
 
-def measure(
+def measure_sample(
     token_ids: TokenIds,
     *,
     copy_tokens: int,
@@ -55,9 +55,9 @@ def measure(
     in_form: bool,
     logprob: float,
     state: npt.NDArray[np.floating],
-) -> Measured:
+) -> SampleFigures:
     """Take the figures of a sample that are of it alone; `is_looping` says what the two parameters of loops are."""
-    return Measured(
+    return SampleFigures(
         token_ids=token_ids,
         rep=(rep_n(token_ids, 2), rep_n(token_ids, 3), rep_n(token_ids, 4)),
         copy_tokens=copy_tokens,
@@ -68,14 +68,14 @@ def measure(
     )
 
 
-def scores_of(samples: Sequence[Measured]) -> Scores:
+def measure_set(samples: Sequence[SampleFigures]) -> SetFigures:
     """The figures of a set but MAUVE. Raises `UserError` where there is no token in all of it."""
     ids = [sample.token_ids for sample in samples]
     tokens = sum(map(len, ids))
     if tokens == 0:
         raise UserError("samples: none of them has a token; is max_new_tokens too small, or the split empty?")
     rep_2, rep_3, rep_4 = np.mean([sample.rep for sample in samples], axis=0).tolist()
-    return Scores(
+    return SetFigures(
         rep_2=rep_2,
         rep_3=rep_3,
         rep_4=rep_4,
@@ -96,55 +96,57 @@ def scores_of(samples: Sequence[Measured]) -> Scores:
 class Human:
     """People's texts, one a prompt, to which samples are held."""
 
-    samples: Sequence[Measured]
-    scores: Scores
-    without: list[Scores]
+    samples: Sequence[SampleFigures]
+    figures: SetFigures
+    without: list[SetFigures]
     """The figures without each of the texts."""
     scales: dict[str, float]
     """Of the distance: see `human_scales`."""
 
     def first(self, count: int) -> "Human":
         """The texts of the first prompts alone."""
-        return human_side(self.samples[:count])
+        return measure_people(self.samples[:count])
 
 
-def human_side(samples: Sequence[Measured]) -> Human:
+def measure_people(samples: Sequence[SampleFigures]) -> Human:
     """Take the figures of people's texts. Raises `UserError` for fewer than two of them."""
     if len(samples) < 2:
         raise UserError(
             f"{len(samples)} text of people is too little to compare samples with; take two documents at least "
             "(prepare.validation_share and prepare.test_share say how many a split has)"
         )
-    scores, without = scores_of(samples), left_out(samples, scores_of)
-    return Human(samples, scores, without, human_scales(scores, without))
+    figures, without = measure_set(samples), leave_each_out(samples, measure_set)
+    return Human(samples, figures, without, human_scales(figures, without))
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """A set of samples beside people's texts."""
 
-    scores: Scores
+    figures: SetFigures
     distance: Distance
     without: npt.NDArray[np.float64] | None
     """The distance without each of the prompts, float64 [prompts], where it was asked for."""
 
     def interval(self) -> Interval:
         """Where the distance could lie with other prompts."""
-        return jackknife_interval(self.distance.total, self._left_out())
+        return jackknife_interval(self.distance.total, self._without_each())
 
-    def difference(self, other: "Compared") -> Interval:
+    def difference(self, other: "Comparison") -> Interval:
         """How much farther off this set is than another of the same prompts; below 0, it is nearer."""
-        return jackknife_interval(self.distance.total - other.distance.total, self._left_out() - other._left_out())
+        return jackknife_interval(
+            self.distance.total - other.distance.total, self._without_each() - other._without_each()
+        )
 
-    def _left_out(self) -> npt.NDArray[np.float64]:
+    def _without_each(self) -> npt.NDArray[np.float64]:
         if self.without is None:
             raise ValueError("the set was compared without intervals")
         return self.without
 
 
 def compare(
-    samples: Sequence[Measured], human: Human, *, weights: Weights = BALANCED, intervals: bool = False
-) -> Compared:
+    samples: Sequence[SampleFigures], human: Human, *, weights: Weights = BALANCED, intervals: bool = False
+) -> Comparison:
     """Hold samples to what people wrote after the same prompts, in the same order.
 
     With `intervals`, each prompt is left out in turn; MAUVE's buckets stay what they were with all of them: found anew,
@@ -158,15 +160,15 @@ def compare(
     states = [np.stack([sample.state for sample in side]) for side in (samples, human.samples)]
     buckets = [sort_in_buckets(*states, seed=seed) for seed in MAUVE_SEEDS]
 
-    def scored(kept: Sequence[int]) -> Scores:
+    def measure_kept(kept: Sequence[int]) -> SetFigures:
         rows = np.array(kept)
         parts = [found._replace(own=found.own[rows], human=found.human[rows]) for found in buckets]
-        own = scores_of([samples[index] for index in kept])
+        own = measure_set([samples[index] for index in kept])
         return replace(own, mauve=float(np.mean([mauve_of_buckets(part) for part in parts])))
 
-    scores = scored(every)
+    own_figures = measure_kept(every)
     without = None
     if intervals:
-        figures = zip(left_out(every, scored), human.without, strict=True)
-        without = np.array([distance(own, theirs, human.scales, weights).total for own, theirs in figures])
-    return Compared(scores, distance(scores, human.scores, human.scales, weights), without)
+        pairs = zip(leave_each_out(every, measure_kept), human.without, strict=True)
+        without = np.array([distance(own, theirs, human.scales, weights).total for own, theirs in pairs])
+    return Comparison(own_figures, distance(own_figures, human.figures, human.scales, weights), without)

@@ -23,7 +23,7 @@ from pipeline.quality.jackknife import jackknife_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
+class SetFigures:
     """The figures of a set of samples, of which each is a term of the distance."""
 
     rep_2: float
@@ -126,7 +126,7 @@ class Distance(NamedTuple):
     """Sum of the terms that tell of hot decoding, which babbles, and of those that tell of neither."""
 
 
-def distance(own: Scores, human: Scores, scales: Mapping[str, float], weights: Weights = BALANCED) -> Distance:
+def distance(own: SetFigures, human: SetFigures, scales: Mapping[str, float], weights: Weights = BALANCED) -> Distance:
     """How far samples are from people's texts, of which the `human_scales` are.
 
     0 for figures that are the people's; other texts of theirs come to less than the sum of the weights, mostly. Of both
@@ -152,8 +152,8 @@ def distance(own: Scores, human: Scores, scales: Mapping[str, float], weights: W
     return Distance(math.fsum(terms.values()), terms, math.fsum(too_tame), math.fsum(too_wild))
 
 
-def human_scales(human: Scores, without: Sequence[Scores]) -> dict[str, float]:
-    """The scale of each term, from the figures of people's texts, and those `without` one text each (see `left_out`).
+def human_scales(human: SetFigures, without: Sequence[SetFigures]) -> dict[str, float]:
+    """Return the scale of each term, from the figures of all texts of people and those `without` each text in turn.
 
     That of the share of loops is one sample at least. Raises `UserError` for fewer than two texts, and as `distance`
     does.
@@ -170,7 +170,7 @@ def human_scales(human: Scores, without: Sequence[Scores]) -> dict[str, float]:
     return scales
 
 
-def _coordinates(scores: Scores, whose: str) -> dict[str, float]:
+def _coordinates(scores: SetFigures, whose: str) -> dict[str, float]:
     """Each figure that is there, on the axis on which its differences are taken."""
     places = {}
     for name in TERMS:

@@ -91,7 +91,7 @@ def jackknife(
 
     Raises `UserError` where there are fewer than two samples.
     """
-    without = np.array(left_out(samples, statistic), dtype=np.float64)
+    without = np.array(leave_each_out(samples, statistic), dtype=np.float64)
     # First what a statistic of no sample would fall over.
     reach = _reach(without, confidence)
     return _around(statistic(list(samples)), reach)
@@ -119,7 +119,7 @@ def drawn(samples: int, resamples: int, seed: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, samples, (resamples, samples))
 
 
-def left_out(samples: Sequence[T], statistic: Callable[[list[T]], R]) -> list[R]:
+def leave_each_out(samples: Sequence[T], statistic: Callable[[list[T]], R]) -> list[R]:
     """The statistic without the first sample, without the second, and so on."""
     return [statistic([*samples[:index], *samples[index + 1 :]]) for index in range(len(samples))]
 

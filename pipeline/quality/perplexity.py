@@ -32,19 +32,19 @@ def bits_per_byte(logprobs: npt.NDArray[np.floating], utf8_bytes: int) -> float:
     return float(-logprobs.sum(dtype=np.float64)) / math.log(2) / utf8_bytes
 
 
-class Window(NamedTuple):
+class ScoringWindow(NamedTuple):
     """Tokens `start` to `end` (exclusive) of a document are fed; those from `first_scored` on are scored."""
 
     start: int
     end: int
     first_scored: int
 
-    def scored(self, logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def select_scored(self, logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Of the log-probabilities of its tokens but the first, those that are scored here."""
         return logprobs[self.first_scored - self.start - 1 :]
 
 
-def plan_windows(document_tokens: int, context_length: int, stride_tokens: int) -> list[Window]:
+def plan_windows(document_tokens: int, context_length: int, stride_tokens: int) -> list[ScoringWindow]:
     """Windows of at most `context_length` tokens in which each token but the first is scored exactly once.
 
     `document_tokens` counts the opening end-of-text at index 0, which is context only. A window moves on by
@@ -61,6 +61,6 @@ def plan_windows(document_tokens: int, context_length: int, stride_tokens: int) 
     first_scored = 1
     end = min(document_tokens, context_length)
     while first_scored < document_tokens:
-        windows.append(Window(max(0, end - context_length), end, first_scored))
+        windows.append(ScoringWindow(max(0, end - context_length), end, first_scored))
         first_scored, end = end, min(document_tokens, end + stride_tokens)
     return windows

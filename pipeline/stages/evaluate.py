@@ -29,7 +29,7 @@ from pipeline.files import read_json, whole_folder, write_csv, write_json, write
 from pipeline.params.evaluate import EvaluateParams
 from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
 from pipeline.params.samples import SamplesParams
-from pipeline.quality.comparison import human_side
+from pipeline.quality.comparison import measure_people
 from pipeline.stage_process import stage_process
 from pipeline.tokens import TokenArrays, load_tokens, tokenizer_sha256
 from pipeline.tracking.lineage import dvc_md5
@@ -105,7 +105,7 @@ def evaluate(
             HUMAN: summarize_people(people),
             **{name: summarize_model(model) for name, model in models.items()},
         },
-        "scales": human_side(people.figures).scales,
+        "scales": measure_people(people.figures).scales,
         "choice": choice,
     }
     rows = list(sample_rows(systems, tokenizer, train.tokens, params.seed))

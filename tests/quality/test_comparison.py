@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.quality.comparison import MAUVE_SEEDS, Human, Measured, compare, human_side, measure, scores_of
+from pipeline.quality.comparison import (
+    MAUVE_SEEDS,
+    Human,
+    SampleFigures,
+    compare,
+    measure_people,
+    measure_sample,
+    measure_set,
+)
 from pipeline.quality.distance import distance
 from pipeline.quality.diversity import distinct_n
 from pipeline.quality.jackknife import jackknife, jackknife_difference
@@ -25,30 +33,30 @@ def texts(seed: int, exponent: float = 1.4, count: int = 8) -> list[list[int]]:
     return [rng.zipf(exponent, size=int(size)).clip(max=300).tolist() for size in rng.integers(40, 60, count)]
 
 
-def measured(ids: Sequence[Sequence[int]], seed: int = 0) -> list[Measured]:
+def measured(ids: Sequence[Sequence[int]], seed: int = 0) -> list[SampleFigures]:
     rng = np.random.default_rng(seed)
     return [
-        measure(own, copy_tokens=index, logprob=-3.0 * len(own) - index, state=rng.normal(size=5), **RULES)
+        measure_sample(own, copy_tokens=index, logprob=-3.0 * len(own) - index, state=rng.normal(size=5), **RULES)
         for index, own in enumerate(ids)
     ]
 
 
 @pytest.fixture
 def human() -> Human:
-    return human_side(measured(texts(1)))
+    return measure_people(measured(texts(1)))
 
 
 def test_a_sample_by_hand() -> None:
-    found = measure([1, 2, 1, 2, 1, 2], copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES)
+    found = measure_sample([1, 2, 1, 2, 1, 2], copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES)
     assert found.rep == pytest.approx((3 / 5, 2 / 4, 1 / 3))
     assert found.looping
     assert found.in_form
-    assert not measure([1, 2, 1, 2, 1], copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES).looping
+    assert not measure_sample([1, 2, 1, 2, 1], copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES).looping
 
 
 def test_figures_of_a_set_are_those_of_its_texts() -> None:
     ids = [*texts(2), [7, 7, 7, 7, 7, 7]]
-    scores = scores_of(measured(ids))
+    scores = measure_set(measured(ids))
     assert asdict(scores) == pytest.approx(
         {
             **{f"rep_{n}": mean_rep_n(ids, n) for n in (2, 3, 4)},
@@ -67,7 +75,7 @@ def test_figures_of_a_set_are_those_of_its_texts() -> None:
 
 def test_people_are_at_no_distance_from_themselves(human: Human) -> None:
     found = compare(human.samples, human, intervals=True)
-    assert found.scores == replace(human.scores, mauve=1.0)
+    assert found.figures == replace(human.figures, mauve=1.0)
     assert found.interval() == pytest.approx((0, 0, 0), abs=1e-9)
 
 
@@ -75,20 +83,20 @@ def test_distance_is_that_of_the_scores_with_mauve(human: Human) -> None:
     own = measured(texts(2), seed=2)
     found = compare(own, human)
     features = [np.stack([sample.state for sample in side]) for side in (own, human.samples)]
-    expected = replace(scores_of(own), mauve=np.mean([mauve(*features, seed=seed) for seed in MAUVE_SEEDS]))
-    assert found.scores == expected
-    assert found.distance == distance(expected, human.scores, human.scales)
+    expected = replace(measure_set(own), mauve=np.mean([mauve(*features, seed=seed) for seed in MAUVE_SEEDS]))
+    assert found.figures == expected
+    assert found.distance == distance(expected, human.figures, human.scales)
 
 
 def test_intervals_leave_each_prompt_out_of_samples_and_people(human: Human) -> None:
     # All in one place: MAUVE is 1 whichever is left out.
     one = [replace(sample, state=np.ones(5)) for sample in human.samples]
     near, far = ([replace(sample, state=np.ones(5)) for sample in measured(texts(seed, 1.2))] for seed in (2, 3))
-    people = human_side(one)
+    people = measure_people(one)
 
-    def statistic(pairs: list[tuple[Measured, Measured]]) -> float:
-        own = replace(scores_of([pair[0] for pair in pairs]), mauve=1.0)
-        return distance(own, scores_of([pair[1] for pair in pairs]), people.scales).total
+    def statistic(pairs: list[tuple[SampleFigures, SampleFigures]]) -> float:
+        own = replace(measure_set([pair[0] for pair in pairs]), mauve=1.0)
+        return distance(own, measure_set([pair[1] for pair in pairs]), people.scales).total
 
     first, second = (compare(own, people, intervals=True) for own in (near, far))
     pairs = [list(zip(own, one, strict=True)) for own in (near, far)]
@@ -108,7 +116,7 @@ def test_intervals_are_there_where_they_were_asked_for(human: Human) -> None:
 
 def test_the_first_prompts_alone(human: Human) -> None:
     part = human.first(5)
-    assert part.scores == scores_of(human.samples[:5])
+    assert part.figures == measure_set(human.samples[:5])
     assert len(part.without) == 5
 
 
@@ -116,6 +124,6 @@ def test_what_cannot_be_compared_is_an_error(human: Human) -> None:
     with pytest.raises(UserError, match="7 samples stand against 8 texts"):
         compare(human.samples[:7], human)
     with pytest.raises(UserError, match="1 text of people is too little"):
-        human_side(human.samples[:1])
+        measure_people(human.samples[:1])
     with pytest.raises(UserError, match="none of them has a token"):
-        scores_of(measured([[], []]))
+        measure_set(measured([[], []]))

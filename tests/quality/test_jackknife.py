@@ -19,7 +19,7 @@ from pipeline.quality.jackknife import (
     jackknife,
     jackknife_difference,
     jackknife_error,
-    left_out,
+    leave_each_out,
 )
 from pipeline.quality.self_bleu import self_bleu
 from pipeline.quality.zipf import zipf_coefficient
@@ -120,13 +120,13 @@ def test_pairs_need_a_sample_of_both() -> None:
 
 
 def test_left_out_by_hand() -> None:
-    assert left_out([1, 2, 4], sum) == [6, 5, 3]
-    assert left_out([], sum) == []
+    assert leave_each_out([1, 2, 4], sum) == [6, 5, 3]
+    assert leave_each_out([], sum) == []
 
 
 def test_jackknife_error_of_a_mean_is_the_usual_one() -> None:
     values = np.random.default_rng(6).normal(size=(20, 2))
-    without = np.array(left_out(list(values), lambda rows: np.mean(rows, axis=0)))
+    without = np.array(leave_each_out(list(values), lambda rows: np.mean(rows, axis=0)))
     np.testing.assert_allclose(jackknife_error(without), values.std(axis=0, ddof=1) / 20**0.5)
 
 
@@ -174,7 +174,7 @@ def test_jackknife_error_of_figures_among_samples_is_their_true_spread(
     rng = np.random.default_rng(13)
     sets = [texts(30, rng) for _ in range(60)]
     spread = np.std([figure(own) for own in sets])
-    error = fmean(float(jackknife_error(np.array(left_out(own, figure)))) for own in sets[:10])
+    error = fmean(float(jackknife_error(np.array(leave_each_out(own, figure)))) for own in sets[:10])
     assert 0.75 < error / spread < 1.4
 
 

@@ -17,8 +17,8 @@ from pipeline.engine.cuda import driver
 from pipeline.evaluation.samples import leading_words
 from pipeline.files import read_json, read_jsonl, sha256_file
 from pipeline.params.file import PARAMS_FILE, read_yaml
-from pipeline.quality.comparison import Compared
-from pipeline.quality.distance import TERMS, Distance, Scores
+from pipeline.quality.comparison import Comparison
+from pipeline.quality.distance import TERMS, Distance, SetFigures
 from pipeline.stages import evaluate as stage
 from pipeline.stages.evaluate import choose, evaluate, score_documents
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
@@ -220,11 +220,11 @@ def test_the_same_inputs_give_the_same_bytes(project: Project, tmp_path: Path) -
     assert "another" in (tmp_path / "out" / "report.html").read_text()
 
 
-def compared(*distances: float) -> Compared:
+def compared(*distances: float) -> Comparison:
     """A set of samples at these distances without each of its prompts, and at their mean."""
-    scores = Scores(**dict.fromkeys(TERMS, 1.0))
+    scores = SetFigures(**dict.fromkeys(TERMS, 1.0))
     total = float(np.mean(distances))
-    return Compared(scores, Distance(total, {}, 0.0, 0.0), np.array(distances))
+    return Comparison(scores, Distance(total, {}, 0.0, 0.0), np.array(distances))
 
 
 def test_the_tuned_decoding_is_kept_where_it_is_nearer_beyond_chance() -> None:

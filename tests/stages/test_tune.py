@@ -206,7 +206,7 @@ def test_a_trial_that_is_given_up_has_drawn_half(bench: Bench) -> None:
     assert asked == [(4, found.distance.total)]
     whole, prompts = try_out(bench, VALUES, lambda *_: False)
     assert prompts == 8
-    assert whole.scores.mean_tokens == pytest.approx(
+    assert whole.figures.mean_tokens == pytest.approx(
         np.mean([len(sample.token_ids) for sample in bench.draw(VALUES, 0, 8)])
     )
 
