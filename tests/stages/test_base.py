@@ -1,3 +1,5 @@
+"""`base` reads a model from a folder or the hub, or makes one, and refuses what it cannot use in one line."""
+
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from changed_params import write_changed_params
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaConfig
@@ -65,12 +68,8 @@ def params(source: str, revision: str | None = None, **scratch: int) -> BasePara
     return BaseParams(source=source, revision=revision, scratch=SCRATCH.model_copy(update=scratch))
 
 
-def write_params(folder: Path, base: BaseParams) -> None:
-    (folder / PARAMS_FILE).write_text(json.dumps(read_yaml(ROOT / PARAMS_FILE) | {"base": base.model_dump()}))
-
-
-def environment(**values: str) -> dict[str, str]:
-    """This process's without what it says of the hub, and with `values`."""
+def hub_environment(**values: str) -> dict[str, str]:
+    """This process's environment with `values` in place of its own settings of the hub."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return inherited | {"PYTHONPATH": str(ROOT)} | values
 
@@ -352,12 +351,11 @@ def run_stage_on_each(folder: Path, sources: dict[str, tuple[str, str | None]], 
     A source that failed must have ended with exit code 2 and left nothing.
     """
     for name, (source, revision) in sources.items():
-        write_params(folder, params(source, revision))
-        (folder / PARAMS_FILE).rename(folder / f"{name}.yaml")
+        write_changed_params(folder / f"{name}.yaml", {"base": params(source, revision).model_dump()})
     ended = subprocess.run(
         [sys.executable, "-c", STAGE_ON_EACH, json.dumps(list(sources))],
         cwd=folder,
-        env=environment(HF_HOME=str(folder / "hub-cache"), HF_TOKEN=TOKEN, **values),
+        env=hub_environment(HF_HOME=str(folder / "hub-cache"), HF_TOKEN=TOKEN, **values),
         capture_output=True,
         text=True,
         timeout=60,
