@@ -41,7 +41,7 @@ class Report:
     samples: Sequence[Mapping[str, Any]]
     """The rows of `samples.jsonl`, each system's in the order of the prompts."""
     trials: Sequence[Mapping[str, Any]]
-    """The rows of the search's `trials.json`; empty if there was no search."""
+    """The rows of the search's `trials.json`."""
     train_losses: Sequence[tuple[int, float]]
     """The optimizer step and the loss, in nats per token, of each point."""
     validation_losses: Sequence[tuple[int, float]]
@@ -100,7 +100,7 @@ COLUMNS = {
         Column("self_bleu", "self-BLEU", 3, "How much the samples resemble each other."),
     ],
     "likeness": [
-        Column("base_perplexity", "perplexity", 1, "Of the samples under the base: how predictable they are.", "perplexity"),
+        Column("base_perplexity", "perplexity", 1, "Of the samples, computed by the base.", "perplexity"),
         Column("mauve", "MAUVE", 3, "How alike samples and people's texts are to a model; 1 is alike."),
     ],
     "copies": [
@@ -152,8 +152,8 @@ def render_report(report: Report) -> str:
         protocol={name: _value(value) for name, value in protocol.items()},
         losses=_loss_chart(report.train_losses, report.validation_losses),
         best=_describe_best(report.validation_losses),
-        search=_search_chart(report.trials) if report.trials else None,
-        searched=_describe_search(report.trials) if report.trials else None,
+        search=_search_chart(report.trials),
+        searched=_describe_search(report.trials),
         decodings=decodings,
         parameters=_parameters(decodings),
         prompts=_prompts(report.samples),

@@ -26,7 +26,7 @@ class TrainingState:
         return max(whole, key=step_of, default=None)
 
     def parts_of_step(self, choose: Callable[[], int]) -> int:
-        """Return the batches per step: as before an interruption, because sums would round otherwise, or as chosen now."""
+        """Return the batches per step: those before an interruption, since sums round differently, or as chosen now."""
         file = self.folder / PARTS_FILE
         if not file.is_file():
             write_json(file, {"parts_of_step": choose()})
