@@ -380,4 +380,4 @@ def test_restore_without_outputs_says_what_to_run(capsys: pytest.CaptureFixture[
 
 def test_restore_with_outputs_half_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_json(tmp_path / "out" / "register" / "version.json", {"name": NAME, "version": 1})
-    assert refused(capsys, "restore").startswith("error: out/finetune/run.json: No such file")
+    assert refused(capsys, "restore").startswith("error: out/finetune/loss_train.csv: No such file")

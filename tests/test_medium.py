@@ -52,7 +52,7 @@ def test_gpt2_medium_is_fine_tuned_exported_and_keeps_parity(tmp_path: Path) -> 
     run_stage(tmp_path, "tune", *searched, "out/tune")
 
     assert read_json(tmp_path / "out/base/source.json")["parameters"] == 354_823_168
-    assert read_json(tmp_path / "out/finetune/metrics.json")["steps"] == 2
+    assert read_json(tmp_path / "out/finetune/details.json")["steps"] == 2
     parity = read_json(tmp_path / "out/export/parity.json")
     assert parity["float32"]["greedy_agreement_tokens"] == parity["float32"]["greedy_tokens"] == 64
     assert parity["int8"]["positions"] >= 2000

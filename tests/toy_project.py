@@ -17,6 +17,8 @@ from isolated_store import STORE, VARIABLES, add_empty_store, copy_store, isolat
 from pipeline.files import write_jsonl
 from pipeline.params.file import PARAMS_FILE
 from pipeline.params.whole import Params, load_params
+from pipeline.tracking.runs import find_run
+from pipeline.tracking.store import connect
 
 TEXTS = {
     "train": [f"The lamp on rock {number} went out before the tide." for number in range(60)],
@@ -73,6 +75,12 @@ class Project:
         """Make the folder the current one, as it is for every stage."""
         with isolated_store(self.root):
             yield
+
+    def run_of(self, stage: str) -> str:
+        """Return the id of the run that wrote the stage's outputs. Call it in `entered`."""
+        found = find_run(connect(), stage, self.out / stage)
+        assert found is not None
+        return found
 
     def run(self, stage: ModuleType, *paths: str) -> None:
         """Run a stage as its command does."""

@@ -23,10 +23,11 @@ def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, An
     found = find_run(client, "finetune", finetune)
     if found is not None:
         return found
+    curves = {name: read_curve(finetune / f"loss_{name}.csv") for name in ("train", "validation")}
     print(f"the tracking store does not hold the run that wrote {finetune}; recording it again", file=sys.stderr)
     with start_run("finetune", parameters) as run:
-        for name in ("train", "validation"):
-            for step, loss in read_curve(finetune / f"loss_{name}.csv"):
+        for name, points in curves.items():
+            for step, loss in points:
                 run.log_metrics({f"{name}_loss": loss}, step)
         record_finetuning(run, finetune)
     return run.run_id

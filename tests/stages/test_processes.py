@@ -12,8 +12,8 @@ from isolated_store import isolated_store
 from safetensors.torch import load_file
 from toy_project import Project, copy_for_finetune, stage_environment
 
-from pipeline.files import read_json
 from pipeline.tracking import store
+from pipeline.tracking.runs import find_run
 
 PATHS = ("out/tokenize", "out/base", "out/finetune")
 MODULE = ("-m", "pipeline.stages.finetune", *PATHS)
@@ -80,7 +80,7 @@ def test_two_processes_learn_what_one_does_and_record_it_once(project: Project, 
     with isolated_store(folder):
         client = store.connect()
         (run,) = client.search_runs([store.experiment_id(client)])
-        assert run.info.run_id == read_json(folder / "out" / "finetune" / "run.json")["run_id"]
+        assert run.info.run_id == find_run(client, "finetune", folder / "out" / "finetune")
         assert run.info.status == "FINISHED"
         assert run.data.tags["finetune.batches_a_step"] == "2"
         history = client.get_metric_history(run.info.run_id, "validation_loss")

@@ -138,14 +138,15 @@ def test_the_first_version_is_champion_and_leads_back_to_run_scores_and_data(
 ) -> None:
     client = store.connect()
     found = client.get_model_version_by_alias(version["name"], "champion")
-    assert (int(found.version), found.run_id) == (version["version"], version["run_id"]) == (1, found.run_id)
-    parent = read_json(project.out / "finetune" / "run.json")["run_id"]
-    assert runs.find_child(client, parent, "register") == found.run_id
-    scores = read_json(project.out / "evaluate" / "metrics.json")
+    assert int(found.version) == version["version"] == 1
+    parent = project.run_of("finetune")
+    run = client.get_run(found.run_id)
+    assert (run.data.tags["mlflow.parentRunId"], run.data.tags[runs.STAGE_TAG]) == (parent, "register")
+    documents = read_json(project.out / "evaluate" / "details.json")["documents"]
     assert found.tags["pipeline.run_id"] == parent
     assert found.tags[registry.FINGERPRINT_TAG] == version["fingerprint"]
     assert registry.score_of(found) == registry.Score(
-        sha256_file(project.out / "prepare" / "test.jsonl"), scores["finetuned"]["bits_per_byte"]
+        sha256_file(project.out / "prepare" / "test.jsonl"), documents["finetuned"]["bits_per_byte"]
     )
     assert {"machine.cpu", "library.mlflow"} <= set(found.tags)
 
@@ -163,7 +164,7 @@ def test_a_version_holds_engine_tokenizer_decoding_presets_parity_and_scores(
         "parity",
         "scores",
     }
-    names = ("metrics.json", "decoding.json", "presets.json")
+    names = ("details.json", "decoding.json", "presets.json")
     for file in (project.out / "export" / "parity.json", *(evaluated / name for name in names)):
         assert sha256_file(artifacts / file.name) == sha256_file(file)
     engine = project.out / "export" / "engine"
