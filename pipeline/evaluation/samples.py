@@ -53,7 +53,7 @@ class Measures:
 
     def take(self, samples: Sequence[Sample]) -> list[SampleFigures]:
         """The figures of each sample alone."""
-        copies = longest_copies([sample.token_ids for sample in samples], self.training_ids).lengths_tokens
+        copies = longest_copies([sample.token_ids for sample in samples], self.training_ids)
         return [self._measured(sample, int(copy)) for sample, copy in zip(samples, copies, strict=True)]
 
     def _measured(self, sample: Sample, copy_tokens: int) -> SampleFigures:

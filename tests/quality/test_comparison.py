@@ -19,9 +19,9 @@ from pipeline.quality.comparison import (
 )
 from pipeline.quality.distance import distance
 from pipeline.quality.diversity import distinct_n
-from pipeline.quality.jackknife import jackknife, jackknife_difference
-from pipeline.quality.mauve import mauve
-from pipeline.quality.repetition import mean_rep_n, share_looping
+from pipeline.quality.jackknife import jackknife_interval, leave_each_out
+from pipeline.quality.mauve import mauve_of_buckets, sort_in_buckets
+from pipeline.quality.repetition import is_looping, rep_n
 from pipeline.quality.self_bleu import self_bleu
 from pipeline.quality.zipf import zipf_coefficient
 
@@ -59,14 +59,14 @@ def test_figures_of_a_set_are_those_of_its_texts() -> None:
     scores = measure_set(measured(ids))
     assert asdict(scores) == pytest.approx(
         {
-            **{f"rep_{n}": mean_rep_n(ids, n) for n in (2, 3, 4)},
+            **{f"rep_{n}": np.mean([rep_n(own, n) for own in ids]) for n in (2, 3, 4)},
             **{f"distinct_{n}": distinct_n(ids, n) for n in (1, 2, 3)},
             "zipf": zipf_coefficient(ids),
             "self_bleu": self_bleu(ids, 4),
             "perplexity": math.exp(3 + sum(range(9)) / sum(map(len, ids))),
             "mean_tokens": np.mean([len(own) for own in ids]),
             "mean_copy_tokens": 4.0,
-            "looping_share": share_looping(ids, 4, 3),
+            "looping_share": np.mean([is_looping(own, 4, 3) for own in ids]),
             "form_share": 1.0,
             "mauve": None,
         }
@@ -83,7 +83,8 @@ def test_distance_is_that_of_the_scores_with_mauve(human: Human) -> None:
     own = measured(texts(2), seed=2)
     found = compare(own, human)
     features = [np.stack([sample.state for sample in side]) for side in (own, human.samples)]
-    expected = replace(measure_set(own), mauve=np.mean([mauve(*features, seed=seed) for seed in MAUVE_SEEDS]))
+    mauves = [mauve_of_buckets(sort_in_buckets(*features, seed=seed)) for seed in MAUVE_SEEDS]
+    expected = replace(measure_set(own), mauve=np.mean(mauves))
     assert found.figures == expected
     assert found.distance == distance(expected, human.figures, human.scales)
 
@@ -100,8 +101,11 @@ def test_intervals_leave_each_prompt_out_of_samples_and_people(human: Human) -> 
 
     first, second = (compare(own, people, intervals=True) for own in (near, far))
     pairs = [list(zip(own, one, strict=True)) for own in (near, far)]
-    assert first.interval() == pytest.approx(jackknife(pairs[0], statistic))
-    assert first.difference(second) == pytest.approx(jackknife_difference(pairs[0], pairs[1], statistic))
+    totals = [statistic(own) for own in pairs]
+    without = [np.array(leave_each_out(own, statistic)) for own in pairs]
+    assert first.interval() == pytest.approx(jackknife_interval(totals[0], without[0]))
+    expected = jackknife_interval(totals[0] - totals[1], without[0] - without[1])
+    assert first.difference(second) == pytest.approx(expected)
 
 
 def test_a_set_does_not_differ_from_itself(human: Human) -> None:
