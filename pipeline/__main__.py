@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.decoding import ModelDecoding, SamplingParams, list_types, read_decoding, scalar_types
 from pipeline.errors import UserError, report_errors
+from pipeline.params.file import PARAMS_FILE, read_yaml
 from pipeline.params.whole import load_params
 
 OUT = Path("out")
@@ -255,12 +256,11 @@ def _restore(_: argparse.Namespace) -> None:
     from pipeline.tracking.restore import restore
     from pipeline.tracking.store import store_errors
 
-    # DVC reads no section but its stages' own: a mistyped one would go unseen where nothing is to be run.
     load_params()
     if not (OUT / "register" / "version.json").is_file():
         raise UserError(f"{OUT / 'register' / 'version.json'}: is missing; run `dvc repro` first")
     with store_errors():
-        restore(OUT)
+        restore(OUT, read_yaml(PARAMS_FILE))
 
 
 def _add_ui(commands: Any) -> None:

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from changed_params import write_changed_params
+
 import pipeline
 from pipeline.files import sha256_file, write_jsonl
 from pipeline.params.base import BaseParams, ScratchParams
-from pipeline.params.file import PARAMS_FILE, read_yaml
 
 ROOT = Path(pipeline.__file__).parents[1]
 SCRATCH = ScratchParams(vocabulary_size=300, context_length=64, layers=2, heads=2, width=32, seed=7)
@@ -29,11 +30,7 @@ def params(source: str, revision: str | None = None, **scratch: int) -> BasePara
     return BaseParams(source=source, revision=revision, scratch=SCRATCH.model_copy(update=scratch))
 
 
-def write_params(folder: Path, base: BaseParams) -> None:
-    (folder / PARAMS_FILE).write_text(json.dumps(read_yaml(ROOT / PARAMS_FILE) | {"base": base.model_dump()}))
-
-
-def environment(**values: str) -> dict[str, str]:
+def hub_environment(**values: str) -> dict[str, str]:
     """Return the environment of this process without its settings for the hub, plus `values`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return inherited | {"PYTHONPATH": str(ROOT)} | values
@@ -69,12 +66,11 @@ def run_stage_on_each(folder: Path, sources: dict[str, tuple[str, str | None]], 
     A source that failed must have ended with exit code 2 and left nothing.
     """
     for name, (source, revision) in sources.items():
-        write_params(folder, params(source, revision))
-        (folder / PARAMS_FILE).rename(folder / f"{name}.yaml")
+        write_changed_params(folder / f"{name}.yaml", {"base": params(source, revision).model_dump()})
     ended = subprocess.run(
         [sys.executable, "-c", STAGE_ON_EACH, json.dumps(list(sources))],
         cwd=folder,
-        env=environment(HF_HOME=str(folder / "hub-cache"), HF_TOKEN=TOKEN, **values),
+        env=hub_environment(HF_HOME=str(folder / "hub-cache"), HF_TOKEN=TOKEN, **values),
         capture_output=True,
         text=True,
         timeout=60,

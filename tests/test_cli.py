@@ -49,14 +49,14 @@ def engine(tiny_engine_folder: Path) -> str:
 def champion(tiny_engine_folder: Path, tmp_path: Path) -> str:
     """A registered model that by default draws three tokens; its code is not what a command runs."""
     write_decoding(tmp_path / "registered")
-    return registered(tiny_engine_folder, tmp_path, "decoding", "presets")
+    return register_champion(tiny_engine_folder, tmp_path, "decoding", "presets")
 
 
 @pytest.fixture
 def old_champion(tiny_engine_folder: Path, tmp_path: Path) -> str:
     """The same as it was registered before there were presets."""
     write_decoding(tmp_path / "registered")
-    return registered(tiny_engine_folder, tmp_path, "decoding")
+    return register_champion(tiny_engine_folder, tmp_path, "decoding")
 
 
 def write_decoding(folder: Path) -> None:
@@ -65,7 +65,7 @@ def write_decoding(folder: Path) -> None:
     write_json(folder / "presets.json", {name: preset.to_mapping() for name, preset in PRESETS.items()})
 
 
-def registered(engine: Path, tmp_path: Path, *names: str) -> str:
+def register_champion(engine: Path, tmp_path: Path, *names: str) -> str:
     client = store.connect()
     artifacts = {"engine": str(engine), **{name: str(tmp_path / "registered" / f"{name}.json") for name in names}}
     with runs.start_run("register", {}) as run:

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 
 from pipeline.files import sha256_file
 from pipeline.tracking.store import EXPERIMENT
-from pipeline.training.resume import FOLDER, WHOLE_FILE, step_of
+from pipeline.training.state import FOLDER, WHOLE_FILE, step_of
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["prepare", "base", "tokenize", "finetune", "export", "tune", "evaluate", "register"]

@@ -16,6 +16,7 @@ from pipeline.advice.learning_curve import LEAST_SIZES, PowerLaw, can_be_fitted,
 from pipeline.charts import DATA, MARK, MODEL, new_chart, save_chart
 from pipeline.errors import UserError
 from pipeline.files import whole_folder, write_json
+from pipeline.training.curves import parse_curve
 
 SHARES = (0.125, 0.25, 0.5, 1.0)
 WORTHWHILE_NATS = 0.02
@@ -195,11 +196,10 @@ def experiment_name(share: float) -> str:
 
 def read_point(share: float) -> Point:
     """What came of the experiment on a share. Raises `UserError` where DVC has it no longer."""
-    metrics, curve = (
-        read_output(experiment_name(share), FINETUNE / file) for file in ("metrics.json", "loss_validation.csv")
+    details, curve = (
+        read_output(experiment_name(share), FINETUNE / file) for file in ("details.json", "loss_validation.csv")
     )
-    losses = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(curve.splitlines())]
-    return Point(share, int(json.loads(metrics)["train_tokens"]), losses)
+    return Point(share, int(json.loads(details)["train_tokens"]), parse_curve(curve))
 
 
 def write_curve(path: Path, points: Sequence[Point], advice: Advice) -> None:

@@ -19,13 +19,14 @@ from pipeline.charts import DATA, MARK, MODEL, new_chart, save_chart
 from pipeline.errors import UserError
 from pipeline.files import whole_folder
 from pipeline.params.finetune import FinetuneParams
-from pipeline.stages.finetune import check_vocabulary, fix_randomness, window_length
 from pipeline.tokens import load_tokens, tokenizer_sha256
+from pipeline.training.checks import check_vocabulary, window_length
 from pipeline.training.memory import parts_of_step
 from pipeline.training.model import load_trainable
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.packing import PackedSteps
 from pipeline.training.precision import autocast
+from pipeline.training.randomness import fix_randomness
 
 TOLD_STEPS = 10
 """Lines of the table, and of the progress where there is no terminal."""

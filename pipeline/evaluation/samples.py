@@ -19,6 +19,7 @@ from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Reading
 from pipeline.engine.text import TextGenerator
 from pipeline.files import read_jsonl
+from pipeline.params.samples import SamplesParams
 from pipeline.quality.comparison import SampleFigures, measure_sample
 from pipeline.quality.memorization import longest_copies
 from pipeline.quality.perplexity import plan_windows
@@ -40,31 +41,30 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What samples are measured with."""
+class Meter:
+    """Measures samples one by one."""
 
     base: Engine
-    """Whose perplexity and hidden states are taken: it did not write them, unless they are its own."""
+    """The model that gives perplexity and hidden states. It did not write the samples, unless they are the base's."""
     tokenizer: Tokenizer
     training_ids: NDArray[np.unsignedinteger]
-    loop_ngram_tokens: int
-    loop_repeats: int
-    form_pattern: str
+    params: SamplesParams
+    """The definitions of a loop and of the data's form."""
 
-    def take(self, samples: Sequence[Sample]) -> list[SampleFigures]:
-        """The figures of each sample alone."""
+    def measure(self, samples: Sequence[Sample]) -> list[SampleFigures]:
+        """Return the figures of each sample."""
         copies = longest_copies([sample.token_ids for sample in samples], self.training_ids)
-        return [self._measured(sample, int(copy)) for sample, copy in zip(samples, copies, strict=True)]
+        return [self._measure(sample, int(copy)) for sample, copy in zip(samples, copies, strict=True)]
 
-    def _measured(self, sample: Sample, copy_tokens: int) -> SampleFigures:
+    def _measure(self, sample: Sample, copy_tokens: int) -> SampleFigures:
         reading = read_long(self.base, [*prompt_ids(self.tokenizer, sample.prompt), *sample.token_ids])
         own = reading.logprobs[len(reading.logprobs) - len(sample.token_ids) :]
         return measure_sample(
             sample.token_ids,
             copy_tokens=copy_tokens,
-            loop_ngram_tokens=self.loop_ngram_tokens,
-            loop_repeats=self.loop_repeats,
-            in_form=re.search(self.form_pattern, sample.prompt + sample.text) is not None,
+            loop_ngram_tokens=self.params.loop_ngram_tokens,
+            loop_repeats=self.params.loop_repeats,
+            in_form=re.search(self.params.form_pattern, sample.prompt + sample.text) is not None,
             logprob=float(own.sum()),
             state=reading.mean_state,
         )

@@ -18,7 +18,7 @@ from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
 from pipeline.params.register import RegisterParams
 from pipeline.stage_process import stage_process
 from pipeline.tracking import lineage, registry, runs, store
-from pipeline.tracking.restore import parent_run
+from pipeline.tracking.records import parent_run
 
 SERVED_MODULE = "pipeline.serving.pyfunc"
 COLUMNS = {bool: DataType.boolean, int: DataType.long, float: DataType.double, str: DataType.string}
@@ -59,8 +59,8 @@ def main() -> None:
 
 def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path, *, name: str) -> None:
     """Write `version.json` to `out`: the version that holds these files, registered now or found in the registry."""
-    scores = read_json(evaluate / "metrics.json")
-    score = registry.Score(sha256_file(test), scores["finetuned"]["bits_per_byte"])
+    details = read_json(evaluate / "details.json")
+    score = registry.Score(sha256_file(test), details["documents"]["finetuned"]["bits_per_byte"])
     client = store.connect()
     with tempfile.TemporaryDirectory() as folder:
         code = pack_code(Path(folder) / "pipeline")
@@ -69,7 +69,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
             "decoding": evaluate / "decoding.json",
             "presets": evaluate / "presets.json",
             "parity": export / "parity.json",
-            "scores": evaluate / "metrics.json",
+            "scores": evaluate / "details.json",
         }
         fingerprint = digest_of([*artifacts.values(), code])
         version = registry.find_version(client, name, fingerprint)
@@ -95,7 +95,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
                         registry.RUN_TAG: parent,
                         registry.TEST_SPLIT_TAG: score.test_split_sha256,
                         registry.BITS_PER_BYTE_TAG: repr(score.bits_per_byte),
-                        **{f"evaluated.{name}": scores["protocol"][name] for name in ("provider", "precision")},
+                        **{f"evaluated.{name}": details["protocol"][name] for name in ("provider", "precision")},
                     },
                 )
             alias = registry.set_alias(client, version, score)
@@ -104,7 +104,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
             print(f"registered {name} version {version.version} as {alias}")
     write_json(
         out / "version.json",
-        {"name": name, "version": int(version.version), "fingerprint": fingerprint, "run_id": version.run_id},
+        {"name": name, "version": int(version.version), "fingerprint": fingerprint},
     )
 
 

@@ -1,5 +1,6 @@
 """The processes that train together, as `torchrun` starts them; without it there is one."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,6 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from pipeline.errors import UserError
+
+FSDP_VERSION = "2"
 
 Value = TypeVar("Value")
 
@@ -64,6 +67,12 @@ class Processes:
             self.state.destroy_process_group()
 
 
-def join_processes() -> Processes:
-    """Meet the other processes: over NCCL where there are GPUs, over gloo elsewhere."""
+def join_processes(*, fsdp: bool = False) -> Processes:
+    """Meet the other processes: over NCCL if there are GPUs, over gloo otherwise.
+
+    With `fsdp`, sets the environment variable FSDP_VERSION, which accelerate reads; the Trainer has no argument for
+    it.
+    """
+    if fsdp:
+        os.environ["FSDP_VERSION"] = FSDP_VERSION
     return Processes(PartialState(cpu=not torch.cuda.is_available()))

@@ -1,13 +1,11 @@
 """Fine-tuning with transformers' Trainer: exact validation loss, and a hook at each evaluation."""
 
 import math
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,19 +29,19 @@ from transformers import (
 from pipeline.checkpoint import weights_written
 from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams
+from pipeline.training.curves import Curves, Point
 from pipeline.training.memory import keep_freed_memory, peak_bytes
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch
 from pipeline.training.precision import supports_bfloat16, supports_tf32
 from pipeline.training.processes import Processes
-from pipeline.training.resume import WHOLE_FILE, ResumeState
+from pipeline.training.state import WHOLE_FILE, TrainingState
 
 FSDP = {
     "transformer_layer_cls_to_wrap": ["GPT2Block"],
     # Every process has read the same weights.
     "sync_module_states": False,
 }
-FSDP_VERSION = "2"
 EXPLODED = 2.0
 """A loss so many times that of a uniform guess, or of the base, does not come back."""
 LOGGED_POINTS = 100
@@ -54,19 +52,6 @@ class MetricsLog(Protocol):
     """Where metrics go; `pipeline.tracking.RunLog` is one."""
 
     def log_metrics(self, values: dict[str, float], step: int) -> None: ...
-
-
-@dataclass
-class Curves:
-    """Losses in nats a token at the steps where they were taken."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-
-    @property
-    def best_validation(self) -> tuple[int, float]:
-        """Step and loss of the best checkpoint; the untrained base at step 0 is not one."""
-        return min(self.validation[1:], key=lambda point: point[1])
 
 
 def finetune_model(
@@ -131,7 +116,7 @@ def _memory_held() -> Iterator[None]:
         ) from error
 
 
-def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:
+def _points(state: TrainerState, name: str) -> list[Point]:
     """The curve of a value that the Trainer logged, before an interruption too."""
     return [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
 
@@ -151,9 +136,6 @@ def training_arguments(
             "lower it, or raise finetune.epochs"
         )
     on_gpu = torch.cuda.is_available()
-    if params.fsdp:
-        # Read by accelerate; the Trainer has no argument for it.
-        os.environ["FSDP_VERSION"] = FSDP_VERSION
     arguments = TrainingArguments(
         output_dir=str(work_folder),
         seed=params.seed,
@@ -258,7 +240,7 @@ class PackedTrainer(Trainer):
         )
 
     def _last_good(self) -> str:
-        folder = ResumeState(Path(self.args.output_dir)).checkpoint
+        folder = TrainingState(Path(self.args.output_dir)).checkpoint
         return "" if folder is None else f"; the last good checkpoint is kept in {folder}"
 
     @property

@@ -15,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.params.file import PARAMS_FILE, read_yaml
 from pipeline.params.finetune import FinetuneParams
-from pipeline.stages import finetune as stage
 from pipeline.stages.finetune import finetune
 from pipeline.tokens import TOKENIZER_FILE, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.tracking import runs, store
@@ -157,12 +156,6 @@ def test_a_window_longer_than_the_base_has_positions_is_refused(project: Project
     params = project.params.finetune.model_copy(update={"context_length": 65})
     message = refused(project, project.out / "base", tmp_path, params)
     assert message.startswith("finetune.context_length: 65 is more than the base's 64 positions; lower it")
-
-
-def test_a_shorter_window_is_taken() -> None:
-    params = FinetuneParams.model_construct(context_length=16)
-    assert stage.window_length(params, positions=64) == 16
-    assert stage.window_length(FinetuneParams.model_construct(context_length=None), positions=64) == 64
 
 
 def test_training_goes_on_without_prompts_to_sample(project: Project, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
-"""Fine-tuning that is killed goes on where it was, in the same run, and ends as if nothing had happened."""
+"""A killed fine-tuning resumes where it was, in the same run, and ends as if nothing had happened."""
 
-import os
-import re
 import shutil
 import signal
 import subprocess
@@ -9,47 +7,31 @@ import sys
 from pathlib import Path
 
 import pytest
-from isolated_store import VARIABLES, isolated_store
+from isolated_store import isolated_store
 from mlflow import MlflowClient
-from toy_project import Project
+from toy_project import Project, copy_for_finetune, stage_environment
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file
-from pipeline.params.file import PARAMS_FILE
 from pipeline.stages import finetune as stage
 from pipeline.tracking import runs, store
 from pipeline.training import resume
 
-ROOT = Path(__file__).parents[2]
 OUTPUTS = ("checkpoint/model.safetensors", "loss_train.csv", "loss_validation.csv", "metrics.json")
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
 
 
-def make_folder(project: Project, folder: Path) -> Path:
+def long_training(project: Project, folder: Path) -> Path:
     """What `finetune` needs, with training long enough to be killed in the middle."""
-    shutil.copytree(project.out / "tokenize", folder / "out" / "tokenize")
-    shutil.copytree(project.out / "base", folder / "out" / "base")
-    shutil.copy(project.root / PARAMS_FILE, folder)
-    change(folder, "epochs", 6 * project.params.finetune.epochs)
-    with isolated_store(folder):
-        pass
-    return folder
-
-
-def change(folder: Path, parameter: str, value: float) -> None:
-    text = (folder / PARAMS_FILE).read_text()
-    changed, count = re.subn(rf"(?m)^  {parameter}: .*$", f"  {parameter}: {value}", text)
-    assert count == 1
-    (folder / PARAMS_FILE).write_text(changed)
+    return copy_for_finetune(project, folder, epochs=6 * project.params.finetune.epochs)
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.stages.finetune", "out/tokenize", "out/base", "out/finetune"],
         cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(folder), "OMP_NUM_THREADS": "1"},
+        env=stage_environment(folder),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -63,8 +45,8 @@ def finish(folder: Path) -> str:
     return said
 
 
-def wait_for(process: subprocess.Popen[str], evaluations: int) -> None:
-    """Until so many evaluations after the first, of the base, are told: the last of them is then being saved."""
+def wait_for_evaluations(process: subprocess.Popen[str], evaluations: int) -> None:
+    """Wait for as many evaluations after the first, which is of the base. The last one is then being saved."""
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step ") and not line.startswith("step 0 "):
@@ -75,7 +57,7 @@ def wait_for(process: subprocess.Popen[str], evaluations: int) -> None:
 
 def kill_after(folder: Path, evaluations: int) -> None:
     process = start(folder)
-    wait_for(process, evaluations)
+    wait_for_evaluations(process, evaluations)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -85,13 +67,13 @@ def kill_after(folder: Path, evaluations: int) -> None:
 @pytest.fixture(scope="module")
 def whole(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training that nothing interrupted."""
-    folder = make_folder(project, tmp_path_factory.mktemp("whole") / "project")
+    folder = long_training(project, tmp_path_factory.mktemp("whole") / "project")
     assert "going on" not in finish(folder)
     return folder
 
 
 def test_a_killed_training_ends_as_if_it_had_not_been(project: Project, whole: Path, tmp_path: Path) -> None:
-    parts = make_folder(project, tmp_path / "parts")
+    parts = long_training(project, tmp_path / "parts")
     kill_after(parts, 2)
     state = parts / resume.FOLDER
     (folder,) = state.iterdir()
@@ -132,9 +114,9 @@ def compare_histories(client: MlflowClient, run_id: str, whole: Path) -> None:
 
 
 def test_one_that_is_told_to_stop_saves_first(project: Project, whole: Path, tmp_path: Path) -> None:
-    parts = make_folder(project, tmp_path / "parts")
+    parts = long_training(project, tmp_path / "parts")
     process = start(parts)
-    wait_for(process, 1)
+    wait_for_evaluations(process, 1)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM

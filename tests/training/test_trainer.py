@@ -16,13 +16,14 @@ from pipeline.params.finetune import FinetuneParams, TrainingSamplesParams
 from pipeline.tokens import TokenArrays, load_tokens, write_tokens
 from pipeline.training import trainer
 from pipeline.training.attention import padded_attention
+from pipeline.training.curves import Curves
 from pipeline.training.model import load_trainable
 from pipeline.training.objective import ScoredGPT2
 from pipeline.training.packing import PackedSteps
 from pipeline.training.processes import join_processes
-from pipeline.training.resume import ResumeState
 from pipeline.training.samples import generate_samples
-from pipeline.training.trainer import Curves, finetune_model, training_arguments
+from pipeline.training.state import TrainingState
+from pipeline.training.trainer import finetune_model, training_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,7 +179,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
     with pytest.raises(Killed):
         run(model, train, validation, tmp_path / "parts", params)
     monkeypatch.setattr(trainer.PackedTrainer, "training_step", step)
-    state = ResumeState(tmp_path / "parts" / "work")
+    state = TrainingState(tmp_path / "parts" / "work")
     assert (state.checkpoint is None) == (killed_at <= 8)
 
     # Whatever is in the model by then, the checkpoint has the weights.
@@ -344,7 +345,7 @@ def test_a_loss_that_explodes_is_told_with_its_batch_and_the_last_good_checkpoin
     assert message.startswith(f"finetune: the training loss is {told}")
     assert f" at step {last}, batch 2 of 2, which learns from training documents " in message
     assert f"documents {', '.join(map(str, documents))}; lower finetune.learning_rate" in message
-    kept = ResumeState(tmp_path / "work").checkpoint
+    kept = TrainingState(tmp_path / "work").checkpoint
     assert kept is not None
     assert message.endswith(f"the last good checkpoint is kept in {kept}")
 
