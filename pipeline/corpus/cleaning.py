@@ -8,7 +8,7 @@ from ftfy.fixes import unescape_html
 
 from pipeline.corpus.markup import strip_markup
 from pipeline.corpus.pieces import ends_sentence
-from pipeline.corpus.wrapping import join_wrapped, joint
+from pipeline.corpus.wrapping import find_joint, join_wrapped
 
 # Joiners between letters of scripts beyond Latin, and inside emoji, make the word; elsewhere they are leftovers.
 _INVISIBLE = re.compile(
@@ -38,7 +38,7 @@ _MAX_CREDIT_LINES = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Cleaned:
+class CleanedText:
     """A text and what was repaired in it."""
 
     text: str
@@ -47,7 +47,7 @@ class Cleaned:
     joined_breaks: int
 
 
-def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool) -> Cleaned:
+def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool) -> CleanedText:
     """Repair a section's text. `wrap_columns` is where its file wraps lines, if it does."""
     text = repair_characters(unescape_html(strip_markup(text)), straighten_quotes=straighten_quotes)
     text = tidy_space(text)
@@ -56,7 +56,7 @@ def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool) -> Cl
     joined_breaks = 0
     if wrap_columns is not None:
         text, joined_breaks = join_wrapped(tidy_space(text), wrap_columns)
-    return Cleaned(tidy_space(text), page_marks, notices, joined_breaks)
+    return CleanedText(tidy_space(text), page_marks, notices, joined_breaks)
 
 
 def repair_characters(text: str, *, straighten_quotes: bool) -> str:
@@ -99,7 +99,7 @@ def remove_page_marks(text: str, *, wrapped: bool) -> tuple[str, int]:
         after_line = text[line_end : line_end + 2] if line_end >= 0 else ""
         before_line = text[max(0, line_start - 2) : line_start]
         has_neighbour = before_line.strip("\n") or after_line.strip("\n")
-        return "\n" if wrapped or has_neighbour else joint(before)
+        return "\n" if wrapped or has_neighbour else find_joint(before)
 
     return _PAGE_BREAK.sub(mend, text), len(_PAGE_MARK_LINE.findall(text))
 

@@ -39,7 +39,7 @@ class Deduplicator:
     def __init__(self, params: NearDuplicateParams) -> None:
         self._min_jaccard = params.jaccard
         self._permutations = params.permutations
-        self._index = MinHashLSH(num_perm=params.permutations, params=bands(params.permutations, params.jaccard))
+        self._index = MinHashLSH(num_perm=params.permutations, params=choose_bands(params.permutations, params.jaccard))
         self._by_digest: dict[bytes, str] = {}
         self._kept: list[tuple[str, Hashes]] = []
 
@@ -50,7 +50,7 @@ class Deduplicator:
         """
         if digest in self._by_digest:
             return Repeat("exact_duplicate", self._by_digest[digest], 1.0)
-        sketch = _sketch(self._permutations, signature)
+        sketch = _make_sketch(self._permutations, signature)
         for kept in sorted(self._index.query(sketch)):
             kept_source, kept_shingles = self._kept[kept]
             similarity = jaccard(shingles, kept_shingles)
@@ -62,7 +62,7 @@ class Deduplicator:
         return None
 
 
-def bands(permutations: int, min_jaccard: float) -> tuple[int, int]:
+def choose_bands(permutations: int, min_jaccard: float) -> tuple[int, int]:
     """Bands and rows of the LSH index: as many rows as recall allows.
 
     A pair of similarity s shares a band with probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman, Mining
@@ -76,7 +76,7 @@ def bands(permutations: int, min_jaccard: float) -> tuple[int, int]:
 
 def shingle(words: Sequence[str], ngram_words: int) -> Hashes:
     """Sorted distinct 64-bit hashes of the word n-grams; one n-gram where there are fewer words."""
-    hashes = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
+    hashes = np.fromiter(map(_hash_word, words), dtype=np.uint64, count=len(words))
     ngram_words = min(ngram_words, len(words))
     positions = len(words) - ngram_words + 1
     ngrams = np.zeros(positions, dtype=np.uint64)
@@ -102,7 +102,7 @@ def jaccard(first: Hashes, second: Hashes) -> float:
 
 
 @lru_cache(maxsize=1 << 18)
-def _word_hash(word: str) -> int:
+def _hash_word(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
@@ -111,7 +111,7 @@ def _empty_sketch(permutations: int) -> Any:
     return MinHash(num_perm=permutations, seed=_SEED, hashfunc=int, scheme=_SCHEME)
 
 
-def _sketch(permutations: int, signature: Hashes) -> Any:
+def _make_sketch(permutations: int, signature: Hashes) -> Any:
     sketch = _empty_sketch(permutations).copy()
     sketch.hashvalues = signature
     return sketch

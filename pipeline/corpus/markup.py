@@ -32,8 +32,8 @@ def strip_markup(text: str) -> str:
     """
     if "<" not in text:
         return text
-    return _TAG.sub(_space_of, _UNSEEN.sub("", text))
+    return _TAG.sub(_replace_tag, _UNSEEN.sub("", text))
 
 
-def _space_of(tag: re.Match[str]) -> str:
+def _replace_tag(tag: re.Match[str]) -> str:
     return "\n\n" if tag["block"] else "\n" if tag["line"] else ""

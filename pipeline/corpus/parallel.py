@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 _ITEMS_AHEAD = 3
 
 
-def ordered_map(
+def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[Result, None, None]:
     """`map` in `workers` processes, or in this one if there is to be one.

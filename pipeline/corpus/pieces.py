@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from itertools import accumulate
 
-from pipeline.corpus.words import digest, normalized_words
+from pipeline.corpus.words import digest, normalize_words
 
 MAX_PARAGRAPH_PIECES = 2
 """A paragraph stays whole up to this many times the words of a piece."""
@@ -34,19 +34,19 @@ def cut_pieces(text: str, piece_words: int) -> list[str]:
     moves the cuts near it only: the other pieces, their ids and their splits stay, and two editions of a book come
     apart at the same places, where their duplicates can be found. Nothing is lost but the white space at the cuts.
     """
-    units = list(_units(text, MAX_PARAGRAPH_PIECES * piece_words))
+    units = list(_split_units(text, MAX_PARAGRAPH_PIECES * piece_words))
     words_before = [0, *accumulate(len(unit.split()) for _, unit in units)]
     pieces = []
     start = 0
     while start < len(units):
-        end = _cut(units, words_before, start, piece_words)
+        end = _find_cut(units, words_before, start, piece_words)
         separators_and_units = [part for pair in units[start:end] for part in pair]
         pieces.append("".join(separators_and_units[1:]))
         start = end
     return pieces
 
 
-def _cut(units: list[tuple[str, str]], words_before: list[int], start: int, piece_words: int) -> int:
+def _find_cut(units: list[tuple[str, str]], words_before: list[int], start: int, piece_words: int) -> int:
     """Index of the unit at which the piece that begins at `start` ends."""
     total = words_before[-1]
     allowed: list[int] = []
@@ -56,10 +56,10 @@ def _cut(units: list[tuple[str, str]], words_before: list[int], start: int, piec
             break
         if 2 * words >= piece_words and not _HEADING.match(units[index - 1][1]):
             allowed.append(index)
-    return min(allowed, key=lambda index: digest(normalized_words(units[index][1])), default=len(units))
+    return min(allowed, key=lambda index: digest(normalize_words(units[index][1])), default=len(units))
 
 
-def _units(text: str, max_words: int, level: int = 0) -> Iterator[tuple[str, str]]:
+def _split_units(text: str, max_words: int, level: int = 0) -> Iterator[tuple[str, str]]:
     """What cuts may part, each with the white space before it."""
     start = 0
     separator = ""
@@ -67,7 +67,7 @@ def _units(text: str, max_words: int, level: int = 0) -> Iterator[tuple[str, str
     for cut_start, cut_end in [*cuts, (len(text), len(text))]:
         unit = text[start:cut_start]
         if level + 1 < len(_CUTS) and len(unit.split()) > max_words:
-            (_, first), *others = _units(unit, max_words, level + 1)
+            (_, first), *others = _split_units(unit, max_words, level + 1)
             yield separator, first
             yield from others
         else:

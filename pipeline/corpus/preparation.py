@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from pipeline.corpus.deduplication import Deduplicator
 from pipeline.corpus.documents import Candidate, CleanedSection, clean_section
-from pipeline.corpus.parallel import ordered_map
+from pipeline.corpus.parallel import map_in_order
 from pipeline.corpus.readers import Section, Source, find_files, read_sections, survey
 from pipeline.corpus.report import FileReport, Report
-from pipeline.corpus.splits import SPLITS, split_of
+from pipeline.corpus.splits import SPLITS, choose_split
 from pipeline.errors import UserError
 from pipeline.files import whole_folder, write_json
 from pipeline.params.prepare import PrepareParams
@@ -61,10 +61,10 @@ def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None
                 repeat = deduplicator.admit(row_name, candidate.digest, candidate.shingles, candidate.signature)
                 if repeat:
                     file.outcomes[repeat.reason] += 1
-                    report.drop_duplicate(row_name, repeat)
+                    report.add_duplicate(row_name, repeat)
                     continue
                 file.outcomes["kept"] += 1
-                split = split_of(
+                split = choose_split(
                     candidate.digest, validation_share=params.validation_share, test_share=params.test_share
                 )
                 report.splits[split].add(candidate.text)
@@ -85,7 +85,7 @@ def _clean_rows(
 ) -> Iterator[tuple[FileReport, str, Candidate]]:
     """Yield every row in order, with its file and its name; add what cleaning repaired to the file's counts."""
     sources = [file.source for file in report.files]
-    chunks = ordered_map(partial(_clean_chunk, params), _read_chunks(sources, params), workers)
+    chunks = map_in_order(partial(_clean_chunk, params), _read_chunks(sources, params), workers)
     numbers = Counter[str]()
     with tqdm(
         total=characters, desc="cleaning", unit="character", unit_scale=True, disable=not sys.stderr.isatty()

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.encoding import detect_encoding
 from pipeline.corpus.pieces import ends_sentence
-from pipeline.corpus.wrapping import find_wrap, line_breaks
+from pipeline.corpus.wrapping import find_breaks, find_wrap
 from pipeline.errors import UserError
 from pipeline.params.prepare import PrepareParams
 
@@ -97,9 +97,9 @@ def survey(path: Path, name: str, params: PrepareParams) -> Source:
     has_start_line = separated = False
     notices = notice_lines = 0
     if is_text:
-        has_start_line = any(_NOTICE_START.fullmatch(line) for line in _lines(path, encoding))
+        has_start_line = any(_NOTICE_START.fullmatch(line) for line in _read_lines(path, encoding))
         was_body = True
-        for line, is_body in _marked_lines(_lines(path, encoding), has_start_line):
+        for line, is_body in _mark_lines(_read_lines(path, encoding), has_start_line):
             notices += was_body and not is_body
             notice_lines += not is_body
             was_body = is_body
@@ -117,7 +117,7 @@ def survey(path: Path, name: str, params: PrepareParams) -> Source:
     breaks: Counter[tuple[int, int]] = Counter()
     for section in read_sections(source, params):
         characters += len(section.text)
-        breaks.update(line_breaks(section.text))
+        breaks.update(find_breaks(section.text))
     return replace(source, wrap_columns=find_wrap(breaks), characters=characters)
 
 
@@ -125,9 +125,9 @@ def read_sections(source: Source, params: PrepareParams) -> Iterator[Section]:
     """Yield a file's sections in order. Raises `UserError` naming file and line of what cannot be read."""
     match source.form, source.path.suffix.lower():
         case "separated", _:
-            yield from _separated(_body_lines(source), params.separator)
+            yield from _split_at_separators(_read_body(source), params.separator)
         case "running", _:
-            yield from _blocks(_body_lines(source))
+            yield from _cut_blocks(_read_body(source))
         case _, ".jsonl":
             yield from _read_jsonl(source, params)
         case _, ".csv":
@@ -140,13 +140,13 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _lines(path: Path, encoding: str | None) -> Iterator[str]:
+def _read_lines(path: Path, encoding: str | None) -> Iterator[str]:
     with path.open(encoding=encoding) as file:
         for line in file:
             yield line.removesuffix("\n")
 
 
-def _marked_lines(lines: Iterable[str], has_start_line: bool) -> Iterator[tuple[str, bool]]:
+def _mark_lines(lines: Iterable[str], has_start_line: bool) -> Iterator[tuple[str, bool]]:
     """Each line, and whether it belongs to the body rather than to a notice."""
     inside = not has_start_line
     for line in lines:
@@ -158,16 +158,16 @@ def _marked_lines(lines: Iterable[str], has_start_line: bool) -> Iterator[tuple[
             yield line, inside
 
 
-def _body_lines(source: Source) -> Iterator[str]:
-    lines = _lines(source.path, source.encoding)
-    return (line for line, is_body in _marked_lines(lines, source.has_start_line) if is_body)
+def _read_body(source: Source) -> Iterator[str]:
+    lines = _read_lines(source.path, source.encoding)
+    return (line for line, is_body in _mark_lines(lines, source.has_start_line) if is_body)
 
 
 def _is_separator(line: str, separator: str) -> bool:
     return re.fullmatch(separator, line.strip()) is not None
 
 
-def _separated(lines: Iterable[str], separator: str) -> Iterator[Section]:
+def _split_at_separators(lines: Iterable[str], separator: str) -> Iterator[Section]:
     part: list[str] = []
     for line in lines:
         if _is_separator(line, separator):
@@ -178,7 +178,7 @@ def _separated(lines: Iterable[str], separator: str) -> Iterator[Section]:
     yield Section("\n".join(part))
 
 
-def _blocks(lines: Iterable[str]) -> Iterator[Section]:
+def _cut_blocks(lines: Iterable[str]) -> Iterator[Section]:
     block: list[str] = []
     characters = 0
     before = ""  # the last line that is not blank
@@ -196,7 +196,7 @@ def _blocks(lines: Iterable[str]) -> Iterator[Section]:
 
 
 def _read_jsonl(source: Source, params: PrepareParams) -> Iterator[Section]:
-    for number, line in enumerate(_lines(source.path, source.encoding), start=1):
+    for number, line in enumerate(_read_lines(source.path, source.encoding), start=1):
         if not line.strip():
             continue
         place = f"{source.path}:{number}"
@@ -207,7 +207,7 @@ def _read_jsonl(source: Source, params: PrepareParams) -> Iterator[Section]:
         if not isinstance(row, dict):
             raise UserError(f"{place}: holds {row!r:.40}, must be an object with the key {params.text_column!r}")
         _check_column(place, list(row), params)
-        yield _row(place, row[params.text_column], row.get(params.title_column), params)
+        yield _make_section(place, row[params.text_column], row.get(params.title_column), params)
 
 
 def _read_csv(source: Source, params: PrepareParams) -> Iterator[Section]:
@@ -226,7 +226,7 @@ def _read_csv(source: Source, params: PrepareParams) -> Iterator[Section]:
                         f"{place}: {len(values)} fields where the header has {len(columns)}; quote fields with commas"
                     )
                 row = dict(zip(columns, values, strict=True))
-                yield _row(place, row[params.text_column], row.get(params.title_column), params)
+                yield _make_section(place, row[params.text_column], row.get(params.title_column), params)
         except csv.Error as error:
             raise UserError(f"{source.path}:{reader.line_num}: not CSV ({error}); repair the quotes") from error
 
@@ -242,7 +242,7 @@ def _read_parquet(source: Source, params: PrepareParams) -> Iterator[Section]:
                 for row in batch.to_pylist():
                     number += 1
                     place = f"{source.path}: row {number}"
-                    yield _row(place, row[params.text_column], row.get(params.title_column), params)
+                    yield _make_section(place, row[params.text_column], row.get(params.title_column), params)
     except pa.ArrowException as error:
         message = str(error).splitlines()[0]
         raise UserError(f"{source.path}: not a Parquet file that can be read ({message}); write it again") from error
@@ -256,7 +256,7 @@ def _check_column(place: str, columns: list[str], params: PrepareParams) -> None
         )
 
 
-def _row(place: str, text: Any, title: Any, params: PrepareParams) -> Section:
+def _make_section(place: str, text: Any, title: Any, params: PrepareParams) -> Section:
     for column, value in ((params.text_column, text), (params.title_column, title)):
         if value is not None and not isinstance(value, str):
             raise UserError(f"{place}: {column} is {value!r:.40}, must be text")

@@ -27,7 +27,7 @@ class FileReport:
         return {
             "encoding": self.source.encoding,
             "form": self.source.form,
-            **_counts(self.outcomes),
+            **_count_rows(self.outcomes),
             "notices": self.source.notices + self.notices,
             "notice_lines": self.source.notice_lines,
             "page_marks": self.page_marks,
@@ -64,7 +64,7 @@ class Report:
     splits: dict[Split, SplitReport] = field(default_factory=lambda: {split: SplitReport() for split in SPLITS})
     duplicates: list[dict[str, Any]] = field(default_factory=list)
 
-    def drop_duplicate(self, source: str, repeat: Repeat) -> None:
+    def add_duplicate(self, source: str, repeat: Repeat) -> None:
         """Name a dropped document and the one that it repeats."""
         entry = {"source": source, "repeats": repeat.source, "reason": repeat.reason}
         self.duplicates.append({**entry, "jaccard": round(repeat.jaccard, 4)})
@@ -78,7 +78,7 @@ class Report:
         """As it stands in report.json."""
         files = {file.source.name: file.to_json() for file in self.files}
         return {
-            **_counts(self.outcomes),
+            **_count_rows(self.outcomes),
             **{name: sum(file[name] for file in files.values()) for name in ("notices", "page_marks")},
             "splits": {split: size.to_json() for split, size in self.splits.items()},
             "files": files,
@@ -86,6 +86,6 @@ class Report:
         }
 
 
-def _counts(outcomes: Counter[Outcome]) -> dict[str, Any]:
+def _count_rows(outcomes: Counter[Outcome]) -> dict[str, Any]:
     dropped = {outcome: outcomes[outcome] for outcome in DROPPED}
     return {"rows": outcomes.total(), "kept": outcomes["kept"], "dropped": dropped}

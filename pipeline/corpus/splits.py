@@ -6,7 +6,7 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-def split_of(digest: bytes, *, validation_share: float, test_share: float) -> Split:
+def choose_split(digest: bytes, *, validation_share: float, test_share: float) -> Split:
     """The split of a document with this digest of its words (`words.digest`).
 
     It depends on nothing else, so documents added or removed never move another, and one that stands in two corpora is

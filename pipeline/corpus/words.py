@@ -7,7 +7,7 @@ from collections.abc import Sequence
 _WORD = re.compile(r"[^\W_]+")
 
 
-def normalized_words(text: str) -> list[str]:
+def normalize_words(text: str) -> list[str]:
     """Runs of letters and digits, in lower case: what remains equal when spacing, case and punctuation differ."""
     return _WORD.findall(text.lower())
 

@@ -20,7 +20,7 @@ _PARAGRAPH_BREAK = re.compile(r"(\n{2,})")
 _OPEN_END = re.compile(r"[^\s\-–—][\-–—]+$")
 
 
-def line_breaks(text: str) -> Iterator[tuple[int, int]]:
+def find_breaks(text: str) -> Iterator[tuple[int, int]]:
     """For each line break inside a paragraph: characters of the line, and of the next line's first word."""
     before = ""
     for line in text.split("\n"):
@@ -55,13 +55,13 @@ def join_wrapped(text: str, wrap_columns: int) -> tuple[str, int]:
     return result, text.count("\n") - result.count("\n")
 
 
-def joint(line: str) -> str:
+def find_joint(line: str) -> str:
     """What stands between a line and its continuation: a space, but nothing after a hyphen that touches its word."""
     return "" if _OPEN_END.search(line[-4:]) else " "
 
 
 def _join_paragraph(paragraph: str, wrap_columns: int) -> str:
-    breaks = list(line_breaks(paragraph))
+    breaks = list(find_breaks(paragraph))
     explained = sum(columns <= wrap_columns < columns + 1 + word_columns for columns, word_columns in breaks)
     if explained <= MIN_PARAGRAPH_SHARE * len(breaks):
         return paragraph
@@ -71,5 +71,5 @@ def _join_paragraph(paragraph: str, wrap_columns: int) -> str:
         if _OWN_LINE.match(line) or _HEADING.match(before):
             joined += "\n" + line
         else:
-            joined += joint(before) + line.lstrip()
+            joined += find_joint(before) + line.lstrip()
     return joined

@@ -22,7 +22,7 @@ class ScratchParams(Section):
     """Of the random weights."""
 
     @model_validator(mode="after")
-    def _width_divides(self) -> "ScratchParams":
+    def _check_width(self) -> "ScratchParams":
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self

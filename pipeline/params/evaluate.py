@@ -8,7 +8,7 @@ from pipeline.decoding import SamplingParams
 from pipeline.params.section import Count, Section, Seed
 
 
-def _one_sample_a_prompt(decoding: SamplingParams) -> SamplingParams:
+def _check_decoding(decoding: SamplingParams) -> SamplingParams:
     if decoding.seed is not None:
         raise ValueError("seed: set evaluate.seed; a registered model draws a fresh seed for each call")
     if decoding.n != 1:
@@ -18,7 +18,7 @@ def _one_sample_a_prompt(decoding: SamplingParams) -> SamplingParams:
     return decoding
 
 
-Decoding = Annotated[SamplingParams, BeforeValidator(SamplingParams.from_mapping), AfterValidator(_one_sample_a_prompt)]
+Decoding = Annotated[SamplingParams, BeforeValidator(SamplingParams.from_mapping), AfterValidator(_check_decoding)]
 
 
 class EvaluateParams(Section):

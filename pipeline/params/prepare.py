@@ -40,7 +40,7 @@ class PrepareParams(Section):
     """Of the documents, by hash of their content."""
 
     @model_validator(mode="after")
-    def _training_share_remains(self) -> "PrepareParams":
+    def _check_shares(self) -> "PrepareParams":
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share and test_share leave nothing to train on")
         return self

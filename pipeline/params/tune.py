@@ -16,7 +16,7 @@ class RangeParams(Section):
     step: Annotated[float, Field(gt=0)]
 
     @model_validator(mode="after")
-    def _rises(self) -> "RangeParams":
+    def _check_order(self) -> "RangeParams":
         if self.low > self.high:
             raise ValueError(f"low {self.low:g} is above high {self.high:g}")
         return self
@@ -40,7 +40,7 @@ class SpaceParams(Section):
     no_repeat_ngram_size: Choices
 
     @model_validator(mode="after")
-    def _can_be_decoded_with(self) -> "SpaceParams":
+    def _check_values(self) -> "SpaceParams":
         for name, tried in self:
             for value in tried.ends() if isinstance(tried, RangeParams) else tried:
                 SamplingParams.from_mapping({name: value})

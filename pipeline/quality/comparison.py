@@ -130,15 +130,15 @@ class Comparison:
 
     def interval(self) -> Interval:
         """Where the distance could lie with other prompts."""
-        return jackknife_interval(self.distance.total, self._without_each())
+        return jackknife_interval(self.distance.total, self._require_without())
 
     def difference(self, other: "Comparison") -> Interval:
         """How much farther off this set is than another of the same prompts; below 0, it is nearer."""
         return jackknife_interval(
-            self.distance.total - other.distance.total, self._without_each() - other._without_each()
+            self.distance.total - other.distance.total, self._require_without() - other._require_without()
         )
 
-    def _without_each(self) -> npt.NDArray[np.float64]:
+    def _require_without(self) -> npt.NDArray[np.float64]:
         if self.without is None:
             raise ValueError("the set was compared without intervals")
         return self.without

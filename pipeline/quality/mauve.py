@@ -39,7 +39,7 @@ MAX_ITERATIONS = 500
 Floats = npt.NDArray[np.float64]
 
 
-class Bucketed(NamedTuple):
+class Buckets(NamedTuple):
     """The bucket of each text, int64 [texts] per set, and the number of buckets."""
 
     own: npt.NDArray[np.int64]
@@ -49,7 +49,7 @@ class Bucketed(NamedTuple):
 
 def sort_in_buckets(
     own: npt.NDArray[np.floating], human: npt.NDArray[np.floating], *, seed: int, buckets: int | None = None
-) -> Bucketed:
+) -> Buckets:
     """Sort two sets of texts into buckets by their features, [texts, width] each.
 
     Features are scaled to length 1 and projected on the principal directions that explain 90 % of their variance;
@@ -69,10 +69,10 @@ def sort_in_buckets(
     if buckets is None:
         buckets = max(LEAST_BUCKETS, round(min(len(own), len(human)) / TEXTS_PER_BUCKET))
     labels = _find_buckets(np.concatenate([own, human]).astype(np.float64), buckets, seed)
-    return Bucketed(labels[: len(own)], labels[len(own) :], buckets)
+    return Buckets(labels[: len(own)], labels[len(own) :], buckets)
 
 
-def mauve_of_buckets(texts: Bucketed) -> float:
+def mauve_of_buckets(texts: Buckets) -> float:
     """Return MAUVE: the `divergence_area` of the shares that each set of texts has in the buckets."""
     own, human = (np.bincount(labels, minlength=texts.buckets) / len(labels) for labels in (texts.own, texts.human))
     return divergence_area(own, human)

@@ -42,9 +42,7 @@ def longest_copies(samples: Sequence[TokenIds], training_ids: npt.NDArray[np.int
     return search.longest
 
 
-def copied_tokens(
-    samples: Sequence[TokenIds], training_ids: npt.NDArray[np.integer], length_tokens: int
-) -> list[Bools]:
+def mark_copies(samples: Sequence[TokenIds], training_ids: npt.NDArray[np.integer], length_tokens: int) -> list[Bools]:
     """Mark the tokens of each sample in runs of at least `length_tokens` that occur verbatim in the training text."""
     search = _Search(samples)
     runs = search.name_tokens(training_ids)

@@ -14,7 +14,7 @@ def rep_n(token_ids: TokenIds, n: int) -> float:
     return 1 - unique_share(ngrams(token_ids, n))
 
 
-def repeated_tokens(token_ids: TokenIds, n: int) -> npt.NDArray[np.bool_]:
+def mark_repeats(token_ids: TokenIds, n: int) -> npt.NDArray[np.bool_]:
     """Mark the tokens of n-grams that occur earlier in the text, as `rep_n` counts them; bool [tokens]."""
     rows = ngrams(token_ids, n)
     first = np.unique(rows, axis=0, return_index=True)[1]

@@ -40,17 +40,17 @@ def bleu_against_others(samples: Sequence[Collection[Hashable]], n: int) -> Floa
     lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
     log_precisions = np.zeros(len(samples))
     shares_token = np.zeros(len(samples), dtype=bool)
-    for order, (matches, totals) in enumerate(_matches(samples, lengths, n)):
+    for order, (matches, totals) in enumerate(_count_matches(samples, lengths, n)):
         if order == 0:
             shares_token = matches > 0
         log_precisions += np.log(np.where(matches > 0, matches, EPSILON) / np.maximum(1, totals))
-    nearest = _nearest_other_lengths(lengths)
+    nearest = _find_nearest_lengths(lengths)
     # A sample without a token shares none: which number takes the place of its length is the same.
     log_brevity = np.minimum(0, 1 - nearest / np.maximum(1, lengths))
     return np.where(shares_token, np.exp(log_brevity + log_precisions / n), 0.0)
 
 
-def _matches(samples: Sequence[Collection[Hashable]], lengths: Int64s, n: int) -> list[tuple[Floats, Int64s]]:
+def _count_matches(samples: Sequence[Collection[Hashable]], lengths: Int64s, n: int) -> list[tuple[Floats, Int64s]]:
     """For each order up to `n`: how many n-grams of each sample the others hold, and of how many; [samples] each."""
     vocabulary: dict[Hashable, int] = {}
     tokens = np.array(
@@ -67,11 +67,11 @@ def _matches(samples: Sequence[Collection[Hashable]], lengths: Int64s, n: int) -
         keys = names[is_whole] * len(vocabulary) + tokens[starts + order - 1]
         names = np.unique(keys, return_inverse=True)[1]
         totals = np.bincount(owners[starts], minlength=len(samples))
-        found.append((_clipped_matches(names, owners[starts], len(samples)), totals))
+        found.append((_clip_matches(names, owners[starts], len(samples)), totals))
     return found
 
 
-def _clipped_matches(names: Int64s, owners: Int64s, samples: int) -> Floats:
+def _clip_matches(names: Int64s, owners: Int64s, samples: int) -> Floats:
     """How many of the n-grams of each sample the others hold, each counted as often as in the one that has it most."""
     pairs, counts = np.unique(names * samples + owners, return_counts=True)
     pair_names, pair_owners = np.divmod(pairs, samples)
@@ -85,7 +85,7 @@ def _clipped_matches(names: Int64s, owners: Int64s, samples: int) -> Floats:
     return np.bincount(pair_owners, weights=np.minimum(counts, others), minlength=samples).astype(np.float64)
 
 
-def _nearest_other_lengths(lengths: Int64s) -> Int64s:
+def _find_nearest_lengths(lengths: Int64s) -> Int64s:
     """For each length that of the others which is nearest, the shorter of two as near; itself where there is no other.
 
     In order of length the nearest is a neighbour.

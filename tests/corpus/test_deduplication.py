@@ -10,12 +10,12 @@ from pipeline.corpus.deduplication import (
     MIN_CANDIDATE_RECALL,
     Deduplicator,
     Repeat,
-    bands,
+    choose_bands,
     jaccard,
     minhash,
     shingle,
 )
-from pipeline.corpus.words import digest, normalized_words
+from pipeline.corpus.words import digest, normalize_words
 from pipeline.params.prepare import NearDuplicateParams
 
 PARAMS = NearDuplicateParams(ngram_words=5, jaccard=0.6, permutations=128)
@@ -38,7 +38,7 @@ def random_words(seed: int, count: int) -> list[str]:
 
 
 def test_normalized_words_ignore_case_space_and_punctuation() -> None:
-    assert normalized_words("It's  THE\n_Old_ clock—No. 7!") == ["it", "s", "the", "old", "clock", "no", "7"]
+    assert normalize_words("It's  THE\n_Old_ clock—No. 7!") == ["it", "s", "the", "old", "clock", "no", "7"]
 
 
 @given(WORDS, WORDS, st.integers(1, 6))
@@ -57,7 +57,7 @@ def test_minhash_in_batches_equals_datasketch_on_the_whole_set() -> None:
 
 @pytest.mark.parametrize("min_jaccard", [0.3, 0.6, 0.8, 0.95])
 def test_bands_find_a_pair_just_alike_enough(min_jaccard: float) -> None:
-    band_count, rows = bands(128, min_jaccard)
+    band_count, rows = choose_bands(128, min_jaccard)
     assert band_count * rows <= 128
     assert 1 - (1 - min_jaccard**rows) ** band_count >= MIN_CANDIDATE_RECALL
 

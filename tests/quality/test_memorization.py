@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline.quality.memorization as memorization
-from pipeline.quality.memorization import copied_tokens, longest_copies
+from pipeline.quality.memorization import longest_copies, mark_copies
 
 END_OF_TEXT = 9
 TRAINING = np.array([1, 2, 3, 4, 5, END_OF_TEXT, 6, 7, 8, END_OF_TEXT], dtype=np.uint16)
@@ -90,7 +90,7 @@ def test_samples_and_training_text_stay_as_they_are() -> None:
 )
 def test_copied_tokens_against_trial_of_all_runs(samples: list[list[int]], training: list[int], length: int) -> None:
     runs = {tuple(training[start : start + length]) for start in range(len(training) - length + 1)}
-    found = copied_tokens(samples, np.array(training, dtype=np.uint16), length)
+    found = mark_copies(samples, np.array(training, dtype=np.uint16), length)
     for sample, copied in zip(samples, found, strict=True):
         starts = [start for start in range(len(sample) - length + 1) if tuple(sample[start : start + length]) in runs]
         expected = {start + offset for start in starts for offset in range(length)}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.quality.repetition import is_looping, rep_n, repeated_tokens
+from pipeline.quality.repetition import is_looping, mark_repeats, rep_n
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_rep_n_against_a_set_of_tuples(token_ids: list[int], n: int) -> None:
     ],
 )
 def test_repeated_tokens_by_hand(token_ids: list[int], n: int, expected: list[int]) -> None:
-    assert repeated_tokens(token_ids, n).tolist() == [bool(mark) for mark in expected]
+    assert mark_repeats(token_ids, n).tolist() == [bool(mark) for mark in expected]
 
 
 @given(st.lists(st.integers(0, 3)), st.integers(1, 4))
@@ -52,7 +52,7 @@ def test_repeated_tokens_are_those_of_the_ngrams_that_rep_n_counts(token_ids: li
         if ngram in seen:
             marked |= set(range(start, start + n))
         seen.add(ngram)
-    assert set(repeated_tokens(token_ids, n).nonzero()[0].tolist()) == marked
+    assert set(mark_repeats(token_ids, n).nonzero()[0].tolist()) == marked
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 import torch
 from isolated_store import isolated_store
 from safetensors.torch import load_file
-from toy_project import Project, copy_for_finetune, stage_environment
+from toy_project import ROOT, Project, copy_for_finetune, stage_environment
 
 from pipeline.files import read_json
+from pipeline.params.file import PARAMS_FILE
 from pipeline.tracking import store
 
 PATHS = ("out/tokenize", "out/base", "out/finetune")
