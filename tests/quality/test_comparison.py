@@ -1,4 +1,4 @@
-"""Sets of samples beside people's texts."""
+"""Sets of samples compared with people's texts."""
 
 import math
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def test_distance_is_that_of_the_scores_with_mauve(human: Human) -> None:
 
 
 def test_intervals_leave_each_prompt_out_of_samples_and_people(human: Human) -> None:
-    # All in one place: MAUVE is 1 whichever is left out.
+    # All states are equal: MAUVE is 1 whichever is left out.
     one = [replace(sample, state=np.ones(5)) for sample in human.samples]
     near, far = ([replace(sample, state=np.ones(5)) for sample in measured(texts(seed, 1.2))] for seed in (2, 3))
     people = measure_people(one)
@@ -113,7 +113,7 @@ def test_a_set_does_not_differ_from_itself(human: Human) -> None:
     assert found.difference(found) == (0, 0, 0)
 
 
-def test_intervals_are_there_where_they_were_asked_for(human: Human) -> None:
+def test_intervals_exist_only_if_asked_for(human: Human) -> None:
     with pytest.raises(ValueError, match="without intervals"):
         compare(human.samples, human).interval()
 
@@ -125,7 +125,7 @@ def test_the_first_prompts_alone(human: Human) -> None:
 
 
 def test_what_cannot_be_compared_is_an_error(human: Human) -> None:
-    with pytest.raises(UserError, match="7 samples stand against 8 texts"):
+    with pytest.raises(UserError, match="7 samples cannot be compared with 8 texts"):
         compare(human.samples[:7], human)
     with pytest.raises(UserError, match="1 text of people is too little"):
         measure_people(human.samples[:1])

@@ -156,7 +156,7 @@ def test_less_mauve_is_farther_and_none_is_no_term() -> None:
     worst, better = (distance(replace(HUMAN, mauve=mauve), HUMAN, SCALES) for mauve in (0.1, 0.9))
     assert worst.total > better.total > 0
     assert "mauve" not in distance(HUMAN, HUMAN, SCALES).terms
-    # What stands for the people's own is not asked for.
+    # The value of the people's own does not matter.
     assert distance(replace(HUMAN, mauve=0.9), replace(HUMAN, mauve=0.3), SCALES) == better
 
 
