@@ -1,4 +1,4 @@
-"""Sections to candidates: cleaned, cut, measured. A pure function, so that sections can be worked on in parallel."""
+"""Turn a section into candidates for documents. A pure function, so that sections can be cleaned in parallel."""
 
 import re
 from dataclasses import dataclass
@@ -19,21 +19,21 @@ _HEADING_LINE = re.compile(r"^#{1,6} .*$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A row that becomes a document unless it has a fault or repeats one."""
+    """A row that becomes a document, unless it has a fault or repeats another one."""
 
     fault: Literal["empty", "fragment"] | None
     title: str
     text: str
     digest: bytes
-    """SHA-256 of the normalized words."""
+    """The SHA-256 of the normalized words."""
     shingles: Hashes
     signature: Hashes
-    """MinHash of the shingles."""
+    """The MinHash of the shingles."""
 
 
 @dataclass(frozen=True, slots=True)
 class CleanedSection:
-    """The candidates of one section, and what cleaning repaired in it."""
+    """The candidates of one section, and the counts of what cleaning repaired in it."""
 
     candidates: list[Candidate]
     page_marks: int

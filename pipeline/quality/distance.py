@@ -170,7 +170,7 @@ def human_scales(human: SetFigures, without: Sequence[SetFigures]) -> dict[str, 
     return scales
 
 
-def _coordinates(scores: SetFigures, whose: str) -> dict[str, float]:
+def _coordinates(scores: SetFigures, side: str) -> dict[str, float]:
     """Return each figure that is not None, on the axis on which differences are taken."""
     places = {}
     for name in TERMS:
@@ -178,10 +178,10 @@ def _coordinates(scores: SetFigures, whose: str) -> dict[str, float]:
         if value is None:
             continue
         if not math.isfinite(value):
-            raise UserError(f"distance: {name} of the {whose} samples is {value}, must be a finite number")
+            raise UserError(f"distance: {name} of the {side} samples is {value}, must be a finite number")
         if LOGARITHMS.get(name) is math.log and value <= 0:
             raise UserError(
-                f"distance: {name} of the {whose} samples is {value}, must be above 0; check that they are not empty"
+                f"distance: {name} of the {side} samples is {value}, must be above 0; check that they are not empty"
             )
         places[name] = LOGARITHMS[name](value) if name in LOGARITHMS else value
     return places

@@ -2,8 +2,8 @@
 
 Two systems that continued the same prompts are compared prompt by prompt, so that an easy one is easy for both.
 
-The bootstrap would not do here. It draws some samples twice, and a sample resembles itself: where a figure compares
-samples with each other (`distinct_n`, `self_bleu`), the interval of the bootstrap misses the figure itself.
+The bootstrap is no use here. It draws some samples twice, and a sample resembles itself: for a figure that compares
+samples with each other (`distinct_n`, `self_bleu`), its interval can miss the figure itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A measured value, and the range in which it lies with a confidence of `CONFIDENCE`."""
+    """A measured value, and the range that contains it with a confidence of `CONFIDENCE`."""
 
     estimate: float
     low: float

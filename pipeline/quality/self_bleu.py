@@ -4,7 +4,7 @@ BLEU: Papineni et al. 2002, "BLEU: a Method for Automatic Evaluation of Machine 
 2018, "Texygen: A Benchmarking Platform for Text Generation Models".
 
 The n-grams of all samples are counted once. The count of an n-gram among the others is its highest count in any sample,
-or the second highest for the sample with the highest: so the work grows with the n-grams, not with the pairs of samples.
+or the second highest for the sample with the highest. So the work grows with the n-grams, not with pairs of samples.
 """
 
 from collections.abc import Collection, Hashable, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 EPSILON = 0.1
-"""The count in place of no match: method 1 of Chen and Cherry 2014, "A Systematic Comparison of Smoothing Techniques for
+"""The count for no match: method 1 of Chen and Cherry 2014, "A Systematic Comparison of Smoothing Techniques for
 Sentence-Level BLEU", with the value of NLTK and so of Texygen."""
 
 Int64s = npt.NDArray[np.int64]
@@ -23,8 +23,8 @@ Floats = npt.NDArray[np.float64]
 def self_bleu(samples: Sequence[Collection[Hashable]], n: int) -> float:
     """Return the mean of `bleu_against_others` over the samples; 0 if there are fewer than two.
 
-    High if samples are alike, as those of a collapsed model. It rises with more and with longer samples, so compare sets
-    of the same size.
+    High if samples are alike, as those of a collapsed model. It rises with more and with longer samples, so compare
+    sets of the same size.
     """
     return float(bleu_against_others(samples, n).mean()) if len(samples) > 1 else 0.0
 

@@ -7,15 +7,15 @@ import numpy as np
 from pipeline.quality.ngrams import TokenIds
 
 RANKS = 5000
-"""The number of most frequent tokens that count, as in the code of Holtzman et al.: rarer ones are a staircase of ties."""
+"""The number of frequent tokens that count, as in the code of Holtzman et al.: rarer ones are a staircase of ties."""
 
 
 def zipf_coefficient(samples: Sequence[TokenIds], ranks: int = RANKS) -> float:
     """Return the exponent s of frequency ∝ rank^-s, over the tokens of all samples together.
 
     Minus the slope of the least-squares line through (ln rank, ln count) of the `ranks` most frequent tokens, or of all
-    if there are fewer; the first rank is 1, and tokens with the same count take successive ranks. Zipf 1949; as a figure
-    of samples Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration". About 1 for people, higher if a few
+    if there are fewer; the first rank is 1, and tokens with equal counts take successive ranks. Zipf 1949; for samples
+    Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration". About 1 for people, higher if a few
     tokens make up most of the text. It depends on the amount of text, so compare sets of the same size. 0 if there are
     fewer than two different tokens, because no line goes through one point.
     """

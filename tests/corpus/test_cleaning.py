@@ -1,3 +1,5 @@
+"""Each repair of a text, alone and in their order."""
+
 import ftfy
 import pytest
 from hypothesis import given

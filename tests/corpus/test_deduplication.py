@@ -1,3 +1,5 @@
+"""Exact and near-duplicates, compared with sets of n-grams."""
+
 import random
 
 import numpy as np
@@ -44,7 +46,7 @@ def test_normalized_words_ignore_case_space_and_punctuation() -> None:
 @given(WORDS, WORDS, st.integers(1, 6))
 def test_jaccard_of_shingles_is_that_of_the_ngram_sets(first: list[str], second: list[str], size: int) -> None:
     a, b = ngrams(first, size), ngrams(second, size)
-    # n-grams of different lengths, where a text is shorter than n, hash apart as their tuples differ
+    # n-grams of different lengths, as when a text is shorter than n, have different hashes because their tuples differ
     assert jaccard(shingle(first, size), shingle(second, size)) == pytest.approx(len(a & b) / len(a | b))
 
 

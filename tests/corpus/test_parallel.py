@@ -1,3 +1,5 @@
+"""Results come in the order of the items, and workers end with their parent."""
+
 import subprocess
 import sys
 

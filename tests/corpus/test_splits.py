@@ -1,3 +1,5 @@
+"""The split of a document depends only on its words."""
+
 import hashlib
 from collections import Counter
 

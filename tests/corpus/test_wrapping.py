@@ -1,3 +1,5 @@
+"""Wrapped prose is joined; verse, lists and headings keep their lines."""
+
 import textwrap
 from collections import Counter
 
