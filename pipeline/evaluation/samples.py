@@ -53,7 +53,7 @@ class Meter:
 
     def measure(self, samples: Sequence[Sample]) -> list[SampleFigures]:
         """Return the figures of each sample."""
-        copies = longest_copies([sample.token_ids for sample in samples], self.training_ids).lengths_tokens
+        copies = longest_copies([sample.token_ids for sample in samples], self.training_ids)
         return [self._measure(sample, int(copy)) for sample, copy in zip(samples, copies, strict=True)]
 
     def _measure(self, sample: Sample, copy_tokens: int) -> SampleFigures:

@@ -15,8 +15,8 @@ from pipeline.evaluation.samples import Meter, Sample, character_spans, draw_sam
 from pipeline.params.evaluate import EvaluateParams
 from pipeline.quality.comparison import Comparison, SampleFigures, compare, measure_people
 from pipeline.quality.distance import SetFigures
-from pipeline.quality.memorization import copied_tokens
-from pipeline.quality.repetition import repeated_tokens
+from pipeline.quality.memorization import mark_copies
+from pipeline.quality.repetition import mark_repeats
 
 HUMAN = "human"
 COPY_TOKENS = 10
@@ -131,10 +131,10 @@ def sample_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of `samples.jsonl`, system by system, each in the order of the prompts."""
     for name, system in systems.items():
-        copied = copied_tokens([sample.token_ids for sample in system.samples], training_ids, COPY_TOKENS)
+        copied = mark_copies([sample.token_ids for sample in system.samples], training_ids, COPY_TOKENS)
         decoding = system.decoding.to_mapping() if isinstance(system, ModelSystem) else None
         for index, (sample, figures) in enumerate(zip(system.samples, system.figures, strict=True)):
-            repeated = repeated_tokens(sample.token_ids, REPEAT_TOKENS)
+            repeated = mark_repeats(sample.token_ids, REPEAT_TOKENS)
             yield {
                 "system": name,
                 "prompt": sample.prompt,

@@ -1,7 +1,7 @@
-"""Sets of samples beside what people wrote after the same prompts: their figures, and how far the distance may err.
+"""Compare sets of samples with what people wrote after the same prompts: figures, distances and their intervals.
 
-A figure of a set is made of those of its samples, which are taken once: so it costs little to leave each prompt out in
-turn, of the samples and of the people's texts, which is what the intervals are made of (`bootstrap.jackknife`).
+The figures of a set are computed from those of its samples, which are measured once. So it costs little to leave each
+prompt out in turn, of the samples and of the people's texts, as the intervals need (`jackknife`).
 """
 
 import math
@@ -22,28 +22,28 @@ from pipeline.quality.self_bleu import self_bleu
 from pipeline.quality.zipf import zipf_coefficient
 
 SELF_BLEU_TOKENS = 4
-"""Of the longest n-gram, as in Zhu et al. 2018."""
+"""The length of the longest n-gram of self-BLEU, as in Zhu et al. 2018."""
 MAUVE_SEEDS = range(5)
-"""MAUVE of few texts moves with the seed of k-means: the mean over these is taken."""
+"""The seeds of k-means over which MAUVE is averaged, because that of few texts moves with the seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFigures:
-    """A sample, or a person's text, with the figures of it alone."""
+    """The figures of one sample, or of one person's text."""
 
     token_ids: TokenIds
-    """Without its prompt."""
+    """The tokens without the prompt."""
     rep: tuple[float, float, float]
     """`rep_n` for n of 2, 3 and 4."""
     copy_tokens: int
-    """Of the longest run that stands verbatim in the training text."""
+    """The length of the longest run that occurs verbatim in the training text."""
     looping: bool
     in_form: bool
-    """Whether the form of the data is found in it and its prompt."""
+    """Whether the prompt plus the sample matches the form of the data."""
     logprob: float
-    """Natural log-probability under the base, of all its tokens together."""
+    """The natural log-probability of all its tokens together, under the base."""
     state: npt.NDArray[np.floating]
-    """Its feature for MAUVE, [width]."""
+    """The feature for MAUVE, [width]."""
 
 
 def measure_sample(
@@ -56,7 +56,7 @@ def measure_sample(
     logprob: float,
     state: npt.NDArray[np.floating],
 ) -> SampleFigures:
-    """Take the figures of a sample that are of it alone; `is_looping` says what the two parameters of loops are."""
+    """Measure one sample; `is_looping` explains the two parameters of loops."""
     return SampleFigures(
         token_ids=token_ids,
         rep=(rep_n(token_ids, 2), rep_n(token_ids, 3), rep_n(token_ids, 4)),
@@ -69,11 +69,13 @@ def measure_sample(
 
 
 def measure_set(samples: Sequence[SampleFigures]) -> SetFigures:
-    """The figures of a set but MAUVE. Raises `UserError` where there is no token in all of it."""
+    """Return the figures of a set, except MAUVE. Raises `UserError` if the samples have no token at all."""
     ids = [sample.token_ids for sample in samples]
     tokens = sum(map(len, ids))
     if tokens == 0:
-        raise UserError("samples: none of them has a token; is max_new_tokens too small, or the split empty?")
+        raise UserError(
+            "samples: none of them has a token; check that max_new_tokens is not too small and the split not empty"
+        )
     rep_2, rep_3, rep_4 = np.mean([sample.rep for sample in samples], axis=0).tolist()
     return SetFigures(
         rep_2=rep_2,
@@ -94,26 +96,26 @@ def measure_set(samples: Sequence[SampleFigures]) -> SetFigures:
 
 @dataclass(frozen=True)
 class Human:
-    """People's texts, one a prompt, to which samples are held."""
+    """People's texts, one per prompt, with which samples are compared."""
 
     samples: Sequence[SampleFigures]
     figures: SetFigures
     without: list[SetFigures]
-    """The figures without each of the texts."""
+    """The figures without each text in turn."""
     scales: dict[str, float]
-    """Of the distance: see `human_scales`."""
+    """The scales of the distance: see `human_scales`."""
 
     def first(self, count: int) -> "Human":
-        """The texts of the first prompts alone."""
+        """Return the texts of the first prompts only."""
         return measure_people(self.samples[:count])
 
 
 def measure_people(samples: Sequence[SampleFigures]) -> Human:
-    """Take the figures of people's texts. Raises `UserError` for fewer than two of them."""
+    """Measure people's texts. Raises `UserError` if there are fewer than two."""
     if len(samples) < 2:
         raise UserError(
-            f"{len(samples)} text of people is too little to compare samples with; take two documents at least "
-            "(prepare.validation_share and prepare.test_share say how many a split has)"
+            f"{len(samples)} text of people is too little to compare samples with; use at least two documents "
+            "(prepare.validation_share and prepare.test_share set how many a split has)"
         )
     figures, without = measure_set(samples), leave_each_out(samples, measure_set)
     return Human(samples, figures, without, human_scales(figures, without))
@@ -121,24 +123,24 @@ def measure_people(samples: Sequence[SampleFigures]) -> Human:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A set of samples beside people's texts."""
+    """A set of samples compared with people's texts."""
 
     figures: SetFigures
     distance: Distance
     without: npt.NDArray[np.float64] | None
-    """The distance without each of the prompts, float64 [prompts], where it was asked for."""
+    """The distance without each prompt in turn, float64 [prompts]; None if compared without intervals."""
 
     def interval(self) -> Interval:
-        """Where the distance could lie with other prompts."""
-        return jackknife_interval(self.distance.total, self._without_each())
+        """Return the range in which the distance could be with other prompts."""
+        return jackknife_interval(self.distance.total, self._require_without())
 
     def difference(self, other: "Comparison") -> Interval:
-        """How much farther off this set is than another of the same prompts; below 0, it is nearer."""
+        """Return how much farther from people this set is than another with the same prompts; below 0, it is nearer."""
         return jackknife_interval(
-            self.distance.total - other.distance.total, self._without_each() - other._without_each()
+            self.distance.total - other.distance.total, self._require_without() - other._require_without()
         )
 
-    def _without_each(self) -> npt.NDArray[np.float64]:
+    def _require_without(self) -> npt.NDArray[np.float64]:
         if self.without is None:
             raise ValueError("the set was compared without intervals")
         return self.without
@@ -147,14 +149,15 @@ class Comparison:
 def compare(
     samples: Sequence[SampleFigures], human: Human, *, weights: Weights = BALANCED, intervals: bool = False
 ) -> Comparison:
-    """Hold samples to what people wrote after the same prompts, in the same order.
+    """Compare samples with what people wrote after the same prompts, in the same order.
 
-    With `intervals`, each prompt is left out in turn; MAUVE's buckets stay what they were with all of them: found anew,
-    they would move by more than a text is worth. Raises `UserError` where there are not as many of both.
+    With `intervals`, each prompt is left out in turn. MAUVE's buckets stay those of all prompts, because new ones would
+    differ by more than one text is worth. Raises `UserError` unless there are as many samples as people's texts.
     """
     if len(samples) != len(human.samples):
         raise UserError(
-            f"{len(samples)} samples stand against {len(human.samples)} texts of people; take one of both a prompt"
+            f"{len(samples)} samples cannot be compared with {len(human.samples)} texts of people; "
+            "give one of each per prompt"
         )
     every = range(len(samples))
     states = [np.stack([sample.state for sample in side]) for side in (samples, human.samples)]

@@ -1,4 +1,4 @@
-"""Encode the documents of every split with the base's tokenizer into arrays of tokens."""
+"""Encode the documents of every split into arrays of tokens, with the base's tokenizer."""
 
 import argparse
 import sys
@@ -17,14 +17,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("documents", type=Path, help="folder of the prepare stage")
     parser.add_argument("base", type=Path, help="folder of the base stage")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="folder to write the token arrays to")
     arguments = parser.parse_args()
     with report_errors(), stage_process(arguments.out):
         tokenize(arguments.documents, arguments.base, arguments.out)
 
 
 def tokenize(documents: Path, base: Path, out: Path) -> None:
-    """Write to `out` a folder of token arrays a split and `report.json`. Raises `UserError` where a file is missing."""
+    """Write a folder of token arrays per split and `report.json` to `out`. Raises `UserError` if a file is missing."""
     files = {split: documents / f"{split}.jsonl" for split in SPLITS}
     for file in files.values():
         if not file.is_file():
@@ -47,11 +47,10 @@ def tokenize(documents: Path, base: Path, out: Path) -> None:
 
 
 def summarize(arrays: TokenArrays, context_length: int) -> dict[str, int | float | None]:
-    """What the report says of a split.
+    """Return the figures of a split for the report.
 
-    `tokens` counts the end-of-texts, as do the lengths of documents, each with both of its own; `bytes_per_token` is
-    that of the texts alone, null where they have no tokens. A longer document than `context_length` takes several
-    windows.
+    `tokens` includes the end-of-texts, and the length of a document includes its two. `bytes_per_token` is that of the
+    texts alone, null if they have no tokens. A document longer than `context_length` takes several windows.
     """
     lengths = arrays.document_tokens()
     text_tokens = len(arrays.tokens) - len(arrays) - 1

@@ -59,5 +59,5 @@ def score_samples(
 ) -> list[dict[str, float]]:
     """A row a sample: `rep_4`, and `longest_copy_tokens`, the longest run that stands verbatim in the training text."""
     ids = [tokenizer.encode(sample["text"]).ids for sample in samples]
-    copies = longest_copies(ids, training_ids).lengths_tokens.tolist()
+    copies = longest_copies(ids, training_ids).tolist()
     return [{"rep_4": rep_n(own, 4), "longest_copy_tokens": copy} for own, copy in zip(ids, copies, strict=True)]

@@ -113,7 +113,7 @@ def test_what_would_be_too_long_a_copy_is_removed_and_nothing_else(
             runs.append([])
         else:
             runs[-1].append(token_id)
-    assert longest_copies(runs, joined(texts)).lengths_tokens.max() <= most
+    assert longest_copies(runs, joined(texts)).max() <= most
 
 
 @settings(max_examples=300, deadline=None)
@@ -157,7 +157,7 @@ def test_a_copyist_is_stopped_after_so_many_tokens() -> None:
         continuation.append(continuation.draw(logits, logits[ids], ids))
     # The prompt does not count: seven tokens are copied after it.
     assert continuation.output_ids[:9] == [4, 5, 6, 7, 8, 9, 10, 40, 0]
-    assert longest_copies([continuation.output_ids[:8]], joined([text])).lengths_tokens.tolist() == [7]
+    assert longest_copies([continuation.output_ids[:8]], joined([text])).tolist() == [7]
 
 
 def test_end_of_text_can_be_drawn_where_every_other_token_would_copy() -> None:

@@ -1,4 +1,4 @@
-"""Sets of samples beside people's texts."""
+"""Sets of samples compared with people's texts."""
 
 import math
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from pipeline.quality.comparison import (
 )
 from pipeline.quality.distance import distance
 from pipeline.quality.diversity import distinct_n
-from pipeline.quality.jackknife import jackknife, jackknife_difference
-from pipeline.quality.mauve import mauve
-from pipeline.quality.repetition import mean_rep_n, share_looping
+from pipeline.quality.jackknife import jackknife_interval, leave_each_out
+from pipeline.quality.mauve import mauve_of_buckets, sort_in_buckets
+from pipeline.quality.repetition import is_looping, rep_n
 from pipeline.quality.self_bleu import self_bleu
 from pipeline.quality.zipf import zipf_coefficient
 
@@ -59,14 +59,14 @@ def test_figures_of_a_set_are_those_of_its_texts() -> None:
     scores = measure_set(measured(ids))
     assert asdict(scores) == pytest.approx(
         {
-            **{f"rep_{n}": mean_rep_n(ids, n) for n in (2, 3, 4)},
+            **{f"rep_{n}": np.mean([rep_n(own, n) for own in ids]) for n in (2, 3, 4)},
             **{f"distinct_{n}": distinct_n(ids, n) for n in (1, 2, 3)},
             "zipf": zipf_coefficient(ids),
             "self_bleu": self_bleu(ids, 4),
             "perplexity": math.exp(3 + sum(range(9)) / sum(map(len, ids))),
             "mean_tokens": np.mean([len(own) for own in ids]),
             "mean_copy_tokens": 4.0,
-            "looping_share": share_looping(ids, 4, 3),
+            "looping_share": np.mean([is_looping(own, 4, 3) for own in ids]),
             "form_share": 1.0,
             "mauve": None,
         }
@@ -83,13 +83,14 @@ def test_distance_is_that_of_the_scores_with_mauve(human: Human) -> None:
     own = measured(texts(2), seed=2)
     found = compare(own, human)
     features = [np.stack([sample.state for sample in side]) for side in (own, human.samples)]
-    expected = replace(measure_set(own), mauve=np.mean([mauve(*features, seed=seed) for seed in MAUVE_SEEDS]))
+    mauves = [mauve_of_buckets(sort_in_buckets(*features, seed=seed)) for seed in MAUVE_SEEDS]
+    expected = replace(measure_set(own), mauve=np.mean(mauves))
     assert found.figures == expected
     assert found.distance == distance(expected, human.figures, human.scales)
 
 
 def test_intervals_leave_each_prompt_out_of_samples_and_people(human: Human) -> None:
-    # All in one place: MAUVE is 1 whichever is left out.
+    # All states are equal: MAUVE is 1 whichever is left out.
     one = [replace(sample, state=np.ones(5)) for sample in human.samples]
     near, far = ([replace(sample, state=np.ones(5)) for sample in measured(texts(seed, 1.2))] for seed in (2, 3))
     people = measure_people(one)
@@ -100,8 +101,11 @@ def test_intervals_leave_each_prompt_out_of_samples_and_people(human: Human) -> 
 
     first, second = (compare(own, people, intervals=True) for own in (near, far))
     pairs = [list(zip(own, one, strict=True)) for own in (near, far)]
-    assert first.interval() == pytest.approx(jackknife(pairs[0], statistic))
-    assert first.difference(second) == pytest.approx(jackknife_difference(pairs[0], pairs[1], statistic))
+    totals = [statistic(own) for own in pairs]
+    without = [np.array(leave_each_out(own, statistic)) for own in pairs]
+    assert first.interval() == pytest.approx(jackknife_interval(totals[0], without[0]))
+    expected = jackknife_interval(totals[0] - totals[1], without[0] - without[1])
+    assert first.difference(second) == pytest.approx(expected)
 
 
 def test_a_set_does_not_differ_from_itself(human: Human) -> None:
@@ -109,7 +113,7 @@ def test_a_set_does_not_differ_from_itself(human: Human) -> None:
     assert found.difference(found) == (0, 0, 0)
 
 
-def test_intervals_are_there_where_they_were_asked_for(human: Human) -> None:
+def test_intervals_exist_only_if_asked_for(human: Human) -> None:
     with pytest.raises(ValueError, match="without intervals"):
         compare(human.samples, human).interval()
 
@@ -121,7 +125,7 @@ def test_the_first_prompts_alone(human: Human) -> None:
 
 
 def test_what_cannot_be_compared_is_an_error(human: Human) -> None:
-    with pytest.raises(UserError, match="7 samples stand against 8 texts"):
+    with pytest.raises(UserError, match="7 samples cannot be compared with 8 texts"):
         compare(human.samples[:7], human)
     with pytest.raises(UserError, match="1 text of people is too little"):
         measure_people(human.samples[:1])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from pipeline.quality.distance import (
 )
 from pipeline.quality.diversity import distinct_n
 from pipeline.quality.jackknife import leave_each_out
-from pipeline.quality.repetition import mean_rep_n
+from pipeline.quality.repetition import rep_n
 from pipeline.quality.self_bleu import self_bleu
 from pipeline.quality.zipf import zipf_coefficient
 
@@ -155,7 +156,7 @@ def test_less_mauve_is_farther_and_none_is_no_term() -> None:
     worst, better = (distance(replace(HUMAN, mauve=mauve), HUMAN, SCALES) for mauve in (0.1, 0.9))
     assert worst.total > better.total > 0
     assert "mauve" not in distance(HUMAN, HUMAN, SCALES).terms
-    # What stands for the people's own is not asked for.
+    # The value of the people's own does not matter.
     assert distance(replace(HUMAN, mauve=0.9), replace(HUMAN, mauve=0.3), SCALES) == better
 
 
@@ -245,7 +246,7 @@ def test_other_texts_of_the_same_people_are_near() -> None:
     def scores(own: list[list[int]]) -> SetFigures:
         return replace(
             HUMAN,
-            **{f"rep_{n}": mean_rep_n(own, n) for n in (2, 3, 4)},
+            **{f"rep_{n}": fmean(rep_n(text, n) for text in own) for n in (2, 3, 4)},
             **{f"distinct_{n}": distinct_n(own, n) for n in (1, 2, 3)},
             zipf=zipf_coefficient(own),
             self_bleu=self_bleu(own, 4),

@@ -1,4 +1,4 @@
-"""Perplexity, bits a byte, and the windows in which a long document is scored."""
+"""Perplexity, bits per byte, and the windows in which a long document is scored."""
 
 import math
 from itertools import pairwise
@@ -47,7 +47,7 @@ def test_bits_per_byte_do_not_depend_on_how_text_is_cut_into_tokens() -> None:
 def test_nothing_scored_is_an_error() -> None:
     with pytest.raises(UserError, match="no token was scored"):
         perplexity(np.empty(0))
-    with pytest.raises(UserError, match="the texts hold no byte"):
+    with pytest.raises(UserError, match="the texts have no bytes"):
         bits_per_byte(np.array([-1.0]), 0)
 
 
