@@ -139,14 +139,17 @@ class SamplingParams:
             raise UserError(f"{prefix}{error}") from None
 
     def to_mapping(self) -> dict[str, Any]:
-        """The parameters that are not neutral, as JSON can hold them; `from_mapping` reads them back."""
-        neutral = SamplingParams()
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        """Return the parameters that are not neutral, as JSON can hold them; `from_mapping` reads them back."""
+        values = {name: getattr(self, name) for name in self.active_fields()}
         return {
             name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             for name, value in values.items()
-            if value != getattr(neutral, name)
         }
+
+    def active_fields(self) -> list[str]:
+        """Return the names of the parameters that are not neutral."""
+        neutral = SamplingParams()
+        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(neutral, f.name)]
 
 
 @dataclass(frozen=True, slots=True)

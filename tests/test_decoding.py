@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -178,21 +179,38 @@ def test_neutral_parameters_map_to_nothing() -> None:
 token_ids = st.lists(st.integers(0, 2**20), max_size=4).map(tuple)
 
 
-@given(
-    st.builds(
-        SamplingParams,
-        temperature=st.floats(0, 100),
-        top_k=st.integers(0, 100),
-        top_p=st.floats(0, 1, exclude_min=True),
-        repetition_penalty=st.floats(0.1, 10),
-        banned_token_ids=token_ids,
-        repetition_detection=st.sampled_from([(), (20, 3), (5, 2, 4)]),
-        stop=st.lists(st.text(min_size=1), max_size=3).map(tuple),
-        ignore_eos=st.booleans(),
-        seed=st.none() | st.integers(0, 2**63 - 1),
-        logprobs=st.none() | st.integers(0, 20),
-    )
-)
+STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(0, 100),
+    "top_k": st.integers(0, 100),
+    "top_p": st.floats(0, 1, exclude_min=True),
+    "min_p": st.floats(0, 1),
+    "typical_p": st.floats(0, 1, exclude_min=True),
+    "repetition_penalty": st.floats(0.1, 10),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "no_repeat_ngram_size": st.integers(0, 5),
+    "max_verbatim_tokens": st.integers(0, 50),
+    "repetition_detection": st.sampled_from([(), (20, 3), (5, 2, 4)]),
+    "logit_bias": st.dictionaries(st.integers(0, 2**20), st.floats(-100, 100), max_size=3),
+    "banned_token_ids": token_ids,
+    "allowed_token_ids": token_ids,
+    "min_new_tokens": st.integers(0, 50),
+    "max_new_tokens": st.integers(50, 100),
+    "context_overflow": st.sampled_from(["end", "slide"]),
+    "stop": st.lists(st.text(min_size=1), max_size=3).map(tuple),
+    "stop_token_ids": token_ids,
+    "ignore_eos": st.booleans(),
+    "seed": st.none() | st.integers(0, 2**63 - 1),
+    "n": st.integers(1, 4),
+    "logprobs": st.none() | st.integers(0, 20),
+}
+
+
+def test_every_parameter_is_tried() -> None:
+    assert STRATEGIES.keys() == {field.name for field in fields(SamplingParams)}
+
+
+@given(st.builds(SamplingParams, **STRATEGIES))
 def test_parameters_survive_json(params: SamplingParams) -> None:
     assert SamplingParams.from_mapping(json.loads(json.dumps(params.to_mapping()))) == params
 

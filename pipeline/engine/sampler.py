@@ -32,6 +32,20 @@ PART = 64
 """Tokens of the vocabulary whose largest logit is taken together: every n-th, as those are compared side by side."""
 NUCLEUS_CANDIDATES = 256
 """Where top-k does not say how many tokens may be kept, a nucleus is looked for among at least so many first."""
+OUTSIDE_THE_DRAW = frozenset(
+    {
+        *("max_new_tokens", "context_overflow", "repetition_detection", "stop", "ignore_eos"),
+        *("seed", "n", "logprobs"),
+    }
+)
+"""The fields of `SamplingParams` that change no logit: what ends a continuation, keys its draws or reports them."""
+FAST_FIELDS = OUTSIDE_THE_DRAW | {
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens", "stop_token_ids"),
+    *("logit_bias", "banned_token_ids"),
+}
+"""The fields that the fast path supports. If any other is set, as a new one would be, the reference draws."""
 ROUNDING = np.float32(1e-6)
 """Relative; the temperature's division may round two logits to one, which then are both kept."""
 
@@ -58,6 +72,9 @@ class Continuation:
         `max_verbatim_tokens` needs the `followers` of a run in the training text.
         """
         self.params = params
+        self.active_fields = frozenset(params.active_fields())
+        """The names of the parameters that are not neutral."""
+        self._is_fast = self.active_fields <= FAST_FIELDS
         self.prompt_ids = prompt_ids
         self.end_of_text_id = end_of_text_id
         self.output_ids: list[int] = []
@@ -107,7 +124,7 @@ class Continuation:
         Raises what `filters.sample` raises.
         """
         params = self.params
-        if params.typical_p == 1 and not params.allowed_token_ids:
+        if self._is_fast:
             ids = self._ids[: len(self._changes)]
             own = logits.take(ids)
             changed = self._changed(own)

@@ -8,8 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engine import filters
-from pipeline.engine.sampler import Continuation
+from pipeline.engine.sampler import OUTSIDE_THE_DRAW, Continuation
 
+DEVICE_FIELDS = (OUTSIDE_THE_DRAW - {"logprobs"}) | {
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("min_new_tokens", "stop_token_ids"),
+    *("logit_bias", "banned_token_ids", "allowed_token_ids"),
+}
+"""The fields of `SamplingParams` that the device supports. If any other is set, as a new one would be, the host draws.
+The others that there are look at the text itself (n-grams that may not repeat, runs of the training text), read the
+logits on the host (log-probabilities), or are not written for the device (typical-p)."""
 ENDING_IDS = 8
 """Tokens that may end a continuation."""
 LOGGED = 8
@@ -72,18 +81,10 @@ def widths(vocabulary_size: int, context_length: int) -> dict[str, tuple[int, ..
 
 
 def can_be_drawn(continuation: Continuation) -> bool:
-    """Whether the device can draw what comes next: all but what looks at the text itself, or is looked at by the host.
-
-    Those are n-grams that may not repeat, runs of the training text, log-probabilities, typical-p, and a least number
-    of tokens not yet reached.
-    """
-    params = continuation.params
+    """Return whether the device can draw the next token: a minimum length must have been reached."""
     return (
-        params.typical_p == 1
-        and params.no_repeat_ngram_size == 0
-        and params.max_verbatim_tokens == 0
-        and params.logprobs is None
-        and len(continuation.output_ids) >= params.min_new_tokens
+        continuation.active_fields <= DEVICE_FIELDS
+        and len(continuation.output_ids) >= continuation.params.min_new_tokens
         and len(continuation.ending_ids) <= ENDING_IDS
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_device_loop import PROMPTS, SETTINGS
+from test_loop import PROMPTS, SETTINGS
 from transformers import GPT2LMHeadModel
 
 from pipeline.engine import Engine, SamplingParams

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_sampler import END_OF_TEXT, VOCABULARY, continued, histories, make_logits, near_an_edge, outcome, parameters
+from sampler_cases import END_OF_TEXT, VOCABULARY, continued, histories, make_logits, near_an_edge, outcome, parameters
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.cuda import driver, kernel
+from pipeline.engine.cuda import driver, kernel, rows
 from pipeline.engine.cuda.rows import ASKS_HOST, LOGGED, STATE, STEP_BITS, TAG_BITS, can_be_drawn, row_of
 from pipeline.engine.filters import Logits, sample
 from pipeline.engine.sampler import Continuation
@@ -167,6 +167,13 @@ def test_what_looks_at_the_text_is_the_hosts() -> None:
         assert not can_be_drawn(continued(replace(params, seed=1), [], []))
     later = continued(SamplingParams(min_new_tokens=3, seed=1), [], [5, 6, 7])
     assert can_be_drawn(later)
+
+
+def test_a_parameter_that_the_device_does_not_state_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    continuation = continued(SamplingParams(top_k=5, min_p=0.1, seed=1), [], [])
+    assert can_be_drawn(continuation)
+    monkeypatch.setattr(rows, "DEVICE_FIELDS", rows.DEVICE_FIELDS - {"min_p"})
+    assert not can_be_drawn(continuation)
 
 
 def test_a_vocabulary_smaller_than_the_block(launch: Launch) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.engine import Completion, Engine, SamplingParams
 from pipeline.engine.cuda.kernel import Rows
+from pipeline.engine.cuda.rows import DEVICE_FIELDS
 from pipeline.engine.memory import Buffer, HostMemory
 from pipeline.engine.scheduler import Scheduler
 
@@ -86,7 +87,14 @@ SETTINGS: list[SamplingParams] = [
     SamplingParams(seed=9, top_p=0.9999, temperature=3.0, max_new_tokens=8, ignore_eos=True),
     SamplingParams(seed=10, top_k=30, context_overflow="slide", max_new_tokens=90, ignore_eos=True),
     SamplingParams(seed=11, temperature=0.3, repetition_detection=(8, 2), max_new_tokens=50, ignore_eos=True),
+    SamplingParams(seed=12, top_k=50, min_new_tokens=4, max_new_tokens=20),
 ]
+
+
+def test_every_parameter_that_the_device_supports_is_tried() -> None:
+    tried = {name for params in SETTINGS for name in params.active_fields()}
+    # The engine reads ids, and refuses texts that stop it.
+    assert tried == DEVICE_FIELDS - {"stop"}
 
 
 @pytest.mark.parametrize("params", SETTINGS)
