@@ -303,6 +303,12 @@ def log_softmax(logits: Logits) -> Float64s:
     return logprobs
 
 
+def gather_logprobs(logits: Logits, token_ids: TokenIds) -> Float64s:
+    """Return the natural log-probability of one token per row of `logits` `[rows, vocabulary]`, float64 `[rows]`."""
+    logprobs: Float64s = log_softmax(logits)[np.arange(len(token_ids)), _array(token_ids)]
+    return logprobs
+
+
 def token_logprobs(logits: Logits, token_id: int, top_count: int) -> tuple[float, dict[int, float]]:
     """The natural-log probability of a token and those of the `top_count` likeliest, likeliest first, ties by id.
 

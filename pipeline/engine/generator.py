@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.filters import check_token_ids, log_softmax, token_logprobs
+from pipeline.engine.filters import check_token_ids, gather_logprobs, token_logprobs
 from pipeline.engine.scheduler import FinishReason, Request, Scheduler, Token
 from pipeline.engine.session import Session, load_session
 from pipeline.errors import UserError
@@ -38,7 +38,8 @@ class Reading:
     logprobs: NDArray[np.float64]
     """Natural log-probability of each token but the first, float64 `[tokens - 1]`."""
     mean_state: NDArray[np.float64]
-    """The last hidden states, which the logits are made of, on average over the tokens: float64 `[width]`."""
+    """The mean over the tokens of the last hidden state, from which the logits are computed: float64 `[width]`; `[0]`
+    if it was not asked for."""
 
 
 class Engine:
@@ -140,41 +141,30 @@ class Engine:
 
         Raises `UserError` for a text without tokens, longer than the context, or with ids outside the vocabulary.
         """
-        for ids in texts:
-            self.check_text(ids)
-        scores = []
-        for ids in texts:
-            parts = [_logprobs_of_next(logits, ids, start) for start, logits in self._logits(ids)]
-            scores.append(np.concatenate(parts))
-        return scores
+        return [reading.logprobs for reading in self.read(texts, states=False)]
 
-    def read(self, texts: Sequence[Sequence[int]]) -> list[Reading]:
-        """Score texts, and tell where each lies among the model's hidden states. Raises `UserError` as `score` does."""
+    def read(self, texts: Sequence[Sequence[int]], *, states: bool = True) -> list[Reading]:
+        """Score texts and, with `states`, average each text's hidden states. Raises `UserError` as `score` does."""
         for ids in texts:
             self.check_text(ids)
         readings = []
         for ids in texts:
-            logprobs, total = [], np.zeros(self.manifest.width)
-            for start in range(0, len(ids), SCORING_CHUNK_TOKENS):
-                logits, states = self.session.read(ids[start : start + SCORING_CHUNK_TOKENS], start)
-                logprobs.append(_logprobs_of_next(logits, ids, start))
-                total += states.sum(axis=0, dtype=np.float64)
+            logprobs, total = [], np.zeros(self.manifest.width if states else 0)
+            for logits, found, followers in self._read_chunks(ids, states=states):
+                logprobs.append(gather_logprobs(logits[: len(followers)], followers))
+                total += found.sum(axis=0, dtype=np.float64)
             readings.append(Reading(np.concatenate(logprobs), total / len(ids)))
         return readings
 
-    def echo(self, text: Sequence[int], top_count: int) -> list[Token]:
-        """The tokens of a text, each with its log-probability and the `top_count` likeliest in its place.
-
-        The first token has neither: nothing stands before it. Raises `UserError` as `score` does.
-        """
-        return [token for tokens in self.echo_chunks(text, top_count) for token in tokens]
-
     def echo_chunks(self, text: Sequence[int], top_count: int) -> Iterator[list[Token]]:
-        """`echo` in parts, between which other requests may go on; only one text is scored at a time."""
+        """Yield the tokens of a text in parts, each token with its log-probability and the `top_count` likeliest.
+
+        The first token has neither, as nothing precedes it. Other requests may run between the parts, but only one text
+        is scored at a time. Raises `UserError` as `score` does.
+        """
         self.check_text(text)
         yield [Token(text[0])]
-        for start, logits in self._logits(text):
-            followers = text[start + 1 : start + 1 + len(logits)]
+        for logits, _, followers in self._read_chunks(text):
             yield [
                 Token(token_id, *token_logprobs(row, token_id, top_count))
                 for row, token_id in zip(logits, followers, strict=False)
@@ -205,10 +195,16 @@ class Engine:
         finally:
             self.scheduler.cancel(request)
 
-    def _logits(self, ids: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """The logits of each token of a text in parts, float32 `[tokens, vocabulary]`, with where each part begins."""
+    def _read_chunks(
+        self, ids: Sequence[int], *, states: bool = False
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.floating], Sequence[int]]]:
+        """Read a text in parts: what `Session.read` returns for each, and the tokens that follow those of the part.
+
+        The last token of the text has no follower.
+        """
         for start in range(0, len(ids), SCORING_CHUNK_TOKENS):
-            yield start, self.session.score(ids[start : start + SCORING_CHUNK_TOKENS], start)
+            end = start + SCORING_CHUNK_TOKENS
+            yield *self.session.read(ids[start:end], start, states=states), ids[start + 1 : end + 1]
 
     def _context(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
         """The context that a prompt gives. Raises `UserError` where either will not do."""
@@ -235,13 +231,6 @@ class Engine:
         for token_id in ids:
             if not 0 <= token_id < self.manifest.vocabulary_size:
                 raise UserError(f"{name}: token id {token_id} is not in [0, {self.manifest.vocabulary_size})")
-
-
-def _logprobs_of_next(logits: NDArray[np.float32], ids: Sequence[int], start: int) -> NDArray[np.float64]:
-    """Natural log-probability of the token that follows each of those from `start` on, as far as one does."""
-    followers = np.asarray(ids[start + 1 : start + 1 + len(logits)], np.int64)
-    rows = log_softmax(logits[: len(followers)])
-    return np.asarray(rows[np.arange(len(followers)), followers])
 
 
 def _seed(params: SamplingParams) -> int:

@@ -119,32 +119,26 @@ class Session:
             self._bind_logits(binding, slot, 1)
             self.graph.run_with_iobinding(binding, self._uncaptured)
 
-    def score(self, token_ids: Sequence[int], past_tokens: int) -> NDArray[np.float32]:
-        """Feed tokens of a text after its first `past_tokens`; the logits of each, float32 `[tokens, vocabulary]`.
+    def read(
+        self, token_ids: Sequence[int], past_tokens: int, *, states: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.floating]]:
+        """Feed tokens of a text after its first `past_tokens`, and return what the model makes of each.
 
-        The text has a slot to itself, so that no continuation is disturbed.
+        These are its logits, float32 `[tokens, vocabulary]`, and its last hidden state in the graph's own floats,
+        `[tokens, width]`, or `[tokens, 0]` without `states`, which then costs nothing. The text has a slot of its own,
+        so that no continuation is disturbed. Raises `UserError` if the graph has no output for the states.
         """
-        logits = np.empty((len(token_ids), self.manifest.vocabulary_size), np.float32)
-        binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(len(token_ids)))
+        if states and STATES not in (output.name for output in self.graph.get_outputs()):
+            raise UserError("engine: its graph was exported without hidden states; export the checkpoint again")
+        tokens, half = len(token_ids), self.precision in CUDA_PRECISIONS
+        logits = np.empty((tokens, self.manifest.vocabulary_size), np.float32)
+        found = np.empty((tokens, self.manifest.width if states else 0), np.float16 if half else np.float32)
+        binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(tokens), reads_states=states)
         bind(binding.bind_output, "logits", place(logits))
+        if states:
+            bind(binding.bind_output, STATES, place(found))
         self.graph.run_with_iobinding(binding, self._uncaptured)
-        return logits
-
-    def read(self, token_ids: Sequence[int], past_tokens: int) -> tuple[NDArray[np.float32], NDArray[np.floating]]:
-        """What `score` gives, and the last hidden state of each token, `[tokens, width]` in the graph's own floats.
-
-        Raises `UserError` where the graph does not tell it.
-        """
-        if STATES not in (output.name for output in self.graph.get_outputs()):
-            raise UserError("the engine was exported before it told its hidden states; export the checkpoint again")
-        logits = np.empty((len(token_ids), self.manifest.vocabulary_size), np.float32)
-        half = self.precision in CUDA_PRECISIONS
-        states = np.empty((len(token_ids), self.manifest.width), np.float16 if half else np.float32)
-        binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(len(token_ids)), reads_states=True)
-        bind(binding.bind_output, "logits", place(logits))
-        bind(binding.bind_output, STATES, place(states))
-        self.graph.run_with_iobinding(binding, self._uncaptured)
-        return logits, states
+        return logits, found
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Give a slot the first `tokens` of another's."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.filters import log_softmax
+from pipeline.engine.filters import gather_logprobs, log_softmax
 from pipeline.engine.generator import Engine
 from pipeline.errors import UserError
 from pipeline.params.export import ParityParams
@@ -88,7 +88,7 @@ def measure_parity(
             if of_validation:
                 expected_loss += _loss(expected, text)
             for name, engine in engines.items():
-                tallies[name].add(engine.session.score(text, 0)[:-1], expected, text, of_validation)
+                tallies[name].add(engine.session.read(text, 0)[0][:-1], expected, text, of_validation)
             seen += len(expected)
             bar.update(len(expected))
     prompts = _prompts(texts, min(engine.context_length for engine in engines.values()))
@@ -168,12 +168,10 @@ class _Tally:
 
 def _loss(logits: Logits, text: Sequence[int]) -> float:
     """Negative log-likelihood of the text's tokens but the first, in nats, summed."""
-    followers = np.asarray(text[1:])
-    return -sum(
-        float(log_softmax(logits[start : start + COMPARED_ROWS])[np.arange(len(ids)), ids].sum())
-        for start in range(0, len(logits), COMPARED_ROWS)
-        for ids in (followers[start : start + COMPARED_ROWS],)
-    )
+    followers = text[1:]
+    starts = range(0, len(logits), COMPARED_ROWS)
+    parts = (slice(start, start + COMPARED_ROWS) for start in starts)
+    return -sum(float(gather_logprobs(logits[part], followers[part]).sum()) for part in parts)
 
 
 def _exp(value: float) -> float:
@@ -239,7 +237,7 @@ def _logit_differences(
     """The largest absolute differences of a logit."""
     session = engine.session
     empty_past, real_past, of_batch, of_cache = [], [], [], []
-    at_once = [session.score(text, 0) for _, text in continued]
+    at_once = [session.read(text, 0)[0] for _, text in continued]
     together = _fed_one_at_a_time(engine, continued)
     for row, (prompt, text) in enumerate(continued):
         (alone,) = _fed_one_at_a_time(engine, [(prompt, text)])

@@ -1,7 +1,7 @@
 """The engine against the same checkpoint in PyTorch, without padding and without a cache."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_logits_with_empty_past_match_pytorch(
     tiny_engine: Engine, tiny_model: GPT2LMHeadModel, prompts: list[list[int]]
 ) -> None:
     for prompt in prompts:
-        logits = tiny_engine.session.score(prompt, 0)
+        logits = tiny_engine.session.read(prompt, 0)[0]
         np.testing.assert_allclose(logits, torch_logits(tiny_model, prompt), atol=LOGIT_TOLERANCE, rtol=0)
 
 
@@ -379,7 +379,7 @@ def test_score_of_a_continuation_is_its_logprobs(tiny_engine: Engine, prompts: l
 
 
 def test_echo_gives_each_token_its_probability(tiny_engine: Engine, prompts: list[list[int]]) -> None:
-    tokens = tiny_engine.echo(prompts[1], 2)
+    tokens = list(chain.from_iterable(tiny_engine.echo_chunks(prompts[1], 2)))
     assert [token.token_id for token in tokens] == prompts[1]
     assert (tokens[0].logprob, tokens[0].top_logprobs) == (None, None)
     assert [token.logprob for token in tokens[1:]] == pytest.approx(tiny_engine.score([prompts[1]])[0].tolist())
