@@ -180,11 +180,11 @@ def verbatim_ids(
     if max_verbatim_tokens == 0 or len(output_ids) < max_verbatim_tokens:
         return []
     run = [int(token_id) for token_id in output_ids[len(output_ids) - max_verbatim_tokens :]]
-    return [token_id for token_id in known(followers)(run) if token_id not in ending_ids]
+    return [token_id for token_id in require_followers(followers)(run) if token_id not in ending_ids]
 
 
-def known(followers: Followers | None) -> Followers:
-    """Raises `ValueError` where nobody knows the training text."""
+def require_followers(followers: Followers | None) -> Followers:
+    """Return `followers`. Raises `ValueError` if there are none."""
     if followers is None:
         raise ValueError("max_verbatim_tokens needs to know what follows a run in the training text")
     return followers

@@ -78,7 +78,7 @@ class VerbatimText:
             place = bisect_right(suffixes, continued, place + leap // 2, min(place + leap, count), key=beginning)
 
 
-class Copies:
+class CopyLimiter:
     """The tokens with which an output would copy too much, told as it grows: `filters.verbatim_ids` defines them.
 
     A copy grows by a token a step. Where nothing follows the last k tokens, what holds these and one more is no copy:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.decoding import SamplingParams
 from pipeline.engine.filters import filter_logits, sample, verbatim_ids
 from pipeline.engine.sampler import Continuation
-from pipeline.engine.verbatim import Copies, VerbatimText, index_text, open_index, sort_suffixes
+from pipeline.engine.verbatim import CopyLimiter, VerbatimText, index_text, open_index, sort_suffixes
 from pipeline.quality.memorization import longest_copies
 
 END_OF_TEXT = 0
@@ -122,7 +122,7 @@ def test_copies_are_told_as_the_output_grows(text: list[int], output: list[int],
     # Half of the output goes on as the text does.
     output = [*output[: len(output) // 2], *text[3:40], *output[len(output) // 2 :]]
     followers = lookup([text]).followers
-    copies = Copies(most, followers)
+    copies = CopyLimiter(most, followers)
     for length in range(len(output) + 1):
         head = output[:length]
         assert copies.ids(head) == verbatim_ids(head, most, followers, (END_OF_TEXT,))
@@ -135,7 +135,7 @@ def test_little_is_looked_up_where_nothing_is_copied() -> None:
         asked.append(len(run))
         return []
 
-    copies = Copies(30, followers)
+    copies = CopyLimiter(30, followers)
     for length in range(300):
         assert copies.ids([7] * length) == []
     assert set(asked) == {15}
