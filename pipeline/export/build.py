@@ -1,6 +1,5 @@
 """An engine folder from a checkpoint: a graph a precision, the tokenizer, and what describes them."""
 
-import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, INDEX_FOLDER, write_manifest
+from pipeline.checkpoint import attention_scale
+from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, INDEX_FOLDER, Manifest, write_manifest
 from pipeline.engine.verbatim import VerbatimIndex
 from pipeline.errors import UserError
 from pipeline.export.graph import QUANTIZATIONS, CacheScales, Floats, Shape, write_graph
@@ -56,8 +56,7 @@ def build_engine(
         shutil.copy(tokenizer_folder / TOKENIZER_FILE, partial)
         if index is not None:
             index.save(partial / INDEX_FOLDER)
-        write_manifest(
-            partial,
+        manifest = Manifest(
             context_length=shape.context_length,
             vocabulary_size=shape.vocabulary_size,
             layers=shape.layers,
@@ -67,6 +66,7 @@ def build_engine(
             precisions=tuple(precisions),
             cache_bits=bits,
         )
+        write_manifest(partial, manifest)
 
 
 def _cache_bits(precision: str, quantized: int) -> int:
@@ -92,8 +92,6 @@ def shape_of(config: GPT2Config) -> Shape:
         )
     if config.add_cross_attention:
         raise UserError("config.json: add_cross_attention is set; the engine runs models of text alone")
-    head_width = config.n_embd // config.n_head
-    scale = 1 / math.sqrt(head_width) if config.scale_attn_weights else 1.0
     return Shape(
         context_length=config.n_positions,
         vocabulary_size=config.vocab_size,
@@ -101,9 +99,7 @@ def shape_of(config: GPT2Config) -> Shape:
         heads=config.n_head,
         width=config.n_embd,
         epsilon=config.layer_norm_epsilon,
-        attention_scales=tuple(
-            scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale for layer in range(config.n_layer)
-        ),
+        attention_scales=tuple(attention_scale(config, layer) for layer in range(config.n_layer)),
     )
 
 

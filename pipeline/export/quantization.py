@@ -57,15 +57,6 @@ def quantize(weight: NDArray[np.float32], bits: int, largest_block: int) -> Quan
     return Quantized(values, scales, bits, block)
 
 
-def dequantize(quantized: Quantized) -> NDArray[np.float32]:
-    """The weights that the steps stand for, `[inputs, outputs]`."""
-    values = quantized.values
-    if quantized.bits == 4:
-        values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:2], -1)
-    weights = (values.astype(np.float32) - quantized.zero_point) * quantized.scales[..., None]
-    return np.ascontiguousarray(weights.reshape(len(values), -1).T)
-
-
 def _round(blocks: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Steps from 0 to 2**bits - 1, and the scale of each block `[..., block]`."""
     zero_point = 1 << (bits - 1)

@@ -390,7 +390,7 @@ def test_echo_gives_each_token_its_probability(tiny_engine: Engine, prompts: lis
 
 
 def test_stop_texts_are_for_whoever_knows_the_tokenizer(tiny_engine: Engine) -> None:
-    with pytest.raises(UserError, match=r"^stop: holds texts, and the engine reads token ids; pipeline\.engine\.text"):
+    with pytest.raises(UserError, match=r"^stop: holds texts, but the engine reads token ids; use pipeline\.engine"):
         tiny_engine.generate([[5]], SamplingParams(stop=("x",)))
 
 

@@ -78,7 +78,7 @@ def test_a_driver_without_the_libraries_is_no_cuda(
         assert Engine.load(tiny_engine_folder, provider="auto").session.provider == "cpu"
     assert "libraries of CUDA 13 are missing: " in caplog.messages[0]
     assert "libcublasLt.so.13" in caplog.messages[0]
-    with pytest.raises(UserError, match=r"^provider: CUDA does not run here: .*; pip install '\.\[cuda\]' brings"):
+    with pytest.raises(UserError, match=r"^provider: CUDA does not run here: .*; install them by pip install"):
         Engine.load(tiny_engine_folder, provider="cuda")
 
 
