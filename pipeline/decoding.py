@@ -48,9 +48,9 @@ class SamplingParams:
     index of that text (`export.verbatim_index`). The prompt does not count. End-of-text and stop ids are never removed.
     """
     repetition_detection: tuple[int, ...] = ()
-    """Two numbers, such as `[20, 3]`: stop once the continuation ends in a run of at most 20 tokens, 3 times in a row. A
-    third number is the shortest run that counts. The first in [0, 1024], 0 is off; the second at least 2; the third in
-    [1, the first]."""
+    """Two numbers, such as `[20, 3]`: stop once the text ends in a run of at most 20 tokens, 3 times in a row. A third
+    number is the shortest run that counts. The first in [0, 1024], 0 is off; the second at least 2; the third in [1,
+    the first]."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids. In [-100, 100]."""
     banned_token_ids: tuple[int, ...] = ()
@@ -121,7 +121,7 @@ class SamplingParams:
 
     @classmethod
     def from_mapping(cls, values: Any, *, section: str = "") -> "SamplingParams":
-        """Build from parsed YAML or JSON. Raises `UserError`, also for unknown names, with `section` before the name."""
+        """Build from parsed YAML or JSON. Raises `UserError`, also for unknown names; `section` precedes each name."""
         prefix = f"{section}." if section else ""
         if not isinstance(values, Mapping):
             raise UserError(f"{section or 'decoding parameters'}: expected names and values, got {values!r}")

@@ -110,7 +110,7 @@ def test_a_short_validation_split_is_filled_up_with_other_text(
 
 def test_too_little_text_is_refused(tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]) -> None:
     with pytest.raises(
-        UserError, match=r"^parity: .* hold \d+ tokens, fewer than the 1000 that are compared; add text, or"
+        UserError, match=r"^parity: .* hold \d+ tokens, fewer than the 1000 to be compared; add text, or"
     ):
         parity_of(tiny_engine, reference, texts, more=texts, positions=1000)
 
@@ -176,7 +176,9 @@ def test_another_greedy_token_breaks_its_promise_alone(
     tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
 ) -> None:
     parity = parity_of(tiny_engine, Spoiled(reference, greedy_token=299), texts)
-    assert broken_promises(parity, TOLERANCE) == ["greedy continuations differ after 46 tokens; 47 are to be the same"]
+    assert broken_promises(parity, TOLERANCE) == [
+        "greedy continuations differ after 46 tokens; the first 47 must agree"
+    ]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 0.01])
@@ -192,7 +194,7 @@ def test_the_promise_on_logits_is_named(bad: float, past: str) -> None:
     [
         (
             {"next_token_agreement": 0.9985},
-            "the next token agrees at 99.850% of 2000 positions; at least 99.900% is asked for",
+            "the next token agrees at 99.850% of 2000 positions; at least 99.900% is required",
         ),
         (
             {"perplexity_onnxruntime": 20.03},
@@ -204,7 +206,7 @@ def test_the_promise_on_logits_is_named(bad: float, past: str) -> None:
         ),
         (
             {"greedy_agreement_tokens": 12},
-            "greedy continuations differ after 12 tokens; 64 are to be the same",
+            "greedy continuations differ after 12 tokens; the first 64 must agree",
         ),
         (
             {"kl_divergence": 0.5},
@@ -212,11 +214,11 @@ def test_the_promise_on_logits_is_named(bad: float, past: str) -> None:
         ),
         (
             {"max_batch_difference": 0.01},
-            "a logit is off by 0.01 in a batch from the same alone; at most 0.002 is allowed",
+            "a logit is off by 0.01 between a batch and the same text alone; at most 0.002 is allowed",
         ),
         (
             {"max_cache_difference": float("nan")},
-            "a logit is off by nan with a cache from without; at most 0.002 is allowed",
+            "a logit is off by nan between a text with and without a cache; at most 0.002 is allowed",
         ),
     ],
 )
