@@ -79,17 +79,20 @@ class LogitChanges:
         return self._ids[: len(self._places)]
 
     def set_bias(self, token_id: int, bias: float) -> None:
+        place = self._place(token_id)
         self._has_bias = True
-        self._bias[self._place(token_id)] = bias
+        self._bias[place] = bias
 
     def set_factor(self, token_id: int, factor: np.float32) -> None:
+        place = self._place(token_id)
         self._has_factors = True
-        self._factor[self._place(token_id)] = factor
+        self._factor[place] = factor
 
     def set_offset(self, token_id: int, offset: float) -> None:
         if offset or token_id in self._places:
+            place = self._place(token_id)
             self._has_offsets = self._has_offsets or offset != 0
-            self._offset[self._place(token_id)] = offset
+            self._offset[place] = offset
 
     def apply(self, own: Logits) -> Logits:
         """Return the changed logits of `ids`, whose logits are `own`."""
@@ -109,7 +112,7 @@ class LogitChanges:
         return bias, factor, offset
 
     def _place(self, token_id: int) -> int:
-        """Return the place of a token in the arrays; a new token is not changed yet."""
+        """Return the place of a token in the arrays, which may be new ones then; a new token is not changed yet."""
         place = self._places.get(token_id)
         if place is not None:
             return place
