@@ -162,7 +162,7 @@ def test_unknown_name_is_refused_with_its_section() -> None:
         SamplingParams.from_mapping({"topk": 5}, section="evaluate.decoding")
 
 
-def test_wrong_value_is_told_with_its_section() -> None:
+def test_wrong_value_is_named_with_its_section() -> None:
     with pytest.raises(UserError, match=r"^evaluate\.decoding\.top_p: 2 is out of range, must be in \(0, 1\]$"):
         SamplingParams.from_mapping({"top_p": 2}, section="evaluate.decoding")
 
@@ -235,7 +235,7 @@ def test_a_preset_is_whole_and_no_name_is_the_models_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["x", "", "Faithful"])
-def test_a_name_that_the_model_does_not_have_is_told(name: str) -> None:
+def test_a_name_that_the_model_does_not_have_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"^preset: '{name}' is none of balanced, faithful, adventurous$"):
         ModelDecoding(OWN, PRESETS).named(name)
     with pytest.raises(UserError, match=rf"^preset: this model has no presets, got '{name}'; leave it out$"):
@@ -265,7 +265,7 @@ def test_decoding_and_presets_are_read_from_two_files(tmp_path: Path) -> None:
         ("{}", "", r"presets\.json: not JSON \(.*\)"),
     ],
 )
-def test_a_file_that_will_not_do_is_told(decoding: str, presets: str, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_wrong_is_named(decoding: str, presets: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "decoding.json").write_text(decoding)
     (tmp_path / "presets.json").write_text(presets)
     with pytest.raises(UserError, match=rf"^{tmp_path}/{message}$"):

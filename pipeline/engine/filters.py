@@ -221,7 +221,7 @@ def apply_top_k(logits: Logits, top_k: int) -> Logits:
 
 
 def apply_top_p(logits: Logits, top_p: float) -> Logits:
-    """Keep the smallest set of likeliest tokens whose probability reaches `top_p` (nucleus, Holtzman et al. 2020).
+    """Keep the fewest likeliest tokens that together reach the probability `top_p` (nucleus, Holtzman et al. 2020).
 
     Tokens as likely as the last of the set are kept too.
     """
@@ -242,7 +242,7 @@ def apply_min_p(logits: Logits, min_p: float) -> Logits:
 
 
 def apply_typical_p(logits: Logits, typical_p: float) -> Logits:
-    """Keep the tokens whose surprise -ln p is nearest the entropy, until their probability reaches `typical_p`.
+    """Keep the tokens with surprise -ln p nearest the entropy, until their probability reaches `typical_p`.
 
     Tokens as near as the last of them are kept too (locally typical sampling, Meister et al. 2023).
     """

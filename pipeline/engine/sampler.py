@@ -95,7 +95,7 @@ class LogitChanges:
             self._offset[place] = offset
 
     def apply(self, own: Logits) -> Logits:
-        """Return the changed logits of `ids`, whose logits are `own`."""
+        """Return the changed logits of `ids`, of which the model's own logits are `own`."""
         used = len(own)
         values = own + self._bias[:used] if self._has_bias else own
         if self._has_factors:

@@ -1,4 +1,4 @@
-"""LoopDetector told as a text grows, against their definition over the whole text."""
+"""The detector of loops in a growing text, against the definition over the whole text."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,9 +20,9 @@ repeated = st.builds(
 @given(few_tokens | repeated, st.integers(1, 15), st.integers(2, 5), st.integers(1, 15))
 def test_at_each_token_as_the_definition_says(token_ids: list[int], longest: int, repeats: int, shortest: int) -> None:
     loops = LoopDetector(longest, repeats, min(shortest, longest))
-    told = [loops.append(token_id) for token_id in token_ids]
+    found = [loops.append(token_id) for token_id in token_ids]
     heads = (token_ids[: end + 1] for end in range(len(token_ids)))
-    assert told == [is_looping(head, longest, repeats, min(shortest, longest)) for head in heads]
+    assert found == [is_looping(head, longest, repeats, min(shortest, longest)) for head in heads]
 
 
 def test_what_is_kept_is_no_longer_than_the_longest_run_that_counts() -> None:

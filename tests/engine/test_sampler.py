@@ -1,4 +1,4 @@
-"""The fast sampler says what the readable reference says, and draws what the filtered distribution promises."""
+"""The fast sampler draws what the readable reference draws, as often as the filtered distribution says."""
 
 from dataclasses import fields
 from typing import Any
@@ -27,7 +27,7 @@ from pipeline.engine.sampler import Continuation
 
 
 def draw(continuation: Continuation, logits: Logits, listed: int = 20) -> int:
-    """The next token, the graph having listed so many."""
+    """Draw the next token from the row and the `listed` likeliest tokens."""
     top_ids = np.argsort(-logits, kind="stable")[:listed]
     return continuation.draw(logits, logits[top_ids], top_ids)
 
@@ -138,7 +138,7 @@ def test_logits_that_are_no_numbers_are_the_models_fault(bad: float) -> None:
     ],
 )
 def test_frequencies_are_those_of_the_filtered_distribution(params: SamplingParams) -> None:
-    """Chi-squared over draws whose seed alone differs; the bound is passed by chance once in more than 10**6."""
+    """Chi-squared over draws that differ only in the seed; the bound is passed by chance once in more than 10**6."""
     logits = make_logits(1, 2.5, 2**16)
     prompt, output, draws = [1, 2, 3], [1, 4, 1], 20_000
     expected = softmax(filter_logits(logits, params, prompt, output, END_OF_TEXT)) * draws

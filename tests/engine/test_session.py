@@ -1,3 +1,5 @@
+"""Loading an engine, its files and providers, and what a session computes in each precision."""
+
 import logging
 import shutil
 from pathlib import Path
@@ -71,7 +73,7 @@ def test_auto_takes_the_processor_and_says_why(tiny_engine_folder: Path, caplog:
 def test_a_driver_without_the_libraries_is_no_cuda(
     tiny_engine_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A library that is always there stands in for the driver.
+    # A library that always exists replaces the driver.
     monkeypatch.setattr(driver, "DRIVER_LIBRARIES", ("libc.so.6",))
     monkeypatch.setattr(driver.ort, "get_available_providers", lambda: [driver.PROVIDER, driver.PROCESSOR])
     with caplog.at_level(logging.INFO, logger="pipeline"):
@@ -138,12 +140,12 @@ def test_states_are_what_pytorch_makes_its_logits_of(
     logits, states = session.read(text, 0, states=True)
     np.testing.assert_allclose(states, expected, atol=tolerance, rtol=0)
     np.testing.assert_array_equal(logits, alone)
-    # What was bound for them stays out of what is scored without them.
+    # The output that was bound for the states is not written when they are not asked for.
     del states
     np.testing.assert_array_equal(session.read(text, 0)[0], alone)
 
 
-def test_a_graph_that_does_not_tell_its_states_is_refused(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_without_states_is_refused(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.engine.session.STATES", "of_later_days")
     with pytest.raises(UserError, match="exported without hidden states; export"):
         tiny_engine.session.read([1, 2], 0, states=True)

@@ -83,7 +83,7 @@ def test_precisions_that_are_none_are_refused(precisions: list[str]) -> None:
         check_precisions(precisions)
 
 
-def test_tied_weights_stand_once_in_the_file(tiny_engine_folder: Path, tmp_path: Path) -> None:
+def test_tied_weights_are_once_in_the_file(tiny_engine_folder: Path, tmp_path: Path) -> None:
     tied, untied = make_model(), make_model(tie_word_embeddings=False)
     for name, model in (("tied", tied), ("untied", untied)):
         write_tokenizer(tmp_path / name)

@@ -1,3 +1,5 @@
+"""Parity holds with the true reference, and each promise breaks on its own."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +48,7 @@ PROMISES = (
 
 @dataclass
 class Spoiled:
-    """A reference that says something else at one place: row `row` of any text's logits, or a greedy token."""
+    """A reference that differs in one place: row `row` of any text's logits, or a greedy token."""
 
     reference: Reference
     row: int | None = None
@@ -72,7 +74,7 @@ def reference(tiny_model: GPT2LMHeadModel) -> TorchReference:
 
 @pytest.fixture(scope="module")
 def texts(tiny_tokenizer: Tokenizer) -> list[list[int]]:
-    """Documents of unequal length as windows of them open: some are shorter than the prompts that parity takes."""
+    """Beginnings of documents of unequal lengths, some shorter than the prompts that parity takes."""
     sentence = "Nobody on the rock had seen the lamp go out, and nobody said so. "
     return [prompt_ids(tiny_tokenizer, (sentence * 3)[start : start + length])[:64]
             for start, length in ((0, 180), (9, 30), (20, 4), (30, 90))]  # fmt: skip

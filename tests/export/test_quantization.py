@@ -1,3 +1,5 @@
+"""Weights in 8 and 4 bits: rounding, clipping, blocks and bytes."""
+
 import numpy as np
 import pytest
 from hypothesis import given

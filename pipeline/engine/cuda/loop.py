@@ -87,7 +87,7 @@ class DeviceLoop:
         self._drawing[slot] = _Drawing(self._tag)
 
     def rest(self, slot: int) -> None:
-        """Let a row draw no more; its tokens that were not taken are dropped."""
+        """Stop a row's drawing, and drop its tokens that were not taken."""
         self._write(slot, "left", [0])
         self._drawing.pop(slot, None)
 

@@ -1,4 +1,4 @@
-"""All that leads to a GPU, with stand-ins for its libraries: the calls are real, and nothing is computed."""
+"""Everything up to a GPU, with stand-ins for its libraries: the calls are real, but nothing is computed."""
 
 import os
 import subprocess
