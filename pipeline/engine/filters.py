@@ -204,12 +204,12 @@ def apply_temperature(logits: Logits, temperature: float) -> Logits:
     if temperature == 0:
         return _only(logits, [int(np.argmax(logits))])
     with np.errstate(over="ignore"):  # to -inf, where the probability is 0 as well
-        cooled: Logits = (logits - logits.max()) / cooling(temperature)
+        cooled: Logits = (logits - logits.max()) / temperature_divisor(temperature)
     return cooled
 
 
-def cooling(temperature: float) -> np.float32:
-    """Return a temperature above 0 in float32, where the smallest would otherwise become 0."""
+def temperature_divisor(temperature: float) -> np.float32:
+    """Return a temperature above 0 in float32, in which the smallest must not become 0."""
     return max(np.float32(temperature), np.finfo(np.float32).tiny)
 
 

@@ -395,7 +395,7 @@ def _draw_from_nucleus(ids: TokenIds, logits: Logits, mass: np.float64, params: 
 
 def _cool(logits: AnyLogits, peak: np.float32, temperature: float) -> AnyLogits:
     """Subtract the largest logit, `peak`, and divide by the temperature, as the reference does."""
-    return (logits - peak) / filters.cooling(temperature)
+    return (logits - peak) / filters.temperature_divisor(temperature)
 
 
 def _with_equals(ordered: Logits, count: int) -> int:

@@ -270,7 +270,7 @@ def test_the_end_of_the_context_finishes_by_length_and_is_never_passed(
 ) -> None:
     context_length = tiny_engine.context_length
     params = SamplingParams(seed=13, ignore_eos=True, max_new_tokens=1000)
-    # Together they need more columns than the context has positions: the short row continues when the long one has ended.
+    # Together they need more columns than the context has positions: the short row continues after the long one ends.
     prompts = [[index % 290 for index in range(context_length - 1)], [40, 41, 42]]
     completions = tiny_engine.generate(prompts, params)
     for prompt, completion in zip(prompts, completions, strict=True):

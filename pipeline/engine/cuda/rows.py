@@ -111,7 +111,7 @@ def row_of(
         "repetition_penalty": filters.penalty_factor(params.repetition_penalty),
         "presence_penalty": params.presence_penalty,
         "frequency_penalty": params.frequency_penalty,
-        "temperature": 1 if greedy else filters.cooling(params.temperature),
+        "temperature": 1 if greedy else filters.temperature_divisor(params.temperature),
         # Greedy takes the likeliest token, the first of several: the smallest uniform draws it from the top-1.
         "top_k": 1 if greedy else params.top_k,
         "top_p": 1 if greedy else params.top_p,
