@@ -124,6 +124,12 @@ def attention_implementation(config: GPT2Config) -> str:
     return "sdpa" if config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx else "eager"
 
 
+def attention_scale(config: GPT2Config, layer: int) -> float:
+    """Return the factor of a layer's attention scores; a config may leave out the usual root, or divide by depth."""
+    scale: float = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+    return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
+
+
 @contextmanager
 def _only_errors_logged() -> Iterator[None]:
     """Keep quiet what `transformers` says of odd weights: it is told here as an error, or counted."""

@@ -53,11 +53,10 @@ def _engine(folder: Path, *, on_cuda: bool) -> str:
 
 
 def _choice(manifest: Manifest, *, on_cuda: bool) -> str:
-    for_gpu = [precision for precision in manifest.precisions if precision in CUDA_PRECISIONS]
-    if on_cuda and for_gpu:
-        return f"{for_gpu[0]} on cuda"
+    if on_cuda and (held := manifest.precisions_for("cuda")):
+        return f"{held[0]} on cuda"
     hint = f" (add {CUDA_PRECISIONS[0]} to export.precisions for the GPU)" if on_cuda else ""
-    return f"{manifest.precisions[0]} on cpu{hint}"
+    return f"{manifest.precisions_for('cpu')[0]} on cpu{hint}"
 
 
 def _first_run(provider: str) -> str | None:
@@ -65,7 +64,7 @@ def _first_run(provider: str) -> str | None:
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in ("a", "b")]
     graph = helper.make_graph([helper.make_node("Add", ["a", "a"], ["b"])], "one", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    with driver.quiet() as said:
+    with driver.mute_onnxruntime() as said:
         try:
             session = ort.InferenceSession(model.SerializeToString(), providers=[provider])
             (found,) = session.run(None, {"a": np.ones(4, np.float32)})

@@ -242,7 +242,7 @@ def test_without_an_export_it_says_how_to_make_one(capsys: pytest.CaptureFixture
     [
         (("--top-p", "1.5"), "top_p: 1.5 is out of range, must be in (0, 1]"),
         (("--temperature", "nan"), "temperature: expected a finite number, got nan"),
-        (("--repetition-detection", "20"), "repetition_detection: expected the longest run and how often it may stand"),
+        (("--repetition-detection", "20"), "repetition_detection: expected the longest run and its repetitions"),
         (("--max-new-tokens", "0"), "max_new_tokens: 0 is out of range, must be at least 1"),
         (("--banned-token-ids", "-1"), "banned_token_ids: -1 is out of range"),
         (("--logit-bias", "5=101"), "logit_bias: 101.0 is out of range, must be in [-100, 100]"),

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, GPT2LMHeadModel
 
-from pipeline.checkpoint import attention_implementation
+from pipeline.checkpoint import attention_implementation, attention_scale
 
 PACKED = "packed"
 """The name under which transformers finds it; a name that it has no mask for, and so makes none."""
@@ -39,7 +39,8 @@ def packed_attention(
     head width]`; windows lie between the bounds `cu_seq_lens_q`, int32 `[windows + 1]`. On a GPU one kernel takes
     all windows; elsewhere, and with dropout, each is a call of its own.
     """
-    scale = attention_scale(module, head_width=query.shape[-1])
+    attention: Any = module
+    scale = attention_scale(attention.config, attention.layer_idx)
     if _takes_varlen(query, dropout):
         attended = varlen_attn(
             *(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)),
@@ -77,13 +78,6 @@ def padded_attention(model: GPT2LMHeadModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(PACKED)
-
-
-def attention_scale(module: nn.Module, head_width: int) -> float:
-    """What a GPT-2's scores are multiplied by in this layer; its config may leave the usual root out, or add depth."""
-    attention: Any = module
-    scale: float = head_width**-0.5 if attention.config.scale_attn_weights else 1.0
-    return scale / (attention.layer_idx + 1) if attention.config.scale_attn_by_inverse_layer_idx else scale
 
 
 def _takes_varlen(query: torch.Tensor, dropout: float) -> bool:

@@ -18,13 +18,13 @@ Launch = Callable[[Rows, int, int], None]
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Draw for so many rows with blocks of so many threads, a warp of one each."""
+    """Return the kernel for blocks of any number of threads, with warps of one."""
     return compiled(tmp_path_factory.mktemp("kernel"), 1)
 
 
 @pytest.fixture(scope="session")
 def launch_warps(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """The same with warps of four threads, of which there must be a multiple."""
+    """Return the kernel for blocks of a multiple of four threads, with warps of four."""
     return compiled(tmp_path_factory.mktemp("kernel"), 4)
 
 
