@@ -31,7 +31,7 @@ from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams
 from pipeline.training.curves import Curves, Point
 from pipeline.training.memory import keep_freed_memory, peak_bytes
-from pipeline.training.optimizer import build_optimizer
+from pipeline.training.optimizer import build_optimizer, learning_rate_schedule
 from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch
 from pipeline.training.precision import supports_bfloat16, supports_tf32
 from pipeline.training.processes import Processes
@@ -145,8 +145,7 @@ def training_arguments(
         gradient_accumulation_steps=train.parts // processes.count,
         gradient_checkpointing=params.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        lr_scheduler_type="cosine",
-        warmup_ratio=params.warmup_share,
+        **learning_rate_schedule(params),
         max_grad_norm=params.max_grad_norm,
         bf16=supports_bfloat16(),
         # What stays in float32 is rounded to TF32 in products of matrices, where a GPU has it.
