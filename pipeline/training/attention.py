@@ -40,7 +40,7 @@ def packed_attention(
     all windows; elsewhere, and with dropout, each is a call of its own.
     """
     scale = attention_scale(module, head_width=query.shape[-1])
-    if _takes_varlen(query, dropout):
+    if _can_use_varlen(query, dropout):
         attended = varlen_attn(
             *(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)),
             *(cu_seq_lens_q, cu_seq_lens_q),
@@ -86,7 +86,7 @@ def attention_scale(module: nn.Module, head_width: int) -> float:
     return scale / (attention.layer_idx + 1) if attention.config.scale_attn_by_inverse_layer_idx else scale
 
 
-def _takes_varlen(query: torch.Tensor, dropout: float) -> bool:
+def _can_use_varlen(query: torch.Tensor, dropout: float) -> bool:
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)

@@ -46,10 +46,10 @@ class Footprint:
     """Memory of one forward and backward pass, in bytes."""
 
     fixed: float
-    a_token: float
+    per_token: float
 
     def tokens_in(self, free: float) -> int:
-        return max(0, int((free - self.fixed) / self.a_token))
+        return max(0, int((free - self.fixed) / self.per_token))
 
 
 def parts_of_step(model: GPT2LMHeadModel, params: FinetuneParams, *, context_length: int, processes: int) -> int:
@@ -57,14 +57,14 @@ def parts_of_step(model: GPT2LMHeadModel, params: FinetuneParams, *, context_len
 
     Raises `UserError` where the memory of the device does not hold one, as far as it can be told before.
     """
-    footprint, free = measure(model, params, context_length), free_bytes(model.device) * USED_SHARE
+    footprint, free = measure_footprint(model, params, context_length), free_bytes(model.device) * USED_SHARE
     room = footprint.tokens_in(free)
     wanted = params.device_batch_tokens or min(room, params.batch_tokens)
     # A batch holds whole windows, one at least.
     if max(wanted, context_length) > room:
         name = "finetune.context_length" if params.device_batch_tokens is None else "finetune.device_batch_tokens"
         tokens = max(wanted, context_length)
-        needed = footprint.fixed + footprint.a_token * tokens
+        needed = footprint.fixed + footprint.per_token * tokens
         raise UserError(
             f"{name}: a batch of {tokens} tokens takes about {needed / 2**30:.1f} GiB beside the weights, and "
             f"{free / 2**30:.1f} GiB can be had; lower it{_advice(params)}"
@@ -91,19 +91,19 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def measure(model: GPT2LMHeadModel, params: FinetuneParams, context_length: int) -> Footprint:
+def measure_footprint(model: GPT2LMHeadModel, params: FinetuneParams, context_length: int) -> Footprint:
     """The footprint of training, from what a forward pass keeps for the way back on one window, and on two.
 
     The random state is left as it was.
     """
     one, two = (kept_bytes(model, [context_length] * windows) for windows in (1, 2))
-    a_token = (two - one) / context_length
-    fixed = max(0.0, one - a_token * context_length)
+    per_token = (two - one) / context_length
+    fixed = max(0.0, one - per_token * context_length)
     if params.gradient_checkpointing:
         layers, width = model.config.n_layer, model.config.n_embd
-        a_token = a_token / layers + layers * width * RESIDUE_BYTES
+        per_token = per_token / layers + layers * width * RESIDUE_BYTES
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return Footprint(fixed + trained * STATE_BYTES[params.optimizer] + LOGITS_COPIES * LOGITS_BYTES, a_token)
+    return Footprint(fixed + trained * STATE_BYTES[params.optimizer] + LOGITS_COPIES * LOGITS_BYTES, per_token)
 
 
 class _Kept:

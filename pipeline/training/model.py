@@ -63,7 +63,7 @@ def trained_gpt2(model: nn.Module) -> GPT2LMHeadModel:
     return cast(GPT2LMHeadModel, model.merge_and_unload() if isinstance(model, PeftModel) else model)
 
 
-def gathered(sharded: nn.Module, whole: ScoredGPT2 | PeftModel) -> ScoredGPT2 | PeftModel:
+def gather_weights(sharded: nn.Module, whole: ScoredGPT2 | PeftModel) -> ScoredGPT2 | PeftModel:
     """`whole` with the weights that are spread over the processes; called in each, and filled in the first."""
     weights = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if weights:

@@ -112,10 +112,10 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return _scaled(grad_hidden, grad), _scaled(grad_head, grad), None
+        return _scale(grad_hidden, grad), _scale(grad_head, grad), None
 
 
-def _scaled(gradient: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor | None:
+def _scale(gradient: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor | None:
     return None if gradient is None else gradient * factor
 
 

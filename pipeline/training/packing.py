@@ -24,7 +24,7 @@ Batch = dict[str, torch.Tensor | int]
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class TrainingWindow:
     """Tokens `start` to `end` (exclusive) of a document; the first is context, every other one is a label."""
 
     document: int
@@ -36,13 +36,13 @@ class Window:
         return self.end - self.start
 
 
-def cut_windows(document_tokens: Sequence[int], context_length: int) -> list[Window]:
+def cut_windows(document_tokens: Sequence[int], context_length: int) -> list[TrainingWindow]:
     """Cut documents, each given by its tokens with both end-of-texts, into windows of at most `context_length`.
 
     A window begins with the last token of the one before, so that every token but a document's first is a label once.
     """
     return [
-        Window(document, start, min(start + context_length, tokens))
+        TrainingWindow(document, start, min(start + context_length, tokens))
         for document, tokens in enumerate(document_tokens)
         for start in range(0, max(tokens - 1, 1), context_length - 1)
     ]
@@ -108,7 +108,7 @@ class PackedSteps(Dataset[Batch]):
         bounds = deal([window.tokens for window in windows], self.parts)
         return self.batch(windows[bounds[part] : bounds[part + 1]])
 
-    def step_windows(self, step: int) -> list[Window]:
+    def step_windows(self, step: int) -> list[TrainingWindow]:
         """The windows that optimizer step `step` (from 0) learns from."""
         epoch, step = divmod(step, self.steps_per_epoch)
         order, bounds = self._epoch(epoch)
@@ -121,7 +121,7 @@ class PackedSteps(Dataset[Batch]):
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
         return order, deal([self.windows[index].tokens for index in order], self.steps_per_epoch)
 
-    def batch(self, windows: Sequence[Window]) -> Batch:
+    def batch(self, windows: Sequence[TrainingWindow]) -> Batch:
         """Windows as one sequence: `input_ids`, `labels` and `position_ids`, each int64 `[1, tokens]`.
 
         `cu_seq_lens_q` and `cu_seq_lens_k`, int32 `[windows + 1]`, are where windows begin and end, `max_length_q` and

@@ -98,7 +98,7 @@ def finetune_model(
         trainer.remove_callback(talkative)
     if sys.stderr.isatty() and processes.is_first:
         trainer.add_callback(BarCallback)
-    with weights_written(work_folder), _memory_held():
+    with weights_written(work_folder), _explain_full_memory():
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     if stop is not None and trainer.state.global_step < trainer.state.max_steps and processes.any(stop.is_set()):
         raise Stopped(trainer.state.global_step)
@@ -106,7 +106,7 @@ def finetune_model(
 
 
 @contextmanager
-def _memory_held() -> Iterator[None]:
+def _explain_full_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -213,7 +213,7 @@ class PackedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now = time.perf_counter()
         if "loss" in logs:
-            logs["tokens_per_second"] = self._all(self._tokens).item() / (now - self._counting_since)
+            logs["tokens_per_second"] = self._sum_over_processes(self._tokens).item() / (now - self._counting_since)
             self._check_losses(logs["loss"])
             self._tokens.zero_()
             self._counting_since = now
@@ -235,10 +235,10 @@ class PackedTrainer(Trainer):
         raise UserError(
             f"finetune: the training loss is {losses[first]:.4g} at step {step}, batch {batch} of {batches}, which "
             f"learns from training documents {', '.join(str(document + 1) for document in documents)}; "
-            f"lower finetune.learning_rate, or look at these documents{self._last_good()}"
+            f"lower finetune.learning_rate, or look at these documents{self._last_good_checkpoint()}"
         )
 
-    def _last_good(self) -> str:
+    def _last_good_checkpoint(self) -> str:
         folder = ResumeState(Path(self.args.output_dir)).checkpoint
         return "" if folder is None else f"; the last good checkpoint is kept in {folder}"
 
@@ -246,7 +246,7 @@ class PackedTrainer(Trainer):
     def _loss_at_start(self) -> float:
         return next((entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry), 0.0)
 
-    def _all(self, values: torch.Tensor) -> torch.Tensor:
+    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """Summed over the processes."""
         summed: torch.Tensor = self.accelerator.reduce(values, reduction="sum")
         return summed
@@ -272,7 +272,7 @@ class PackedTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     summed = model(**inputs, num_items_in_batch=1).loss
                 total += torch.stack([summed.double(), (inputs["labels"] != IGNORED_LABEL).sum().double()])
-        loss_sum, label_count = self._all(total).tolist()
+        loss_sum, label_count = self._sum_over_processes(total).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / label_count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -360,7 +360,7 @@ class CurveCallback(TrainerCallback):
             )
             training = _points(state, "loss")
             train_loss = f"train loss {training[-1][1]:.3f}, " if training else ""
-            self._tell(
+            self._print_line(
                 f"step {step} of {state.max_steps}: {train_loss}validation loss {loss:.3f}, perplexity {perplexity:.2f}"
             )
 
@@ -368,7 +368,7 @@ class CurveCallback(TrainerCallback):
         if self.run_log is not None:
             self.run_log.log_metrics(metrics, step)
 
-    def _tell(self, line: str) -> None:
+    def _print_line(self, line: str) -> None:
         if self.run_log is not None:
             tqdm.write(line, file=sys.stderr)
 

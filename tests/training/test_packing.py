@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.tokens import TokenArrays
 from pipeline.training.attention import PACKED, padded_attention
 from pipeline.training.objective import ScoredGPT2
-from pipeline.training.packing import IGNORED_LABEL, PackedSteps, Window, cut_windows, deal
+from pipeline.training.packing import IGNORED_LABEL, PackedSteps, TrainingWindow, cut_windows, deal
 
 END = 0
 
@@ -49,7 +49,7 @@ def test_no_window_is_longer_than_the_context_nor_without_a_label(tokens: list[i
 
 
 def test_a_window_begins_with_the_last_token_of_the_one_before() -> None:
-    assert cut_windows([7, 3], 4) == [Window(0, 0, 4), Window(0, 3, 7), Window(1, 0, 3)]
+    assert cut_windows([7, 3], 4) == [TrainingWindow(0, 0, 4), TrainingWindow(0, 3, 7), TrainingWindow(1, 0, 3)]
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 12))
