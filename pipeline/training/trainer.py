@@ -1,4 +1,4 @@
-"""Fine-tuning with transformers' Trainer: exact validation loss, and a hook at each evaluation."""
+"""Fine-tune with transformers' Trainer: exact validation loss, resumable checkpoints, a hook at each evaluation."""
 
 import math
 import sys
@@ -39,17 +39,17 @@ from pipeline.training.resume import WHOLE_FILE, ResumeState
 
 FSDP = {
     "transformer_layer_cls_to_wrap": ["GPT2Block"],
-    # Every process has read the same weights.
+    # Every process has already read the same weights.
     "sync_module_states": False,
 }
 EXPLODED = 2.0
-"""A loss so many times that of a uniform guess, or of the base, does not come back."""
+"""The multiple of the loss of a uniform guess, or of the base if that is larger, from which a loss does not recover."""
 LOGGED_POINTS = 100
-"""Points of the training curves, evenly spread."""
+"""The number of points of the training curves, evenly spread."""
 
 
 class MetricsLog(Protocol):
-    """Where metrics go; `pipeline.tracking.RunLog` is one."""
+    """A destination for metrics, such as `pipeline.tracking.runs.RunLog`."""
 
     def log_metrics(self, values: dict[str, float], step: int) -> None: ...
 
@@ -69,11 +69,11 @@ def finetune_model(
 ) -> Curves:
     """Train `model` in place and leave the weights of its best validation loss in it.
 
-    `work_folder` holds checkpoints while training runs, with all that is needed to go on from one: `resume_from`. What
-    comes of it then is what an uninterrupted training would have given, bit for bit on the same machine.
-    `on_evaluation` is called with model and step after each scoring of the validation split, the first at step 0.
-    Raises `UserError` where the loss is no longer finite or explodes, or the GPU's memory is full; and `Stopped` where
-    `stop` is set: after the step at hand, with a checkpoint of it.
+    `work_folder` holds the checkpoints while training runs. With one of them as `resume_from`, training resumes there,
+    and gives what an uninterrupted training would have given, bit for bit on the same machine. Calls `on_evaluation`
+    with model and step after each scoring of the validation split, the first at step 0. Raises `UserError` if the loss
+    is not finite or explodes, or if the GPU's memory is full. If `stop` is set, finishes the current step, saves a
+    checkpoint and raises `Stopped`.
     """
     if processes.device.type == "cpu":
         keep_freed_memory()
@@ -117,7 +117,7 @@ def _explain_full_memory() -> Iterator[None]:
 
 
 def _points(state: TrainerState, name: str) -> list[Point]:
-    """The curve of a value that the Trainer logged, before an interruption too."""
+    """Return the curve of a value that the Trainer logged, including before an interruption."""
     return [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
 
 
@@ -129,7 +129,7 @@ def training_arguments(
     processes: Processes,
     is_resumed: bool = False,
 ) -> TrainingArguments:
-    """The Trainer's arguments. Raises `UserError` where the training split gives fewer steps than evaluations."""
+    """Return the Trainer's arguments. Raises `UserError` if the training split gives fewer steps than evaluations."""
     if train.steps < params.evaluations:
         raise UserError(
             f"finetune.evaluations: {params.evaluations} evaluations do not fit in {train.steps} optimizer steps; "
@@ -140,7 +140,7 @@ def training_arguments(
         output_dir=str(work_folder),
         seed=params.seed,
         max_steps=train.steps,
-        # An item of the data set is a batch, and all epochs are one pass over it.
+        # An item of the data set is already a batch, and one pass over it covers all epochs.
         per_device_train_batch_size=1,
         gradient_accumulation_steps=train.parts // processes.count,
         gradient_checkpointing=params.gradient_checkpointing,
@@ -148,7 +148,7 @@ def training_arguments(
         **learning_rate_schedule(params),
         max_grad_norm=params.max_grad_norm,
         bf16=supports_bfloat16(),
-        # What stays in float32 is rounded to TF32 in products of matrices, where a GPU has it.
+        # Matrix products that stay in float32 are rounded to TF32 if the GPU supports it.
         tf32=True if supports_tf32() else None,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
@@ -156,12 +156,12 @@ def training_arguments(
         fsdp="full_shard auto_wrap" if params.fsdp else "",
         fsdp_config=FSDP if params.fsdp else None,
         eval_strategy="steps",
-        # Never reached before the end: `EvaluationSchedule` says when.
+        # Reached only at the end: `EvaluationSchedule` decides when to evaluate.
         eval_steps=train.steps,
         eval_on_start=not is_resumed,
         save_strategy="steps",
         save_steps=train.steps,
-        # The best and the newest. With a limit of one the Trainer would remove the newest in the end.
+        # The best and the newest. With a limit of one, the Trainer would remove the newest at the end.
         save_total_limit=2,
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
@@ -176,13 +176,13 @@ def training_arguments(
         label_names=["labels"],
         report_to=[],
     )
-    # One process, one GPU: left alone, the Trainer spreads a process over all that it sees, slower than one of them.
+    # One GPU per process: otherwise the Trainer spreads a process over all visible GPUs, which is slower than one.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 class PackedTrainer(Trainer):
-    """Trainer over flat batches that scores the validation split a token, not a batch, and counts tokens a second."""
+    """A Trainer over flat batches that scores the validation split per token, not per batch, and logs its speed."""
 
     control: TrainerControl
     eval_dataset: PackedSteps
@@ -195,13 +195,13 @@ class PackedTrainer(Trainer):
         self._losses: list[torch.Tensor] = []
 
     def create_optimizer(self) -> Optimizer:
-        """Ours; made when the Trainer asks, as the weights that FSDP shards are others than before."""
+        """Make our optimizer; only when the Trainer asks, because FSDP replaces the weights when it shards them."""
         if self.optimizer is None:
             self.optimizer: Optimizer = build_optimizer(self.model, self._params)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """The steps are in their order already."""
+        """Keep the order: `PackedSteps` has already shuffled."""
         return SequentialSampler(self.train_dataset)
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> Any:
@@ -220,7 +220,7 @@ class PackedTrainer(Trainer):
         super().log(logs, start_time)
 
     def _check_losses(self, mean: float) -> None:
-        """Raise `UserError` that names the batch, where a loss since the last time was not finite or far too high."""
+        """Raise `UserError` that names the batch if a loss since the last check was not finite, or far too high."""
         losses = [float(loss) * self.args.gradient_accumulation_steps for loss in self._losses]
         self._losses.clear()
         limit = EXPLODED * max(math.log(self.model.config.vocab_size), self._loss_at_start)
@@ -247,18 +247,18 @@ class PackedTrainer(Trainer):
         return next((entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry), 0.0)
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
-        """Summed over the processes."""
+        """Return the sum of each value over the processes."""
         summed: torch.Tensor = self.accelerator.reduce(values, reduction="sum")
         return summed
 
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
-        """Called when every file of a checkpoint is written: only now the one before it may go."""
+        """Mark the newest checkpoint as whole, then remove old ones; the Trainer calls it once all files are written."""
         newest = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (newest / WHOLE_FILE).touch()
         super()._rotate_checkpoints(use_mtime=False, output_dir=output_dir)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Mean negative log-likelihood a label, in nats, over the whole split.
+        """Return the mean negative log-likelihood per label, in nats, over the whole split.
 
         The Trainer's own is a mean of batch means, which weighs a token by the batch it happens to be in.
         """
@@ -281,9 +281,9 @@ class PackedTrainer(Trainer):
 
 
 class EvaluationSchedule(TrainerCallback):
-    """Scores and saves the model `evaluations` times, evenly spread, the last time after the last step.
+    """A callback that scores and saves the model `evaluations` times, evenly spread, the last after the last step.
 
-    The Trainer's own every so many steps gives another number of times where the steps do not divide evenly.
+    The Trainer's own interval in steps gives a different number of evaluations if it does not divide the steps.
     """
 
     def __init__(self, evaluations: int) -> None:
@@ -302,8 +302,10 @@ class EvaluationSchedule(TrainerCallback):
 
 
 class BestCheckpoint(TrainerCallback):
-    """Lets every process know the best checkpoint: the Trainer looks whether its folder is there, and one process may
-    look before another has made it."""
+    """A callback that tells every process the best checkpoint.
+
+    The Trainer checks whether the folder exists, and one process may check before another has made it.
+    """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.best_global_step:
@@ -311,11 +313,11 @@ class BestCheckpoint(TrainerCallback):
 
 
 class Stopped(Exception):  # noqa: N818
-    """Training was told to stop; the first argument is after which step it did."""
+    """Training stopped on request; the first argument is the last step that it took."""
 
 
 class StopCallback(TrainerCallback):
-    """Saves and stops after the step at hand when one of the processes is told to."""
+    """A callback that saves and stops after the current step if a stop was requested in any process."""
 
     def __init__(self, stop: threading.Event, processes: Processes) -> None:
         self.stop = stop
@@ -330,7 +332,7 @@ class StopCallback(TrainerCallback):
 
 
 class CurveCallback(TrainerCallback):
-    """Sends the curves to the run, and tells each evaluation in a line."""
+    """A callback that logs the curves to the run, and prints a line per evaluation."""
 
     def __init__(self, log: MetricsLog | None, on_evaluation: Callable[[GPT2LMHeadModel, int], None]) -> None:
         self.run_log = log
@@ -352,7 +354,7 @@ class CurveCallback(TrainerCallback):
             loss = logs["eval_loss"]
             if not math.isfinite(loss):
                 raise UserError(f"finetune: the validation loss is {loss} at step {step}; lower finetune.learning_rate")
-            # Infinite, where the language's own would overflow.
+            # torch gives infinity if it overflows; Python's math.exp would raise.
             perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
             memory_mib = peak_bytes(args.device) / 2**20
             self._record(

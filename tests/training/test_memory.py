@@ -1,4 +1,4 @@
-"""How many batches a step is cut into, from what a model keeps for the way back."""
+"""How many batches a step is cut into, from what a model keeps for the backward pass."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,7 @@ def model(tiny_checkpoint: Path) -> ScoredGPT2:
 def test_what_is_kept_grows_with_the_tokens(model: ScoredGPT2) -> None:
     short, middle, long = (kept_bytes(model, [16] * windows) for windows in (1, 2, 3))
     assert long - middle == pytest.approx(middle - short, rel=0.05)
-    # Of each of two blocks at least: what goes into its four products and its activation.
+    # For each of two blocks, at least the inputs of its four products and its activation.
     assert (middle - short) / 16 > 2 * (2 * 3 + 2 * 4) * model.config.n_embd
 
 
@@ -81,7 +81,7 @@ def test_the_number_of_tokens_that_is_asked_for_is_taken(model: ScoredGPT2) -> N
             False,
             r"^finetune\.context_length: a batch of 64 tokens takes about .* lower it, or set finetune\.grad",
         ),
-        (None, True, r"^finetune\.context_length: a batch of 64 tokens .* can be had; lower it$"),
+        (None, True, r"^finetune\.context_length: a batch of 64 tokens .* are available; lower it$"),
         (10**9, False, r"^finetune\.device_batch_tokens: a batch of 1000000000 tokens takes about .* lower it, or"),
     ],
 )
