@@ -252,7 +252,7 @@ class PackedTrainer(Trainer):
         return summed
 
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
-        """Mark the newest checkpoint as whole, then remove old ones; the Trainer calls it once all files are written."""
+        """Mark the newest checkpoint as whole, then remove old ones; called when all its files are written."""
         newest = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (newest / WHOLE_FILE).touch()
         super()._rotate_checkpoints(use_mtime=False, output_dir=output_dir)
