@@ -1,4 +1,4 @@
-"""The processes that train together, as `torchrun` starts them; without it there is one."""
+"""The processes that train together under `torchrun`; without it, there is one."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among them."""
+    """This process, and its communication with the others."""
 
     state: PartialState
 
@@ -28,7 +28,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes: outputs, run, lines on the terminal."""
+        """Return whether this is the process that writes outputs, the run, and lines on the terminal."""
         return bool(self.state.is_main_process)
 
     @property
@@ -37,7 +37,7 @@ class Processes:
         return device
 
     def from_first(self, value: Callable[[], Value]) -> Value:
-        """What the first process makes, to all of them."""
+        """Return in every process the value that the first makes."""
         values: list[Any] = [value() if self.is_first else None]
         if self.count > 1:
             broadcast_object_list(values)
@@ -45,7 +45,7 @@ class Processes:
         return made
 
     def agree(self, value: str, what: str) -> None:
-        """Raise `UserError` where the processes have come to different values."""
+        """Raise `UserError` if the processes have different values; `what` names it."""
         if self.count > 1 and len(set(gather_object([value]))) > 1:
             raise UserError(
                 f"finetune: the {self.count} processes have different {what}; "
@@ -53,7 +53,7 @@ class Processes:
             )
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in one process at least."""
+        """Return whether the flag is true in at least one process."""
         if self.count == 1:
             return flag
         flags = torch.tensor(int(flag), device=self.device)
@@ -61,7 +61,7 @@ class Processes:
         return bool(flags.item())
 
     def close(self) -> None:
-        """Leave the others in order."""
+        """Wait for the other processes, and leave the group."""
         if self.count > 1:
             self.state.wait_for_everyone()
             self.state.destroy_process_group()

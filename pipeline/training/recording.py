@@ -1,4 +1,4 @@
-"""What a fine-tuning records in its MLflow run beside the curves: the splits it read, and samples of its text."""
+"""Log to the MLflow run what a fine-tuning records besides its curves: the splits it read, and samples."""
 
 from pipeline.params.finetune import TrainingSamplesParams
 from pipeline.tokens import TokenArrays

@@ -13,7 +13,7 @@ from pipeline.tracking.runs import RunLog
 from pipeline.training.checks import check_fsdp, check_vocabulary, window_length
 from pipeline.training.curves import Curves
 from pipeline.training.memory import parts_of_step
-from pipeline.training.model import gathered, load_trainable, trained_gpt2
+from pipeline.training.model import gather_weights, load_trainable, trained_gpt2
 from pipeline.training.packing import PackedSteps
 from pipeline.training.precision import supports_bfloat16
 from pipeline.training.processes import Processes
@@ -84,7 +84,7 @@ def train(
         stop=stop,
     )
     if params.fsdp:
-        model = gathered(model, load_trainable(base, params))
+        model = gather_weights(model, load_trainable(base, params))
     return Trained(trained_gpt2(model), curves, steps)
 
 

@@ -1,4 +1,4 @@
-"""LoRA, merged and exported, against the model that was trained; dropout; what is refused."""
+"""LoRA, merged and exported, against the trained model; dropout; refused layers."""
 
 from pathlib import Path
 
