@@ -30,6 +30,9 @@ PACKAGES = {
 }
 """Whose version goes with a family's figures, and with the files that were made for it."""
 
+PEER_LIBRARIES = ("ctranslate2", "llama-cpp-python", "gguf", "vllm")
+"""The distributions that only benchmarks use; their versions go with the results."""
+
 CPU_DEFAULT = (
     "engine-float32",
     "engine-int8",

@@ -21,12 +21,13 @@ from typing import Any, Self
 
 import numpy as np
 import onnx
-from contenders import DEFAULTS, MODULES, PACKAGES, Contender, parse_contender
+import psutil
+from contenders import DEFAULTS, MODULES, PACKAGES, PEER_LIBRARIES, Contender, parse_contender
 from conversion import ROOT, export_engine, run_python
 from report import Entry, Group, Measurement, report
 from worker import Answer, Start, Worker
 
-from pipeline import machine
+from pipeline import doctor, machine
 from pipeline.engine.manifest import GRAPH_FILE
 from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json, sha256_file, whole_file
@@ -133,7 +134,7 @@ def benchmark(
         "command": command,
         "date": f"{began:%Y-%m-%d %H:%M} UTC, {minutes:.0f} minutes",
         "model": describe_model(source, checkpoint),
-        **machine.describe(),
+        **machine.describe(PEER_LIBRARIES),
         **{f"{family} build": build for family, build in builds.items()},
         "threads": str(threads),
         "bandwidth": f"{bandwidth / 1e9:.1f} GB/s {BANDWIDTH_OF[provider]}",
@@ -152,14 +153,13 @@ def benchmark(
 def read_bandwidth(provider: str, threads: int) -> float:
     """Bytes a second of the memory that the weights lie in."""
     if provider == "cpu":
-        return machine.read_bandwidth(threads)
-    from pipeline.doctor import gpu_bandwidth
+        return doctor.read_bandwidth(threads)
     from pipeline.engine.cuda import driver
     from pipeline.engine.memory import CudaMemory
 
     if obstacles := driver.obstacles():
         raise UserError(f"provider: CUDA does not run here: {obstacles[0]}")
-    return gpu_bandwidth(CudaMemory())
+    return doctor.gpu_bandwidth(CudaMemory())
 
 
 def kernels_a_step(engine: Path) -> str:
@@ -235,8 +235,9 @@ def prepare(
         except UserError as error:
             engine_obstacle = f"could not be exported: {error}"
     prepared = {}
+    versions = machine.versions(tuple(PACKAGES.values()))
     for contender in contenders:
-        version = machine.version(PACKAGES[contender.family])
+        version = versions.get(PACKAGES[contender.family], "")
         folders = {"engine": engine, **dict.fromkeys(("transformers", "compiled", "vllm"), checkpoint)}
         folder = folders.get(contender.family, files / f"{contender.name}-{version}")
         if obstacle := _missing(contender) or (engine_obstacle if contender.family == "engine" else None):
@@ -331,7 +332,8 @@ class Field:
         return answer
 
     def _make_room(self, contender: Contender) -> None:
-        if machine.available_memory() < MEMORY_LEFT * machine.total_memory():
+        memory = psutil.virtual_memory()
+        if memory.available < MEMORY_LEFT * memory.total:
             self.end(contender)
 
 

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from contenders import SAMPLED, Contender, parse_contender
+from contenders import PEER_LIBRARIES, SAMPLED, Contender, parse_contender
 from conversion import GGUF_FILE, ROOT
 from decode import find_checkpoint, prepare
 
@@ -271,7 +271,7 @@ def report(
     left_out: dict[str, str],
 ) -> str:
     lines = [
-        *(f"{name}: {value}" for name, value in machine.describe().items()),
+        *(f"{name}: {value}" for name, value in machine.describe(PEER_LIBRARIES).items()),
         f"checkpoint: {Path(arguments.checkpoint).name}, {arguments.precision}; {threads} threads, 8 slots",
         f"requests: {arguments.requests}, prompts of {PROMPT_WORDS[0]} to {PROMPT_WORDS[1]} words, "
         f"continuations of {NEW_TOKENS[0]} to {NEW_TOKENS[1]} tokens; "

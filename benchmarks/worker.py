@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from contenders import GREEDY, MODULES, SAMPLED, Contender, parse_contender
 from conversion import ROOT, last_line
 
-from pipeline import machine
 from pipeline.errors import UserError
 
 FIRST_PROMPT = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -71,7 +71,8 @@ class Worker:
 
     def cpu_seconds(self) -> float:
         """Processor time that the contender has used."""
-        return machine.cpu_seconds(self._process.pid)
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int, *, room: int, greedy: bool = False) -> Answer:
         """Continue each prompt by exactly `new_tokens`, in rows of `room` tokens at most."""
@@ -112,6 +113,17 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
+def reset_peak_memory() -> None:
+    """Restart the high-water mark of this process's memory."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process held in memory since the last reset, mapped files included."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
+
+
 def read_through(file: Path) -> None:
     with file.open("rb", buffering=0) as content:
         while content.read(2**24):
@@ -134,7 +146,7 @@ def main() -> None:
     runner.reserve(1, len(FIRST_PROMPT) + 1)
     runner.generate([FIRST_PROMPT], 1, SAMPLED, seed=0)
     first_token_s = time.time() - float(started)
-    start = Start(imported_s, first_token_s, runner.build, machine.peak_memory())
+    start = Start(imported_s, first_token_s, runner.build, peak_memory())
     print(json.dumps(asdict(start)), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -142,11 +154,11 @@ def main() -> None:
         runner.reserve(len(prompts), request["room"])
         # While it was idle the system may have put threads to sleep and dropped mapped files: a token wakes all up.
         runner.generate([prompt[-len(FIRST_PROMPT) :] for prompt in prompts], 1, SAMPLED, seed=0)
-        machine.reset_peak_memory()
+        reset_peak_memory()
         begun = time.perf_counter()
         token_ids = runner.generate(prompts, new_tokens, GREEDY if request["greedy"] else SAMPLED, seed=1)
         seconds = time.perf_counter() - begun
-        answer = Answer(token_ids, seconds, machine.peak_memory())
+        answer = Answer(token_ids, seconds, peak_memory())
         print(json.dumps(asdict(answer)), file=answers, flush=True)
 
 

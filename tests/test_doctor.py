@@ -4,13 +4,13 @@ import onnxruntime as ort
 import pytest
 
 from pipeline import __main__ as cli
-from pipeline import doctor, machine
+from pipeline import doctor
 from pipeline.engine.cuda import driver
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "BANDWIDTH_BYTES", 2**20)
+    monkeypatch.setattr(doctor, "READ_BYTES", 2**20)
 
 
 def test_what_runs_and_what_is_missing(
