@@ -1,4 +1,4 @@
-"""What this machine can run, where, and what it lacks: `python -m pipeline doctor`."""
+"""What this machine can run, where, and what is missing: `python -m pipeline doctor`."""
 
 import ctypes
 import shutil
@@ -26,7 +26,7 @@ NAME_BYTES = 256
 
 
 def report(engine: Path) -> str:
-    """Machine, packages, providers that truly start, and where the engine in a folder would run."""
+    """Describe the machine, its libraries, the providers that start, and where the engine in a folder would run."""
     facts = machine.describe()
     threads = machine.physical_cores()
     facts["bandwidth"] = f"{read_bandwidth(threads) / 1e9:.1f} GB/s of memory, read by {threads} threads"
@@ -53,7 +53,7 @@ def _engine(folder: Path, *, on_cuda: bool) -> str:
     except UserError as error:
         return str(error)
     held = f"{folder} holds {', '.join(manifest.precisions)}"
-    return f"{held}; by itself it runs {_choice(manifest, on_cuda=on_cuda)}"
+    return f"{held}; by default it runs {_choice(manifest, on_cuda=on_cuda)}"
 
 
 def _choice(manifest: Manifest, *, on_cuda: bool) -> str:
@@ -65,7 +65,7 @@ def _choice(manifest: Manifest, *, on_cuda: bool) -> str:
 
 
 def _first_run(provider: str) -> str | None:
-    """What stops a provider from running a graph of one node; none where nothing does."""
+    """Return why a provider cannot run a graph of one node; None if it can."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in ("a", "b")]
     graph = helper.make_graph([helper.make_node("Add", ["a", "a"], ["b"])], "one", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -106,7 +106,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 def gpu_bandwidth(memory: CudaMemory) -> float:
-    """Bytes a second that the GPU reads and writes in copies of its own memory, the best of several."""
+    """Return how many bytes per second the GPU reads and writes, in the best of several copies within its memory."""
     buffer = memory.zeros((2, COPIED_BYTES), np.uint8)
     seconds = []
     for _ in range(COPIES):
