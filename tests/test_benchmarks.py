@@ -84,7 +84,7 @@ def test_a_soak_leaves_the_server_as_it_was(tiny_engine_folder: Path) -> None:
     command = [sys.executable, "benchmarks/soak.py", "--engine", str(tiny_engine_folder), "--precision", "float32"]
     done = run([*command, "--seconds", "6", "--clients", "8"])
     assert done.returncode == 0, done.stderr
-    assert "in use in the end: nothing" in done.stdout
+    assert "in use at the end: nothing" in done.stdout
 
 
 @pytest.mark.skipif(not driver.obstacles(), reason="CUDA runs here")

@@ -46,9 +46,7 @@ def test_what_float16_does_not_hold_is_not_packed(tiny_checkpoint: Path, tmp_pat
     with torch.no_grad():
         model.transformer.wpe.weight[0, 0] = 70_000
     save(model, tiny_checkpoint, tmp_path / "large")
-    with pytest.raises(
-        UserError, match=r"large: float16 does not hold weights as large as in transformer\.wpe\.weight;"
-    ):
+    with pytest.raises(UserError, match=r"large: weights are out of the range of float16: transformer\.wpe\.weight;"):
         pack_checkpoint(tmp_path / "large", tmp_path / "base")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large"]
 

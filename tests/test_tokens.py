@@ -137,7 +137,9 @@ def test_a_document_that_is_not_there_is_an_error(tmp_path: Path, tokenizer: Tok
 
 def test_arrays_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     store(tmp_path, ["ab"], tokenizer)
-    with pytest.raises(UserError, match="another tokenizer than the model's; make it anew with dvc repro") as raised:
+    with pytest.raises(
+        UserError, match="another tokenizer than the model's; run dvc repro to write it again"
+    ) as raised:
         load_tokens(tmp_path, "other digest")
     assert str(raised.value).startswith(str(tmp_path))
 
