@@ -1,3 +1,5 @@
+"""`params.yaml` is read strictly: every wrong or missing key is named in one line."""
+
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""`base` reads a model from a folder or the hub, or makes one, and refuses what it cannot use in one line."""
+"""`base`: it reads a model from a folder or the hub, or makes one, and refuses what it cannot use in one line."""
 
 import json
 import os

@@ -1,3 +1,5 @@
+"""`prepare`: every document comes out clean and once, and the report accounts for every row."""
+
 import csv
 import json
 import re

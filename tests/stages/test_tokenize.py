@@ -1,3 +1,5 @@
+"""`tokenize`: every split becomes arrays, the same bytes every time."""
+
 from pathlib import Path
 
 import pytest
