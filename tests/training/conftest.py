@@ -1,4 +1,4 @@
-"""What every test that trains needs."""
+"""The fixture that every test of training needs."""
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -6,6 +6,6 @@ from accelerate.state import AcceleratorState
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The precision of a process's first Trainer otherwise goes for all that follow."""
+    """Forget the precision of the process's first Trainer, which otherwise holds for all that follow."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     AcceleratorState._reset_state(reset_partial_state=True)
