@@ -73,7 +73,7 @@ def run_stage_on_each(folder: Path, sources: dict[str, tuple[str, str | None]], 
         env=hub_environment(HF_HOME=str(folder / "hub-cache"), HF_TOKEN=TOKEN, **values),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

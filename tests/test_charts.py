@@ -1,3 +1,5 @@
+"""A chart is the same bytes every time, and fits into a page with others."""
+
 import re
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""A checkpoint reads back as it was written, packed or not, and weights that cannot be used are named."""
+
 import shutil
 import subprocess
 import sys

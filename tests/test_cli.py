@@ -1,3 +1,5 @@
+"""The commands: what they read and write, where their defaults come from, and how they refuse."""
+
 import io
 import os
 import shutil

@@ -1,3 +1,5 @@
+"""`doctor` says what this machine can run and what is missing."""
+
 from pathlib import Path
 
 import onnxruntime as ort

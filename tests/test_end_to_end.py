@@ -1,4 +1,4 @@
-"""The real `dvc repro` on a tiny configuration, in a copy of this repository with a history of its own."""
+"""The real `dvc repro` on a tiny configuration, in a copy of this repository with its own history."""
 
 import json
 import os
@@ -95,7 +95,7 @@ class Clone:
         }
 
     def run(self, *command: str) -> str:
-        """Run a command in the clone; its output, or a failure that shows it."""
+        """Run a command in the clone and return its output; fail with the output if the command fails."""
         done = subprocess.run(
             command,
             cwd=self.folder,
@@ -110,7 +110,7 @@ class Clone:
         return done.stdout
 
     def start(self, *command: str) -> subprocess.Popen[str]:
-        """Start a command in the clone, in a process group of its own; its stderr is to be read."""
+        """Start a command in the clone, in its own process group; the caller reads its stderr."""
         return subprocess.Popen(
             command,
             cwd=self.folder,
@@ -122,7 +122,7 @@ class Clone:
         )
 
     def set(self, **values: Any) -> None:
-        """Change keys of params.yaml, their parts joined by dots."""
+        """Change keys of params.yaml, named as `section.key`."""
         yaml, path = YAML(), self.folder / "params.yaml"
         params = yaml.load(path)
         for key, value in values.items():
@@ -134,7 +134,7 @@ class Clone:
         yaml.dump(params, path)
 
     def take(self, other: "Clone", *stages: str) -> None:
-        """Let DVC know of these stages, and of no more, what it knows in another clone of the same configuration."""
+        """Take over what DVC knows of these stages, and of no others, from a clone of the same configuration."""
         yaml = YAML()
         lock = yaml.load(other.folder / "dvc.lock")
         lock["stages"] = {stage: lock["stages"][stage] for stage in stages}
@@ -143,12 +143,12 @@ class Clone:
         shutil.copytree(other.folder / files, self.folder / files, dirs_exist_ok=True)
 
     def repro(self) -> list[str]:
-        """`dvc repro`; the stages that ran."""
+        """Run `dvc repro` and return the stages that ran."""
         output = self.run("dvc", "repro")
         return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
     def saved_step(self) -> int:
-        """The step of the newest whole checkpoint of a fine-tuning that goes on, or was killed; 0 without one."""
+        """Return the step of the newest whole checkpoint of a fine-tuning that runs or was killed; 0 without one."""
         found = self.folder.glob(f".resume/finetune/*/checkpoint-*/{WHOLE_FILE}")
         return max((step_of(file.parent) for file in found), default=0)
 
@@ -156,11 +156,11 @@ class Clone:
         return int(self.read_json("out/register/version.json")["version"])
 
     def times(self, name: str) -> dict[str, int]:
-        """When each file under a folder was written."""
+        """Return when each file under a folder was written."""
         return {str(file): file.stat().st_mtime_ns for file in (self.folder / name).rglob("*") if file.is_file()}
 
     def runs(self) -> list[str]:
-        """The names of the runs in the clone's store."""
+        """Return the names of the runs in the clone's store."""
         with sqlite3.connect(self.folder / "mlflow.db") as store:
             return [name for (name,) in store.execute("SELECT name FROM runs")]
 
@@ -175,13 +175,13 @@ def make_clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Clone]:
 
 @pytest.fixture(scope="module")
 def built(make_clone: Callable[[], Clone]) -> tuple[Clone, list[str]]:
-    """A clone in which every stage ran, and which those were. Tests leave it built."""
+    """A clone in which every stage has run, and the names of those stages. Tests leave it built."""
     clone = make_clone()
     return clone, clone.repro()
 
 
 def load_in_new_process(clone: Clone, elsewhere: Path) -> list[list[str]]:
-    """Two predictions of the champion, from outside the repository and without what only training needs."""
+    """Return two predictions of the champion, made outside the repository and without what only training needs."""
     environment = {name: value for name, value in clone.environment.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", LOAD, f"sqlite:///{clone.folder / 'mlflow.db'}"],
@@ -198,7 +198,7 @@ def load_in_new_process(clone: Clone, elsewhere: Path) -> list[list[str]]:
 
 
 def wait_until(reached: Callable[[], bool], repro: subprocess.Popen[str]) -> None:
-    """Until it is true, or a failure if `dvc repro` ends before."""
+    """Wait until it is true; fail if `dvc repro` ends before that."""
     deadline = time.monotonic() + 300
     while not reached():
         assert repro.poll() is None, f"dvc repro ended early\n{repro.communicate()[1]}"

@@ -1,3 +1,5 @@
+"""An error of the user or of the system ends a command with one line and exit code 2."""
+
 import errno
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Files and folders appear whole or not at all, and read back as they were written."""
+
 import signal
 import subprocess
 import sys

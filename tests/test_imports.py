@@ -1,3 +1,5 @@
+"""The files that a module needs are found by following its imports."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""A stage's process stops on SIGTERM and when its DVC ends."""
+
 import os
 import signal
 import subprocess

@@ -1,3 +1,5 @@
+"""Token arrays hold every document with its bounds, and only the tokenizer that made them reads them."""
+
 import json
 from pathlib import Path
 

@@ -29,7 +29,7 @@ TEXTS = {
         "Nobody on the rock had seen the lamp go out. " * 8,
     ],
 }
-"""The last test document is longer than the tiny model's context of 64 tokens."""
+"""The documents of each split. The last test document is longer than the tiny model's context of 64 tokens."""
 CHANGES: dict[str, Any] = {
     "finetune": {
         "batch_tokens": 128,

@@ -1,3 +1,5 @@
+"""`export`: both forms continue a text as their checkpoint does, and a broken promise leaves nothing."""
+
 import shutil
 from dataclasses import replace
 from pathlib import Path

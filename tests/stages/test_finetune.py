@@ -1,3 +1,5 @@
+"""`finetune`: its checkpoint, curves and metrics agree with each other and with its run."""
+
 import csv
 import json
 import math

@@ -12,6 +12,7 @@ from isolated_store import isolated_store
 from safetensors.torch import load_file
 from toy_project import Project, copy_for_finetune, stage_environment
 
+from pipeline.stages import finetune as stage
 from pipeline.tracking import store
 from pipeline.tracking.runs import find_run
 
@@ -66,8 +67,9 @@ def check_like_one(folder: Path, alone: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training in one process: this one, as a new one would spend most of its time on imports."""
     folder = without_dropout(project, tmp_path_factory.mktemp("alone"))
-    run(folder, sys.executable, *MODULE)
+    Project(folder).run(stage, *PATHS)
     return folder
 
 
@@ -114,7 +116,7 @@ def test_processes_with_different_parameters_are_refused(project: Project, tmp_p
         )
         for rank, folder in enumerate(folders)
     ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
+    said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     for lines in said:
         assert "finetune: the 2 processes have different parameters, data, base, code or libraries; start all" in lines

@@ -1,4 +1,4 @@
-"""`register` makes one version per set of files, and the version loads anywhere as the engine that was exported."""
+"""`register`: it makes one version per set of files, which loads anywhere as the engine that was exported."""
 
 import json
 import os

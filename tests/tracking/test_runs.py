@@ -1,3 +1,5 @@
+"""What a run records in the MLflow store, where the store is, and what happens if it does not answer."""
+
 import hashlib
 import json
 import os
