@@ -7,7 +7,7 @@ PACKAGE = "pipeline"
 
 
 def needed_files(module: str, root: Path) -> set[Path]:
-    """Return the files under `root` that importing `module` (`pipeline.stages.prepare`) reads, its own and its packages'.
+    """Return the files under `root` that importing `module` (`pipeline.stages.prepare`) reads, those of packages too.
 
     Imports inside functions count too, and so does a file in a module's folder if a string in the module is its name.
     Raises `ModuleNotFoundError` if a module of the package does not exist.

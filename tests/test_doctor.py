@@ -1,3 +1,5 @@
+"""What `python -m pipeline doctor` reports."""
+
 from pathlib import Path
 
 import onnxruntime as ort
