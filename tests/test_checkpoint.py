@@ -77,7 +77,7 @@ def test_attention_is_computed_as_the_config_says(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
-def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import resource; from pathlib import Path\n"
         "from test_checkpoint import make_model\n"

@@ -224,12 +224,12 @@ def test_a_registered_model_needs_no_parameters_file(
 
 
 @pytest.mark.parametrize("model", ["models:/nobody@champion", "models:/nobody/1", "models:nobody", "models:/"])
-def test_an_unknown_model_is_told(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_model_is_reported(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "generate", PROMPT, "--model", model)
     assert message.startswith(f"error: {model}: the registry does not hold it (")
 
 
-def test_a_folder_without_engine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_engine_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "generate", PROMPT, "--model", "nowhere").startswith("error: nowhere: holds no engine")
 
 
@@ -252,13 +252,13 @@ def test_without_an_export_it_says_how_to_make_one(capsys: pytest.CaptureFixture
         (("--provider", "tpu"), "provider: 'tpu' is none of auto, cpu, cuda"),
     ],
 )
-def test_a_wrong_option_is_told_by_name(
+def test_a_wrong_option_is_reported_by_name(
     options: tuple[str, ...], message: str, engine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert refused(capsys, "generate", PROMPT, "--model", engine, *options).startswith(f"error: {message}")
 
 
-def test_a_bias_that_is_none_is_told(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bias_that_is_none_is_reported(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["generate", PROMPT, "--model", engine, "--logit-bias", "five"])
     assert caught.value.code == 2
@@ -356,7 +356,7 @@ def test_every_parameter_of_one_continuation_is_an_option(capsys: pytest.Capture
     assert {name for name in names if f"--{name.replace('_', '-')} " not in shown.replace("]", " ")} == set()
 
 
-def test_a_section_that_no_stage_owns_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_section_that_no_stage_owns_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (tmp_path / PARAMS_FILE).open("a") as file:
         file.write("tokenise: {}\n")
     assert refused(capsys, "restore") == "error: params.yaml: tokenise: no such parameter\n"

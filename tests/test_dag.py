@@ -21,7 +21,7 @@ NAMED_BY_PARAMETERS = {"base": [PARAMS["base"]["source"]]}
 """What a stage reads because a parameter says so."""
 SERVED_LIBRARIES = {"mlflow", "numpy", "onnxruntime", "pandas", "tokenizers"}
 LIGHT = (
-    *("pipeline.decoding", "pipeline.params.whole", "pipeline.engine.filters", "pipeline.training.curves"),
+    *("pipeline.decoding", "pipeline.params.whole", "pipeline.engine.filters", "pipeline.curves"),
     *(
         f"pipeline.{folder}.{file.stem}"
         for folder in ("corpus", "quality")

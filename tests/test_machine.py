@@ -1,3 +1,5 @@
+"""Facts about the machine, its libraries and the git checkout."""
+
 import platform
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Progress bars appear on terminals only."""
+
 import io
 import sys
 

@@ -146,7 +146,7 @@ def test_arrays_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: Toke
     assert str(raised.value).startswith(str(tmp_path))
 
 
-def test_missing_arrays_are_told(tmp_path: Path) -> None:
+def test_missing_arrays_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no token arrays; make them with dvc repro"):
         load_tokens(tmp_path, "digest")
 
@@ -196,7 +196,7 @@ def test_tokenizer_digest_follows_content_not_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{"])
-def test_a_tokenizer_file_that_cannot_be_read_is_told(tmp_path: Path, content: str | None) -> None:
+def test_a_tokenizer_file_that_cannot_be_read_is_reported(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / TOKENIZER_FILE).write_text(content)
     for read in (load_tokenizer, tokenizer_sha256):

@@ -14,9 +14,9 @@ import numpy as np
 from pipeline.advice.experiments import read_output, run_experiment
 from pipeline.advice.learning_curve import LEAST_SIZES, PowerLaw, can_be_fitted, fit_power_law, spread
 from pipeline.charts import DATA, MARK, MODEL, new_chart, save_chart
+from pipeline.curves import parse_curve
 from pipeline.errors import UserError
 from pipeline.files import whole_folder, write_json
-from pipeline.training.curves import parse_curve
 
 SHARES = (0.125, 0.25, 0.5, 1.0)
 WORTHWHILE_NATS = 0.02

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.curves import read_curve
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import report_errors
@@ -36,7 +37,6 @@ from pipeline.tracking.lineage import dvc_md5
 from pipeline.tracking.records import parent_run, record_evaluation
 from pipeline.tracking.runs import start_run
 from pipeline.tracking.store import connect, store_errors
-from pipeline.training.curves import read_curve
 
 
 def main() -> None:

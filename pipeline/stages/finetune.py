@@ -15,6 +15,7 @@ from transformers import logging
 
 from pipeline import resume
 from pipeline.checkpoint import write_checkpoint
+from pipeline.curves import write_curve
 from pipeline.errors import report_errors
 from pipeline.files import whole_folder, write_json
 from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
@@ -23,7 +24,6 @@ from pipeline.stage_process import end_with_dvc, termination_noted
 from pipeline.tracking.records import record_finetuning
 from pipeline.tracking.runs import RunLog, start_run
 from pipeline.tracking.store import store_errors
-from pipeline.training.curves import write_curve
 from pipeline.training.precision import supports_bfloat16
 from pipeline.training.processes import Processes, join_processes
 from pipeline.training.state import TrainingState, open_state

@@ -7,9 +7,9 @@ from typing import Any
 
 from mlflow import MlflowClient
 
+from pipeline.curves import read_curve
 from pipeline.files import read_json, read_jsonl
 from pipeline.tracking.runs import RunLog, find_run, start_run
-from pipeline.training.curves import read_curve
 
 SPANS = ("copied_spans", "repeated_spans")
 """The columns of `samples.jsonl` that only the report shows."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from transformers import GPT2LMHeadModel
 
+from pipeline.curves import Curves
 from pipeline.params.finetune import FinetuneParams
 from pipeline.tokens import load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.tracking.runs import RunLog
 from pipeline.training.checks import check_fsdp, check_vocabulary, window_length
-from pipeline.training.curves import Curves
 from pipeline.training.memory import parts_of_step
 from pipeline.training.model import gather_weights, load_trainable, trained_gpt2
 from pipeline.training.packing import PackedSteps

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from pipeline.checkpoint import weights_written
+from pipeline.curves import Curves, Point
 from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams
-from pipeline.training.curves import Curves, Point
 from pipeline.training.memory import keep_freed_memory, peak_bytes
 from pipeline.training.optimizer import build_optimizer, learning_rate_schedule
 from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch

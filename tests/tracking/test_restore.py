@@ -11,11 +11,11 @@ from isolated_store import isolated_store
 from mlflow import MlflowClient
 from unused_model import log_unused_model
 
+from pipeline.curves import write_curve
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_jsonl
 from pipeline.tracking import records, registry, runs, store
 from pipeline.tracking.restore import holds_version, restore
-from pipeline.training.curves import write_curve
 
 PARAMETERS = {"finetune": {"seed": 1}}
 NAME = "harbour-tales"

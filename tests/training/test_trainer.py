@@ -11,12 +11,12 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel, set_seed
 
+from pipeline.curves import Curves
 from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams, TrainingSamplesParams
 from pipeline.tokens import TokenArrays, load_tokens, write_tokens
 from pipeline.training import trainer
 from pipeline.training.attention import padded_attention
-from pipeline.training.curves import Curves
 from pipeline.training.model import load_trainable
 from pipeline.training.objective import ScoredGPT2
 from pipeline.training.packing import PackedSteps

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from pipeline.training.curves import Curves, parse_curve, read_curve, write_curve
+from pipeline.curves import Curves, parse_curve, read_curve, write_curve
 
 POINTS = [(0, 4.222), (51, 0.1 + 0.2), (102, float("inf"))]
 
