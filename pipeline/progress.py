@@ -12,13 +12,13 @@ Item = TypeVar("Item")
 def progress(
     items: Iterable[Item] | None = None,
     *,
-    description: str,
+    description: str | None,
     unit: str = "it",
     total: int | None = None,
     initial: int = 0,
     unit_scale: bool = False,
 ) -> "tqdm[Item]":
-    """Return a progress bar on stderr, which shows nothing if stderr is not a terminal.
+    """Return a progress bar on stderr, which shows nothing if stderr is not a terminal or `description` is None.
 
     Iterate over it, or without `items` enter it as a context and call `update(count)`. `total` is the number of items
     if `items` does not know it, and `initial` how many were done before. `unit_scale` shortens large numbers (1.2M).
@@ -30,5 +30,5 @@ def progress(
         unit_scale=unit_scale,
         total=total,
         initial=initial,
-        disable=not sys.stderr.isatty(),
+        disable=description is None or not sys.stderr.isatty(),
     )

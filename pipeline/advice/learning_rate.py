@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 from transformers import logging
 
 from pipeline.advice.range_test import Floats, even_out, has_diverged, rate_well_down, rising_rates, smooth, span_of
@@ -19,6 +18,7 @@ from pipeline.charts import DATA, MARK, MODEL, new_chart, save_chart
 from pipeline.errors import UserError
 from pipeline.files import whole_folder
 from pipeline.params.finetune import FinetuneParams
+from pipeline.progress import progress
 from pipeline.tokens import load_tokens, tokenizer_sha256
 from pipeline.training.checks import check_vocabulary, window_length
 from pipeline.training.memory import parts_of_step
@@ -148,7 +148,7 @@ def step_loss(model: nn.Module, steps: PackedSteps, step: int) -> float:
 
 def _with_bar(steps: int, name: str) -> Iterator[int]:
     """Yield the numbers of the steps, with a progress bar on a terminal."""
-    yield from tqdm(range(steps), desc=name, unit="step", disable=not sys.stderr.isatty())
+    yield from progress(range(steps), description=name, unit="step")
 
 
 def write_table(path: Path, test: RangeTest) -> None:

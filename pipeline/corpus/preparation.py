@@ -2,15 +2,12 @@
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
-
-from tqdm import tqdm
 
 from pipeline.corpus.deduplication import Deduplicator
 from pipeline.corpus.documents import Candidate, CleanedSection, clean_section
@@ -21,6 +18,7 @@ from pipeline.corpus.splits import SPLITS, choose_split
 from pipeline.errors import UserError
 from pipeline.files import whole_folder, write_json
 from pipeline.params.prepare import PrepareParams
+from pipeline.progress import progress
 
 PARALLEL_CHARACTERS = 2_000_000
 """The size of a corpus from which several processes gain more than starting them costs."""
@@ -42,7 +40,7 @@ def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None
     """
     sources = [
         survey(path, path.relative_to(data).as_posix(), params)
-        for path in tqdm(find_files(data), desc="reading", unit="file", disable=not sys.stderr.isatty())
+        for path in progress(find_files(data), description="reading", unit="file")
     ]
     characters = sum(source.characters for source in sources)
     if workers is None:
@@ -87,9 +85,7 @@ def _clean_rows(
     sources = [file.source for file in report.files]
     chunks = map_in_order(partial(_clean_chunk, params), _read_chunks(sources, params), workers)
     numbers = Counter[str]()
-    with tqdm(
-        total=characters, desc="cleaning", unit="character", unit_scale=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    with progress(total=characters, description="cleaning", unit="character", unit_scale=True) as bar:
         for position, section_characters, cleaned in chain.from_iterable(chunks):
             file = report.files[position]
             file.page_marks += cleaned.page_marks

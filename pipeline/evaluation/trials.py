@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 from optuna.trial import TrialState
-from tqdm import tqdm
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
@@ -19,6 +18,7 @@ from pipeline.evaluation.samples import SLOTS, Meter, draw_samples, human_sample
 from pipeline.evaluation.search import Search, Values
 from pipeline.params.samples import SamplesParams
 from pipeline.params.tune import TuneParams
+from pipeline.progress import progress
 from pipeline.quality.comparison import Comparison, Human, SampleFigures, compare, measure_people
 from pipeline.tokens import load_tokens, tokenizer_sha256
 
@@ -94,9 +94,7 @@ def run_trials(bench: Bench, search: Search, record: Callable[[Trial, float], No
     finished: a trial whose recording was cut off is run again.
     """
     trials = [Trial(**finished.user_attrs["trial"]) for finished in search.finished]
-    with tqdm(
-        total=bench.params.trials, initial=len(trials), desc="trials", disable=not sys.stderr.isatty()
-    ) as progress:
+    with progress(total=bench.params.trials, initial=len(trials), description="trials", unit="trial") as bar:
         while len(trials) < bench.params.trials:
             start_s = time.time()
             asked, values = search.ask()
@@ -118,8 +116,8 @@ def run_trials(bench: Bench, search: Search, record: Callable[[Trial, float], No
             else:
                 search.study.tell(asked, trial.distance)
             trials.append(trial)
-            tqdm.write(describe(trial), file=sys.stderr)
-            progress.update()
+            bar.write(describe(trial), file=sys.stderr)
+            bar.update()
     return trials
 
 
@@ -160,12 +158,13 @@ def run_finals(bench: Bench, trials: Sequence[Trial], search: Search) -> dict[in
     """
     best = sorted((trial for trial in trials if trial.state == "complete"), key=lambda trial: trial.distance)
     finals: dict[int, float] = {}
-    for trial in tqdm(best[: bench.params.finalists], desc="finalists", disable=not sys.stderr.isatty()):
+    bar = progress(best[: bench.params.finalists], description="finalists", unit="trial")
+    for trial in bar:
         note = f"final_{trial.number}"
         if note not in search.notes:
             rounds = range(1, FINAL_ROUNDS + 1)
             drawn = (bench.draw(trial.values, 0, len(bench.prompts), round_) for round_ in rounds)
             search.note(note, float(np.mean([compare(samples, bench.human).distance.total for samples in drawn])))
         finals[trial.number] = search.notes[note]
-        tqdm.write(f"trial {trial.number}, new samples: distance {finals[trial.number]:.1f}", file=sys.stderr)
+        bar.write(f"trial {trial.number}, new samples: distance {finals[trial.number]:.1f}", file=sys.stderr)
     return finals

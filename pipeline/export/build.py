@@ -1,13 +1,11 @@
 """Build an engine folder from a checkpoint: a graph per precision, the tokenizer, and the manifest."""
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.checkpoint import attention_scale
@@ -16,6 +14,7 @@ from pipeline.engine.verbatim import VerbatimIndex
 from pipeline.errors import UserError
 from pipeline.export.graph import QUANTIZATIONS, CacheScales, Floats, Shape, write_graph
 from pipeline.files import whole_folder
+from pipeline.progress import progress
 from pipeline.tokens import TOKENIZER_FILE, end_of_text_id, load_tokenizer
 
 PRECISIONS = ("float32", "float16", *QUANTIZATIONS)
@@ -49,7 +48,7 @@ def build_engine(
     bits = {precision: _cache_bits(precision, cache_bits) for precision in precisions}
     scales = calibrate_cache(model, end_of_text) if 8 in bits.values() else None
     with whole_folder(folder) as partial:
-        for precision in tqdm(precisions, desc="engine", unit="precision", disable=not sys.stderr.isatty()):
+        for precision in progress(precisions, description="engine", unit="precision"):
             (partial / precision).mkdir()
             cache_scales = scales if bits[precision] == 8 else None
             write_graph(partial / precision, GRAPH_FILE, weights, shape, precision, cache_scales)

@@ -1,14 +1,12 @@
 """Encode the documents of every split into arrays of tokens, with the base's tokenizer."""
 
 import argparse
-import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from pipeline.corpus.splits import SPLITS
 from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json, read_jsonl, whole_folder, write_json
+from pipeline.progress import progress
 from pipeline.stage_process import stage_process
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256, write_tokens
 
@@ -37,10 +35,8 @@ def tokenize(documents: Path, base: Path, out: Path) -> None:
             (partial / split).mkdir()
             with file.open("rb") as lines:
                 rows = sum(1 for _ in lines)
-            progress = tqdm(
-                read_jsonl(file), desc=split, total=rows, unit=" documents", disable=not sys.stderr.isatty()
-            )
-            write_tokens(partial / split, (row["text"] for row in progress), tokenizer, sha256)
+            bar = progress(read_jsonl(file), description=split, total=rows, unit=" documents")
+            write_tokens(partial / split, (row["text"] for row in bar), tokenizer, sha256)
             report[split] = summarize(load_tokens(partial / split, sha256), context_length)
             print(f"{split}: {report[split]['documents']:,} documents, {report[split]['tokens']:,} tokens")
         write_json(partial / "report.json", {**report, "context_length": context_length, "tokenizer_sha256": sha256})

@@ -37,7 +37,7 @@ class RunLog:
     client: MlflowClient
     run_id: str
     last_steps: Mapping[str, int] = field(default_factory=dict)
-    """Of a run that goes on: the last step of each metric that it holds. Up to there nothing is logged again."""
+    """The last step of each metric, if the run is resumed: up to that step nothing is logged again."""
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         now_ms = int(time.time() * 1000)
@@ -46,18 +46,18 @@ class RunLog:
         self.client.log_batch(self.run_id, metrics=metrics)
 
     def holds_row(self, table: str, column: str, value: Any) -> bool:
-        """Whether a table of the run holds a row with this value."""
+        """Return whether a table of the run has a row with this value."""
         if not any(file.path == table for file in self.client.list_artifacts(self.run_id)):
             return False
         rows = self.client.load_table(experiment_id(self.client), table, run_ids=[self.run_id])
         return bool((rows[column] == value).any())
 
     def log_scores(self, group: str, values: Mapping[str, Any]) -> None:
-        """Log the numbers of `values` as `group/name`; the UI shows a group in a section of its own."""
+        """Log the numbers of `values` as `group/name`; the UI shows each group in its own section."""
         self.log_metrics({f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float)})
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows of the same keys to the table `name`, which the UI shows under Artifacts."""
+        """Append rows with equal keys to the table `name`, which the UI shows under Artifacts."""
         if not rows:
             return
         columns = {key: [row[key] for row in rows] for key in rows[0]}
@@ -104,7 +104,7 @@ class RunLog:
         self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_dataset(self, name: str, digest: str, source: Mapping[str, str]) -> None:
-        """Record what data the run read, by its digest (at most 36 characters)."""
+        """Record the data that the run read, by its digest (at most 36 characters)."""
         dataset = MetaDataset(  # type: ignore[abstract]  # mlflow itself makes them; its annotation is off
             CodeDatasetSource(tags=dict(source)), name=name, digest=digest
         )
@@ -128,7 +128,7 @@ def start_run(
     run_id: str | None = None,
     fingerprint: str | None = None,
 ) -> Iterator[RunLog]:
-    """Open a run with all parameters and its lineage; it ends as finished, or as failed where the block raises.
+    """Open a run with all parameters and its lineage; it ends as finished, or as failed if the block raises.
 
     `parameters` is the parsed `params.yaml`; `run_id` names an interrupted run of the store, which is resumed;
     `fingerprint` names all that the outputs depend on, for `fingerprint_of`.
@@ -194,7 +194,7 @@ def fingerprint_of(client: MlflowClient, run_id: str) -> str | None:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; lists as JSON."""
+    """Return nested mappings as one, with keys joined by dots and lists as JSON."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

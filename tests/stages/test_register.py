@@ -196,7 +196,7 @@ def test_unchanged_inputs_register_nothing(fresh: Project, capsys: pytest.Captur
     assert first["version"] == 1
     capsys.readouterr()
     assert register_files(fresh) == first
-    assert capsys.readouterr().out == f"{first['name']} version 1 holds these files already; it is champion\n"
+    assert capsys.readouterr().out == f"{first['name']} version 1 already contains these files; it is champion\n"
     assert len(store.connect().search_model_versions()) == 1
 
 
