@@ -21,7 +21,7 @@ from pipeline.tracking.store import connect
 RESUME_FOLDER = Path(".resume")
 RUN_FILE = "run.json"
 LOCK_WAIT_S = 60
-"""The wait for a process that was told to stop and is saving its work."""
+"""The wait for a process that was asked to stop and is saving its work."""
 
 
 def fingerprint(stage: str, read: Iterable[Path], *facts: str) -> str:

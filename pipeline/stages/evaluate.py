@@ -1,21 +1,17 @@
 """Score base and fine-tuned model on the test split, and compare samples of several decodings with people's texts."""
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.curves import read_curve
-from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import report_errors
 from pipeline.evaluation.documents import loss_by_position, score_documents, summarize_losses
 from pipeline.evaluation.report import Report, describe_choice, render_report
 from pipeline.evaluation.samples import SLOTS, Meter, human_samples
+from pipeline.evaluation.summary import metrics_of, protocol_of
 from pipeline.evaluation.systems import (
-    COPY_TOKENS,
     HUMAN,
-    REPEAT_TOKENS,
     System,
     choose_decoding,
     copies_table,
@@ -32,7 +28,7 @@ from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
 from pipeline.params.samples import SamplesParams
 from pipeline.quality.comparison import measure_people
 from pipeline.stage_process import stage_process
-from pipeline.tokens import TokenArrays, load_tokens, tokenizer_sha256
+from pipeline.tokens import load_tokens, tokenizer_sha256
 from pipeline.tracking.lineage import dvc_md5
 from pipeline.tracking.records import parent_run, record_evaluation
 from pipeline.tracking.runs import start_run
@@ -101,10 +97,7 @@ def evaluate(
     details = {
         "protocol": protocol_of(engine, test, params, len(written)),
         "documents": {name: summarize_losses(own, test) for name, own in losses.items()},
-        "systems": {
-            HUMAN: summarize_people(people),
-            **{name: summarize_model(model) for name, model in models.items()},
-        },
+        "systems": {HUMAN: summarize_people(people)} | {name: summarize_model(own) for name, own in models.items()},
         "scales": measure_people(people.figures).scales,
         "choice": choice,
     }
@@ -128,45 +121,6 @@ def evaluate(
         write_json(partial / "decoding.json", decodings[choice["kept"]].to_mapping())
         write_json(partial / "presets.json", {name: decoding.to_mapping() for name, decoding in presets.items()})
         (partial / "report.html").write_text(render_report(report), encoding="utf-8")
-
-
-def protocol_of(engine: Engine, test: TokenArrays, params: EvaluateParams, samples: int) -> dict[str, Any]:
-    """Return how the figures were taken: without it no two perplexities can be compared."""
-    return {
-        "split": "test",
-        "documents": len(test),
-        "scored_tokens": len(test.tokens) - 1,
-        "text_bytes": test.text_bytes,
-        "window_tokens": engine.context_length,
-        "stride_tokens": params.stride_tokens,
-        "tokenizer_sha256": test.tokenizer_sha256,
-        "provider": engine.session.provider,
-        "precision": engine.session.precision,
-        "samples": samples,
-        "guard_tokens": params.guard_tokens,
-        "copy_tokens": COPY_TOKENS,
-        "repeat_tokens": REPEAT_TOKENS,
-    }
-
-
-def metrics_of(details: Mapping[str, Any], export: Path) -> dict[str, float]:
-    """Return the few numbers by which experiments are compared (`dvc metrics show`, `dvc exp show`).
-
-    `engine_megabytes` is the size of the evaluated precision's files, `kl_divergence` its distance from PyTorch.
-    """
-    base, finetuned = details["documents"]["base"], details["documents"]["finetuned"]
-    kept, precision = details["systems"][details["choice"]["kept"]], details["protocol"]["precision"]
-    files = [file for file in (export / "engine" / precision).rglob("*") if file.is_file()]
-    return {
-        "base_test_bits_per_byte": base["bits_per_byte"],
-        "test_bits_per_byte": finetuned["bits_per_byte"],
-        "base_test_perplexity": base["perplexity"],
-        "test_perplexity": finetuned["perplexity"],
-        "test_distance": kept["distance"],
-        "longest_copy_tokens": kept["longest_copy_tokens"],
-        "kl_divergence": read_json(export / "parity.json")[precision]["kl_divergence"],
-        "engine_megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 1),
-    }
 
 
 if __name__ == "__main__":
