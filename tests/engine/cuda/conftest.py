@@ -19,13 +19,13 @@ Launch = Callable[[Rows, int, int], None]
 
 @pytest.fixture(scope="session")
 def launch() -> Launch:
-    """Draw for so many rows with blocks of so many threads, a warp of one each."""
+    """Return the kernel for blocks of any number of threads, with warps of one."""
     return compiled(1)
 
 
 @pytest.fixture(scope="session")
 def launch_warps() -> Launch:
-    """The same with warps of four threads, of which there must be a multiple."""
+    """Return the kernel for blocks of a multiple of four threads, with warps of four."""
     return compiled(4)
 
 
