@@ -1,4 +1,4 @@
-"""A chart is the same bytes every time, and fits into a page with others."""
+"""Charts are the same bytes each time, and hold what a page needs."""
 
 import re
 from pathlib import Path

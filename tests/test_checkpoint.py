@@ -1,4 +1,4 @@
-"""A checkpoint reads back as it was written, packed or not, and weights that cannot be used are named."""
+"""Checkpoints: what is written, what is refused, and the error message for each."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""The commands: what they read and write, where their defaults come from, and how they refuse."""
+"""The commands: what they print, and one line for each error."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""`doctor` says what this machine can run and what is missing."""
+"""What `python -m pipeline doctor` reports."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An error of the user or of the system ends a command with one line and exit code 2."""
+"""Errors end a command with one line and an exit code."""
 
 import errno
 import subprocess

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and read back as they were written."""
+"""Files and folders appear whole or not at all."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""The files that a module needs are found by following its imports."""
+"""The files that a module needs, found in its source."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A stage's process stops on SIGTERM and when its DVC ends."""
+"""A stage stops on SIGTERM or with its DVC, and locks its output folder."""
 
 import os
 import signal

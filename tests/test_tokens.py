@@ -1,4 +1,4 @@
-"""Token arrays hold every document with its bounds, and only the tokenizer that made them reads them."""
+"""The tokenizer as this project uses it, and the token arrays."""
 
 import json
 from pathlib import Path
