@@ -1,4 +1,4 @@
-# `make` lists the commands. Each sets up .venv first where that is needed.
+# `make` lists the commands. Each sets up .venv first if needed.
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -7,27 +7,29 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .PHONY: help setup data repro medium test test-slow test-gpu check bench bench-finetune bench-gpu bench-serve soak serve ui doctor clean
 
 help:
-	@echo 'make repro      run the whole pipeline: data to registered model'
-	@echo 'make test       run the tests'
-	@echo 'make test-slow  run the rehearsals on the true shape of GPT-2 Medium too'
-	@echo 'make test-gpu   run the tests that need a GPU'
-	@echo 'make check      lint, formatting and types'
-	@echo 'make bench      compare the speed of the engine with its peers (hours; see --help of benchmarks/decode.py)'
-	@echo 'make bench-finetune  compare fine-tuning with transformers'"'"' own recipe (half an hour)'
-	@echo 'make bench-gpu  the same on a GPU, against transformers, Optimum and vLLM'
-	@echo 'make doctor     say what this machine can run, and what CUDA lacks'
-	@echo 'make bench-serve  compare the server with the engine alone and with a peer (half an hour)'
-	@echo 'make soak       let sixteen clients do what they want to a server for ten minutes'
-	@echo 'make serve      serve the registered champion: http://127.0.0.1:8000'
-	@echo 'make ui         browse the runs in MLflow'
-	@echo 'make medium     the pipeline on GPT-2 Medium, as a DVC experiment (fetches 1.5 GB)'
-	@echo 'make clean      remove stage outputs; data, runs and .venv stay'
+	@echo 'make setup           create .venv and install the project (the other commands do this first)'
+	@echo 'make data            check out the bundled text and base'
+	@echo 'make repro           run the whole pipeline, from text to registered model'
+	@echo 'make medium          run it on GPT-2 Medium, as a DVC experiment (downloads 1.5 GB)'
+	@echo 'make ui              browse the runs in MLflow'
+	@echo 'make serve           serve the registered champion on http://127.0.0.1:8000'
+	@echo 'make doctor          show what this machine can run, and what CUDA is missing'
+	@echo 'make check           check style, formatting and types'
+	@echo 'make test            run the tests'
+	@echo 'make test-slow       run all tests, also those on the real shape of GPT-2 Medium'
+	@echo 'make test-gpu        run the tests that need a GPU'
+	@echo 'make bench           compare the speed of the engine with its peers (hours; see benchmarks/decode.py --help)'
+	@echo 'make bench-gpu       compare it on a GPU with transformers, Optimum and vLLM'
+	@echo 'make bench-finetune  compare fine-tuning with the recipe of transformers (half an hour)'
+	@echo 'make bench-serve     compare the server with the engine alone and with a peer (half an hour)'
+	@echo 'make soak            load a server with sixteen unpredictable clients for ten minutes'
+	@echo 'make clean           remove the outputs of stages and the caches; keep data, runs and .venv'
 
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'error: $(PYTHON) is older than Python 3.11; give another with make PYTHON=...' >&2; exit 2; }
+		{ echo 'error: $(PYTHON) is older than Python 3.11; name a newer one with make PYTHON=...' >&2; exit 2; }
 	@echo 'installing into $(VENV); this takes a few minutes'
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
@@ -50,7 +52,7 @@ medium: data
 		-S finetune.batch_tokens=4096 \
 		-S register.name=harbour-tales-medium
 
-# A test file a core: their models are too small for more threads.
+# One test file per core: the models are too small for more threads.
 test: data
 	@OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
@@ -65,7 +67,7 @@ check: setup
 	@ruff format --check .
 	@mypy
 
-# CTranslate2 and llama.cpp take part where pip install '.[bench]' has brought them.
+# Includes CTranslate2 and llama.cpp if pip install '.[bench]' has installed them.
 bench: setup
 	@python benchmarks/decode.py --out benchmarks/results/decode.txt
 

@@ -1,4 +1,4 @@
-"""Who is compared, and what every contender is asked to do."""
+"""The contenders, and how each of them samples."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from pipeline.errors import UserError
 
 BITS = {"float32": 32, "f32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int8_float16": 8, "q8_0": 8, "int4": 4,
         "q4_0": 4}  # fmt: skip
-"""Of a weight, by precision; contenders of the same are compared with each other."""
+"""Bits per weight, by precision; contenders with the same number are compared with each other."""
 
 MODULES = {
     "engine": ("pipeline.engine",),
@@ -17,7 +17,7 @@ MODULES = {
     "ctranslate2": ("ctranslate2",),
     "llama.cpp": ("llama_cpp", "gguf"),
 }
-"""What a family of contenders imports."""
+"""The modules that a family of contenders imports."""
 
 PACKAGES = {
     "engine": "onnxruntime-gpu",
@@ -28,7 +28,10 @@ PACKAGES = {
     "ctranslate2": "ctranslate2",
     "llama.cpp": "llama-cpp-python",
 }
-"""Whose version goes with a family's figures, and with the files that were made for it."""
+"""The package of a family; its version is in the names of the files made for the family."""
+
+PEER_LIBRARIES = ("ctranslate2", "llama-cpp-python", "gguf", "vllm")
+"""The distributions that only benchmarks use; their versions go with the results."""
 
 CPU_DEFAULT = (
     "engine-float32",
@@ -75,7 +78,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn, in the order penalty, temperature, top-k, top-p; temperature 0 takes the likeliest."""
+    """How tokens are drawn, in the order penalty, temperature, top-k, top-p; 0 takes the most likely token."""
 
     temperature: float
     top_k: int
@@ -88,7 +91,7 @@ GREEDY = Sampling(temperature=0.0, top_k=1, top_p=1.0, repetition_penalty=1.0)
 
 
 def parse_contender(name: str, provider: str) -> Contender:
-    """`engine-int8` and the like. Raises `UserError` where the family or the precision is unknown."""
+    """Parse a name such as `engine-int8`. Raises `UserError` if the family or the precision is unknown."""
     family, _, precision = name.rpartition("-")
     if family not in MODULES or precision not in BITS:
         raise UserError(f"contenders: {name!r} is none of {', '.join(DEFAULTS[provider])}")

@@ -1,6 +1,6 @@
-"""Make the files that a contender loads, and count the bytes of weights that it reads for a token.
+"""Make the files that a contender loads, and count the bytes of weights that it reads per token.
 
-Runs as a process of its own for each contender, so that the benchmark holds none of the libraries.
+Runs in its own process for each contender, so that the benchmark itself loads none of the libraries.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("contender")
     parser.add_argument("provider")
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("folder", type=Path, help="what the contender loads; made unless it is there")
+    parser.add_argument("folder", type=Path, help="the files that the contender loads; made if missing")
     parser.add_argument("threads", type=int)
     arguments = parser.parse_args()
     contender = parse_contender(arguments.contender, arguments.provider)
@@ -34,18 +34,18 @@ def main() -> None:
         if not arguments.folder.exists():
             with whole_folder(arguments.folder) as partial:
                 convert(contender, arguments.checkpoint, partial, arguments.threads)
-        # The last line: the libraries print as they please.
+        # The last line, because the libraries may print lines before it.
         print(json.dumps({"weight_bytes": weight_bytes(contender, arguments.folder, arguments.checkpoint)}))
 
 
 def export_engine(checkpoint: Path, folder: Path, precisions: Sequence[str]) -> None:
-    """Export `checkpoint` with this project's own command. Raises `UserError` with its last line where it fails."""
+    """Export `checkpoint` with this project's command. Raises `UserError` with its last line if it fails."""
     command = ["-m", "pipeline", "export", str(checkpoint.resolve()), str(folder.resolve())]
     run_python([*command, "--precision", ",".join(precisions)])
 
 
 def run_python(arguments: Sequence[str]) -> str:
-    """Run this Python from the repository's root; its output. Raises `UserError` with its last line where it fails."""
+    """Run Python in the repository's root and return its output. Raises `UserError` with its last line if it fails."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(last_line(done.stderr) or f"ended with exit code {done.returncode}")
@@ -57,7 +57,7 @@ def last_line(text: str) -> str:
 
 
 def convert(contender: Contender, checkpoint: Path, folder: Path, threads: int) -> None:
-    """Fill `folder` with what a peer loads."""
+    """Write the files that a peer loads to `folder`."""
     if contender.family == "optimum":
         from optimum.exporters.onnx import main_export
 
@@ -87,9 +87,9 @@ def convert(contender: Contender, checkpoint: Path, folder: Path, threads: int) 
 
 
 def weight_bytes(contender: Contender, folder: Path, checkpoint: Path) -> int:
-    """Bytes of weights read for one token: all but the embeddings looked up by row, the head among them.
+    """Return the bytes of weights read per token: all but the embeddings looked up by row, so the head counts.
 
-    Keys and values are not counted.
+    Keys and values do not count.
     """
     if contender.family == "engine":
         graphs = list((folder / contender.precision).glob("*.onnx"))
@@ -105,17 +105,17 @@ def weight_bytes(contender: Contender, folder: Path, checkpoint: Path) -> int:
     config = read_json(checkpoint / "config.json")
     width, inner = config["n_embd"], config.get("n_inner") or 4 * config["n_embd"]
     if contender.family == "ctranslate2":
-        # The table of positions stays in float32, and is the only one that is not read whole.
+        # The position embeddings stay in float32, and are the only table that is not read whole.
         return (folder / "model.bin").stat().st_size - 4 * config["n_positions"] * width
-    # Attention has four matrices of width x width, the rest of a layer two of width x inner; then come biases of 3, 1,
-    # 1 widths and the inner one, and two normalizations.
+    # Per layer: four matrices of width x width in attention, two of width x inner in the MLP, biases of 3, 1 and 1
+    # widths and of inner, and two normalizations.
     layer = 4 * width * width + 2 * width * inner + 9 * width + inner
     parameters = config["n_layer"] * layer + 2 * width + config["vocab_size"] * width
     return int(parameters * contender.bits // 8)
 
 
 def graph_weight_bytes(file: Path) -> int:
-    """Bytes of the initializers that a graph uses whole, which is all that nodes other than look-ups read."""
+    """Return the bytes of the initializers that a graph reads whole, that is, by nodes other than look-ups."""
     graph = onnx.load(file, load_external_data=False).graph
     read = {name for node in graph.node if not node.op_type.startswith("Gather") for name in node.input}
     return sum(tensor_bytes(tensor) for tensor in graph.initializer if tensor.name in read)

@@ -1,7 +1,7 @@
 """Compare the engine with its peers: the same prompts, lengths, sampling and threads, each in its own process.
 
-In every round each contender runs once, so that whatever else the machine does falls on all alike. Peers that are not
-installed are left out, with the reason: `pip install '.[bench]'` brings them.
+Each contender runs once per round, so that other work on the machine affects all of them alike. Peers that are not
+installed are left out, with the reason; `pip install '.[bench]'` installs them.
 """
 
 import argparse
@@ -21,12 +21,13 @@ from typing import Any, Self
 
 import numpy as np
 import onnx
-from contenders import DEFAULTS, MODULES, PACKAGES, Contender, parse_contender
+import psutil
+from contenders import DEFAULTS, MODULES, PACKAGES, PEER_LIBRARIES, Contender, parse_contender
 from conversion import ROOT, export_engine, run_python
 from report import Entry, Group, Measurement, report
 from worker import Answer, Start, Worker
 
-from pipeline import machine
+from pipeline import doctor, machine
 from pipeline.engine.manifest import GRAPH_FILE
 from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json, sha256_file, whole_file
@@ -36,9 +37,9 @@ HERE = Path(__file__).parent
 BANDWIDTH_OF = {"cpu": "read by that many threads", "cuda": "of the GPU's memory, read and written"}
 RANDOM = ("medium", "tiny")
 PAUSE_S = 0.5
-"""Before each run: threads that wait in a loop for more work have gone to sleep by then."""
+"""The pause before each run, after which threads that spin while they wait for work have gone to sleep."""
 MEMORY_LEFT = 0.5
-"""Of the machine's memory, for the next contender: what the largest needs on top of its weights."""
+"""The share of the machine's memory to leave for the next contender: what the largest needs on top of its weights."""
 GREEDY_GROUP = Group(batch=1, prompt_tokens=32, new_tokens=32)
 
 
@@ -47,15 +48,19 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint",
         default="medium",
-        help="a GPT-2 checkpoint's folder, or random weights: medium, of GPT-2 Medium's shape, or tiny, to try the "
-        "benchmark itself (default: %(default)s)",
+        help="a GPT-2 checkpoint's folder, or random weights: medium (the shape of GPT-2 Medium) or tiny (to try the "
+        "benchmark itself) (default: %(default)s)",
     )
     parser.add_argument("--provider", choices=tuple(DEFAULTS), default="cpu", help="default: %(default)s")
     shown = "; ".join(f"on {provider}: {','.join(names)}" for provider, names in DEFAULTS.items())
     parser.add_argument("--contenders", metavar="NAMES", help=f"default {shown}")
     parser.add_argument("--batch", metavar="NUMBERS", type=_numbers, default="1,8", help="default: %(default)s")
     parser.add_argument(
-        "--contexts", metavar="NUMBERS", type=_numbers, default="64,900", help="tokens a prompt (default: %(default)s)"
+        "--contexts",
+        metavar="NUMBERS",
+        type=_numbers,
+        default="64,900",
+        help="tokens per prompt (default: %(default)s)",
     )
     parser.add_argument("--new-tokens", metavar="NUMBER", type=_number, default=64, help="default: %(default)s")
     parser.add_argument("--rounds", metavar="NUMBER", type=_number, default=5, help="default: %(default)s")
@@ -65,13 +70,13 @@ def main() -> None:
         metavar="FOLDER",
         type=Path,
         default=Path("out") / "benchmarks",
-        help="keeps the peers' files for the next run; 9 GB for GPT-2 Medium (default: %(default)s)",
+        help="folder that keeps the peers' files for the next run; 9 GB for GPT-2 Medium (default: %(default)s)",
     )
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write the result there too")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     with report_errors():
         if sys.platform != "linux":
-            raise UserError("the benchmark reads its contenders' memory and processor time from /proc: run it on Linux")
+            raise UserError("the benchmark reads the memory of its contenders from /proc; run it on Linux")
         names = arguments.contenders.split(",") if arguments.contenders else DEFAULTS[arguments.provider]
         text = benchmark(
             arguments.checkpoint,
@@ -98,7 +103,7 @@ def benchmark(
     work: Path,
     command: str,
 ) -> str:
-    """Make the contenders' files, run all of them, and give the result as text."""
+    """Make the contenders' files, run all contenders, and return the result as text."""
     began = datetime.now(UTC)
     checkpoint = find_checkpoint(source, work)
     prompts = Prompts(checkpoint)
@@ -111,7 +116,7 @@ def benchmark(
     entries = []
     with Field() as field:
         for contender, (folder, weight_bytes) in prepared.items():
-            _tell(f"starting {contender.name}")
+            _log(f"starting {contender.name}")
             starter = partial(Worker, contender, folder, threads, work / f"{contender.name}.log")
             try:
                 start = field.start(contender, starter)
@@ -125,7 +130,7 @@ def benchmark(
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
         for group in groups:
             left_out |= measure(field, entries, group, prompts, rounds)
-    # Once more, as the machine may be quieter now: the limit is the best that it can do.
+    # Measured again, because the machine may be quieter now: the limit is the best that it can do.
     bandwidth = max(bandwidth, read_bandwidth(provider, threads))
     minutes = (datetime.now(UTC) - began).total_seconds() / 60
     builds = {entry.contender.family: entry.start.build for entry in entries if entry.start.build}
@@ -133,37 +138,36 @@ def benchmark(
         "command": command,
         "date": f"{began:%Y-%m-%d %H:%M} UTC, {minutes:.0f} minutes",
         "model": describe_model(source, checkpoint),
-        **machine.describe(),
+        **machine.describe(PEER_LIBRARIES),
         **{f"{family} build": build for family, build in builds.items()},
         "threads": str(threads),
         "bandwidth": f"{bandwidth / 1e9:.1f} GB/s {BANDWIDTH_OF[provider]}",
-        **({"kernels a step": kernels_a_step(work / _digest(checkpoint) / "engine")} if provider == "cuda" else {}),
-        "rounds": f"{rounds}, each contender once a round, in turns",
+        **({"kernels per step": kernels_per_step(work / _digest(checkpoint) / "engine")} if provider == "cuda" else {}),
+        "rounds": f"{rounds}, each contender once per round, in turns",
         "idle": f"while one ran, the others used {field.idle_share:.1%} of a core",
-        "restarts": f"{field.restarts}, to give back memory or after a failure; each new process is warmed up",
+        "restarts": f"{field.restarts}, to free memory or after a failure; each new process is warmed up",
     }
     text = report(facts, entries, left_out, groups, bandwidth)
-    # Reasons may name files; where they lie says nothing to a reader.
+    # Reasons may name files; their folders mean nothing to a reader.
     for folder in (work.resolve(), checkpoint.resolve().parent, ROOT):
         text = text.replace(f"{folder}/", "")
     return text
 
 
 def read_bandwidth(provider: str, threads: int) -> float:
-    """Bytes a second of the memory that the weights lie in."""
+    """Return the bandwidth, in bytes per second, of the memory that holds the weights."""
     if provider == "cpu":
-        return machine.read_bandwidth(threads)
-    from pipeline.doctor import gpu_bandwidth
+        return doctor.read_bandwidth(threads)
     from pipeline.engine.cuda import driver
     from pipeline.engine.memory import CudaMemory
 
     if obstacles := driver.obstacles():
         raise UserError(f"provider: CUDA does not run here: {obstacles[0]}")
-    return gpu_bandwidth(CudaMemory())
+    return doctor.gpu_bandwidth(CudaMemory())
 
 
-def kernels_a_step(engine: Path) -> str:
-    """Nodes of the graph of a step of the engine, each one kernel or a few, and the one that draws."""
+def kernels_per_step(engine: Path) -> str:
+    """Return the nodes in the engine's graph of one step; each is one kernel or a few, and one more kernel draws."""
     counts = {
         file.parent.name: len(onnx.load(file, load_external_data=False).graph.node)
         for file in sorted(engine.glob(f"*/{GRAPH_FILE}"))
@@ -172,11 +176,11 @@ def kernels_a_step(engine: Path) -> str:
 
 
 def find_checkpoint(source: str, work: Path) -> Path:
-    """The folder of a checkpoint; random weights are made where they are not yet."""
+    """Return the folder of a checkpoint; random weights are made if they are missing."""
     if source in RANDOM:
         folder = work / source
         if not folder.exists():
-            _tell(f"making {folder}")
+            _log(f"making {folder}")
             run_python([str(HERE / "random_gpt2.py"), source, str(folder.resolve())])
         return folder
     folder = Path(source)
@@ -189,9 +193,9 @@ def find_checkpoint(source: str, work: Path) -> Path:
 
 
 class Prompts:
-    """Random tokens for all contenders alike, end-of-text not among them.
+    """Random tokens without end-of-text, the same for all contenders.
 
-    No two calls of a round ask for the same: a contender that keeps what it has read gains nothing by it.
+    No two calls of a round get the same prompts, so that a contender with a prefix cache gains nothing.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -202,7 +206,7 @@ class Prompts:
 
     def check(self, group: Group) -> None:
         if group.new_tokens < 2:
-            raise UserError("new-tokens: decoding shows from the second token on; ask for at least 2")
+            raise UserError("new-tokens: decoding starts with the second token; ask for at least 2")
         if group.room > self._context_length:
             raise UserError(
                 f"contexts: {group.prompt_tokens} and {group.new_tokens} new tokens do not fit in the context of "
@@ -220,29 +224,31 @@ class Prompts:
 def prepare(
     checkpoint: Path, contenders: Sequence[Contender], threads: int, files: Path, left_out: dict[str, str]
 ) -> dict[Contender, tuple[Path, int]]:
-    """What each contender loads, and the bytes of its weights; who cannot take part goes to `left_out`.
+    """Return the folder that each contender loads and the bytes of its weights.
 
-    Peers' files are kept under `files`; the engine is always exported anew, as its code is what changes.
+    If a contender cannot take part, `left_out` gets the reason. Peers' files are kept under `files`. The engine is
+    exported again every time, because its code is what changes.
     """
     files.mkdir(parents=True, exist_ok=True)
     engine = files / "engine"
     engine_obstacle = None
     if precisions := [contender.precision for contender in contenders if contender.family == "engine"]:
-        _tell("exporting the engine")
+        _log("exporting the engine")
         shutil.rmtree(engine, ignore_errors=True)
         try:
             export_engine(checkpoint, engine, precisions)
         except UserError as error:
             engine_obstacle = f"could not be exported: {error}"
     prepared = {}
+    versions = machine.versions(tuple(PACKAGES.values()))
     for contender in contenders:
-        version = machine.version(PACKAGES[contender.family])
+        version = versions.get(PACKAGES[contender.family], "")
         folders = {"engine": engine, **dict.fromkeys(("transformers", "compiled", "vllm"), checkpoint)}
         folder = folders.get(contender.family, files / f"{contender.name}-{version}")
         if obstacle := _missing(contender) or (engine_obstacle if contender.family == "engine" else None):
             left_out[contender.name] = obstacle
             continue
-        _tell(f"preparing {contender.name}")
+        _log(f"preparing {contender.name}")
         arguments = [contender.name, contender.provider, str(checkpoint.resolve()), str(folder.resolve()), str(threads)]
         try:
             output = run_python([str(HERE / "conversion.py"), *arguments])
@@ -254,10 +260,10 @@ def prepare(
 
 
 class Field:
-    """The contenders that came up, each in its process; one of them computes at a time. Ends them all on leaving.
+    """The contenders that started, each in its process; one of them computes at a time. Ends all of them on exit.
 
-    A contender that leaves too little memory when its turn is over is ended, and started anew for its next turn: some
-    libraries keep all that they ever used. Methods raise `UserError` where a contender fails.
+    A contender that leaves too little memory after its turn is ended, and started again for its next turn: some
+    libraries never give memory back. Methods raise `UserError` if a contender fails.
     """
 
     def __init__(self) -> None:
@@ -279,7 +285,7 @@ class Field:
 
     @property
     def idle_share(self) -> float:
-        """Processor time of all that were not running, as a share of the time that others ran."""
+        """Return the processor time of idle contenders as a share of the time that others ran."""
         return self._idle_cpu_s / self._run_s
 
     def start(self, contender: Contender, starter: Callable[[], Worker]) -> Start:
@@ -295,13 +301,13 @@ class Field:
             worker.stop()
 
     def greedy(self, contender: Contender, group: Group, prompts: Prompts) -> list[int]:
-        """The likeliest tokens of the first row."""
+        """Return the most likely tokens of the first row."""
         answer = self._run(contender, group, prompts.draw(group), group.new_tokens, greedy=True)
         self._make_room(contender)
         return answer.token_ids[0]
 
     def take_turn(self, contender: Contender, group: Group, prompts: Prompts, number: int) -> tuple[Answer, Answer]:
-        """Time the first token alone, then all tokens; a process that is new to the group does it once untimed."""
+        """Time the first token alone, then all tokens; a process that is new to the group first runs once untimed."""
         if self._warm.get(contender) != group:
             self._run(contender, group, prompts.draw(group, 0), group.new_tokens)
             self._warm[contender] = group
@@ -331,15 +337,16 @@ class Field:
         return answer
 
     def _make_room(self, contender: Contender) -> None:
-        if machine.available_memory() < MEMORY_LEFT * machine.total_memory():
+        memory = psutil.virtual_memory()
+        if memory.available < MEMORY_LEFT * memory.total:
             self.end(contender)
 
 
 def measure(field: Field, entries: Sequence[Entry], group: Group, prompts: Prompts, rounds: int) -> dict[str, str]:
-    """Time each contender once a round; who begins moves on by one from round to round. Gives who failed, and why."""
+    """Time each contender once per round, each round beginning with the next one. Return the reason per failure."""
     present, failed = list(entries), {}
     for index in range(rounds):
-        _tell(f"{group}: round {index + 1} of {rounds}")
+        _log(f"{group}: round {index + 1} of {rounds}")
         begin = index % max(1, len(present))
         for entry in (*present[begin:], *present[:begin]):
             try:
@@ -375,13 +382,13 @@ def _missing(contender: Contender) -> str | None:
 
 
 def _digest(checkpoint: Path) -> str:
-    """A name for the content of a checkpoint."""
+    """Return a name for the content of a checkpoint."""
     files = sorted(file for file in checkpoint.iterdir() if file.is_file())
     return sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()[:12]
 
 
 def _shown_command(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
-    """The command line without the options that name places of this machine and change no figure."""
+    """Return the command line without the options that name folders of this machine and change no result."""
     shown = ["python", "benchmarks/decode.py"]
     for name, value in vars(arguments).items():
         given = ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -400,7 +407,7 @@ def _numbers(text: str) -> list[int]:
     return [_number(part) for part in text.split(",")]
 
 
-def _tell(message: str) -> None:
+def _log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 

@@ -1,9 +1,9 @@
 """Compare fine-tuning with transformers' own recipe, run_clm.py: the same model, data, context, batch and machine.
 
-The recipe: the Trainer's defaults in float32 over the training text, concatenated and cut into blocks, two a batch.
-Ours: `params.yaml`, at the recipe's context, tokens a step and learning rate. Each runs in a process of its own, in
-turn, from the same weights, each round with the text in another order, and both are scored alike in the end, on
-validation documents each alone. Needs `dvc repro tokenize`.
+The recipe: the Trainer's defaults in float32 on the training text, concatenated and cut into blocks, two per batch.
+Ours: `params.yaml`, with the recipe's context, tokens per step and learning rate. Both run in turn, each in its own
+process, from the same weights; each round has the text in another order. At the end both are scored in the same way, on
+single validation documents. Needs `dvc repro tokenize`.
 """
 
 import argparse
@@ -49,7 +49,7 @@ BATCH_BLOCKS = 2
 LEARNING_RATE = 5e-5
 """The Trainer's default."""
 WARM_UP_STEPS = 1
-"""Not timed: what is done once is done in them."""
+"""The steps that are not timed, because they include work that is done once."""
 SHAPES = {
     "medium": GPT2Config(n_layer=24, n_embd=1024, n_head=16),
     "tiny": GPT2Config(n_layer=2, n_embd=64, n_head=2),
@@ -65,7 +65,7 @@ class Measured:
     peak_memory_mib: float
     trained_tokens: int
     validation_loss: float
-    """Nats a token."""
+    """The mean loss, in nats per token."""
 
 
 def main() -> None:
@@ -73,12 +73,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="medium", help="random weights (default: %(default)s)")
     parser.add_argument("--tokens", type=Path, default=Path("out/tokenize"), help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=1, help="of both contenders (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=32, help="that are scored in the end (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="a file for the report, beside the terminal")
-    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of both contenders (default: %(default)s)")
+    parser.add_argument(
+        "--documents", type=int, default=32, help="validation documents to score (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="also write the result to this file")
+    internal = parser.add_argument_group("options that the benchmark sets for the process of one contender")
+    internal.add_argument("--contender", choices=CONTENDERS, help="train this one, and print its result as JSON")
+    internal.add_argument("--base", type=Path, metavar="FOLDER", help="the weights to start from")
+    internal.add_argument("--seed", type=int, help="the seed of the order of the text")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     with report_errors():
@@ -90,9 +93,9 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Run both, in turn, and write the report."""
+    """Run both in turn, and write the report."""
     if arguments.steps <= WARM_UP_STEPS:
-        raise UserError(f"--steps: {arguments.steps} leave none to time; at least {WARM_UP_STEPS + 1}")
+        raise UserError(f"--steps: {arguments.steps} is too few; it must be at least {WARM_UP_STEPS + 1}")
     found: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         set_seed(1)
@@ -111,7 +114,7 @@ def compare(arguments: argparse.Namespace) -> None:
     lines = [
         *(f"{name}: {value}" for name, value in machine.describe().items()),
         f"model: {parameters:,} random weights ({arguments.shape}); context {BLOCK_TOKENS}, "
-        f"{BATCH_BLOCKS * BLOCK_TOKENS} tokens a step, {arguments.steps} steps, median of {arguments.rounds} rounds",
+        f"{BATCH_BLOCKS * BLOCK_TOKENS} tokens per step, {arguments.steps} steps, median of {arguments.rounds} rounds",
         "",
         f"{'':10} {'tokens/s':>9} {'peak MiB':>9} {'tokens':>8} {'validation loss':>16}",
     ]
@@ -121,17 +124,17 @@ def compare(arguments: argparse.Namespace) -> None:
             f"{name:10} {own.tokens_per_second:9.1f} {own.peak_memory_mib:9.0f} {own.trained_tokens:8} "
             f"{own.validation_loss:16.4f}"
         )
-    # Within a round, which the machine's mood does not part.
+    # Compared within a round, because the speed of the machine changes over time.
     rounds = list(zip(found["ours"], found["run_clm"], strict=True))
     speeds = [own.tokens_per_second / other.tokens_per_second for own, other in rounds]
     memories = [own.peak_memory_mib / other.peak_memory_mib for own, other in rounds]
     losses = [own.validation_loss - other.validation_loss for own, other in rounds]
     lines.append(
-        f"ours / run_clm: {median(speeds):.2f} × tokens a second, {median(memories):.2f} × memory, "
+        f"ours / run_clm: {median(speeds):.2f} × tokens per second, {median(memories):.2f} × memory, "
         f"{mean(losses):+.4f} nats" + (f" ± {stdev(losses) / math.sqrt(len(losses)):.4f}" if len(losses) > 1 else "")
     )
     lines += [
-        f"round {number}, an order of the text of its own: {speed:.2f} ×, {loss:+.4f} nats"
+        f"round {number}, with its own order of the text: {speed:.2f} ×, {loss:+.4f} nats"
         for number, (speed, loss) in enumerate(zip(speeds, losses, strict=True), start=1)
     ]
     report = "\n".join(lines)
@@ -153,7 +156,7 @@ def load_split(tokens: Path, split: str) -> TokenArrays:
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimizer step."""
+    """Measures the seconds of each optimizer step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -167,7 +170,7 @@ class StepTimer(TrainerCallback):
 
 
 def train_run_clm(arguments: argparse.Namespace) -> Measured:
-    """What examples/pytorch/language-modeling/run_clm.py does with --block_size and --per_device_train_batch_size."""
+    """Train like examples/pytorch/language-modeling/run_clm.py with --block_size and --per_device_train_batch_size."""
     train = load_split(arguments.tokens, "train")
     text = np.concatenate([train.document(index)[1:-1] for index in range(len(train))]).astype(np.int64)
     count = len(text) // BLOCK_TOKENS
@@ -192,7 +195,7 @@ def train_run_clm(arguments: argparse.Namespace) -> Measured:
             data_collator=default_data_collator,
             callbacks=[timer],
         ).train()
-    # A block's first token is no label.
+    # The first token of a block is not a label.
     labels = BATCH_BLOCKS * (BLOCK_TOKENS - 1)
     speed = labels * (arguments.steps - WARM_UP_STEPS) / sum(timer.seconds[WARM_UP_STEPS:])
     peak = peak_bytes(model.device) / 2**20
@@ -221,12 +224,12 @@ def ours_params(steps: int, seed: int, train: TokenArrays) -> FinetuneParams:
         "evaluations": 1,
     }
     params = load_params().finetune.model_copy(update=changes)
-    an_epoch = PackedSteps(train, context_length=BLOCK_TOKENS, batch_tokens=batch_tokens).steps_per_epoch
-    return params.model_copy(update={"epochs": steps / an_epoch})
+    steps_per_epoch = PackedSteps(train, context_length=BLOCK_TOKENS, batch_tokens=batch_tokens).steps_per_epoch
+    return params.model_copy(update={"epochs": steps / steps_per_epoch})
 
 
 def train_ours(arguments: argparse.Namespace) -> Measured:
-    """What the stage does, with one document to score meanwhile; a checkpoint is written in the end."""
+    """Train like the stage, with one validation document to score meanwhile; writes a checkpoint at the end."""
     train, validation = (load_split(arguments.tokens, split) for split in ("train", "validation"))
     params = ours_params(arguments.steps, arguments.seed, train)
     set_seed(params.seed)
@@ -253,7 +256,7 @@ def train_ours(arguments: argparse.Namespace) -> Measured:
 
 
 def score(model: GPT2LMHeadModel, arguments: argparse.Namespace) -> float:
-    """Mean loss of the text of some validation documents, each alone, in float32, in nats a token."""
+    """Return the mean loss of some validation documents, each read alone, in float32, in nats per token."""
     validation = load_split(arguments.tokens, "validation")
     weights = model.state_dict()
     model = GPT2LMHeadModel(GPT2Config.from_pretrained(arguments.base)).eval()

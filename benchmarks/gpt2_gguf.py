@@ -1,6 +1,6 @@
-"""A GPT-2 checkpoint as a GGUF file for llama.cpp, quantized by llama.cpp itself.
+"""Write a GPT-2 checkpoint as a GGUF file for llama.cpp, quantized by llama.cpp itself.
 
-What the file must hold: `src/models/gpt2.cpp` of llama.cpp for the tensors, `gguf/constants.py` for the names, and
+The format follows `src/models/gpt2.cpp` of llama.cpp for the tensors, `gguf/constants.py` for the names, and
 `src/llama-vocab.cpp` for the tokenizer. The head is tied to the embedding, so the file has no `output.weight`;
 llama.cpp then computes the logits with `token_embd.weight`, and its quantizer treats that as the head.
 """
@@ -34,7 +34,7 @@ TENSORS = {
     "mlp.c_fc.": "ffn_up.",
     "mlp.c_proj.": "ffn_down.",
 }
-"""Names in transformers and in GGUF, but for the layer in front and `weight` or `bias` behind."""
+"""Names in transformers and in GGUF, without the layer in front and `weight` or `bias` at the end."""
 
 
 def write_gguf(checkpoint: Path, file: Path) -> None:
@@ -68,7 +68,7 @@ def gguf_name(name: str) -> str:
 
 
 def as_stored(name: str, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
-    """transformers keeps GPT-2's linear layers as `[in, out]`, GGUF as `[out, in]`."""
+    """Transpose linear layers: transformers stores those of GPT-2 as `[in, out]`, GGUF as `[out, in]`."""
     linear = tensor.ndim == 2 and not name.startswith(("wte.", "wpe."))
     return np.ascontiguousarray(tensor.T) if linear else tensor
 
@@ -79,7 +79,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, vocabulary_size: in
     tokens, types = [], []
     for token_id in range(vocabulary_size):
         token = tokenizer.id_to_token(token_id)
-        # llama.cpp wants a text for every row of the embedding.
+        # llama.cpp needs a text for every row of the embedding.
         tokens.append(f"[PAD{token_id}]" if token is None else token)
         kind = gguf.TokenType.CONTROL if token_id in special else gguf.TokenType.NORMAL
         types.append(gguf.TokenType.UNUSED if token is None else kind)
@@ -95,7 +95,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, vocabulary_size: in
 
 
 def quantize(float32: Path, file: Path, precision: str, threads: int) -> None:
-    """As `llama-quantize` does it by default, head included: q8_0 throughout, or q4_0 with a head in q6_K."""
+    """Quantize like `llama-quantize` by default, head included: q8_0 throughout, or q4_0 with a head in q6_K."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[precision]
     params.nthread = threads
@@ -104,5 +104,5 @@ def quantize(float32: Path, file: Path, precision: str, threads: int) -> None:
 
 
 def weight_bytes(file: Path) -> int:
-    """Bytes of everything but the positions, of which a token reads one row."""
+    """Return the bytes of all tensors but the position embeddings, of which a token reads one row."""
     return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors if tensor.name != POSITIONS)

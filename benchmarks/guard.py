@@ -1,8 +1,8 @@
-"""What `max_verbatim_tokens` adds to the time of a token: one engine, the same requests, with limits and without.
+"""Measure what `max_verbatim_tokens` adds to the time per token: one engine, the same requests, several limits.
 
-Each round draws the continuations once for every limit, in an order that turns from round to round; a limit is compared
-with no limit within its round. What is told is the median of those ratios, and the quartiles. Processor time on one
-core is taken: what else a machine does moves it least.
+Each round generates the continuations once per limit, in an order that rotates from round to round. A limit is compared
+with no limit in the same round; the report has the median and the quartiles of those ratios. Times are processor time
+on one core, which other work on the machine disturbs least.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from pipeline.engine import Engine
 from pipeline.errors import report_errors
 
 LIMITS = (0, 0, 4, 8, 15, 30)
-"""0 is none; the second of them tells what chance does."""
+"""0 is no limit; the second 0 shows how much chance alone changes."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", type=Path, default=Path("out/export/engine"), help="default: %(default)s")
-    parser.add_argument("--precision", default="int8", help="default: %(default)s, in which a token takes least")
+    parser.add_argument("--precision", default="int8", help="default: %(default)s, the fastest per token")
     parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=256, help="of a continuation (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per continuation (default: %(default)s)")
     arguments = parser.parse_args()
     with report_errors():
         engine = Engine.load(arguments.engine, precision=arguments.precision, provider="cpu", threads=1)
@@ -40,7 +40,7 @@ def measure(engine: Engine, *, rounds: int, requests: int, tokens: int) -> None:
             taken[place].append(seconds_per_token(engine, LIMITS[place], requests, tokens))
     print(f"{rounds} rounds of {requests} continuations of {tokens} tokens, {engine.session.slots} at once, "
           f"{engine.session.precision}")  # fmt: skip
-    print(f"no limit: {1e6 * statistics.median(taken[0]):.0f} us a token")
+    print(f"no limit: {1e6 * statistics.median(taken[0]):.0f} us per token")
     for limit, own in zip(LIMITS[1:], taken[1:], strict=True):
         low, middle, high = statistics.quantiles(
             [100 * (mine / other - 1) for mine, other in zip(own, taken[0], strict=True)]

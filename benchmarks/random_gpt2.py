@@ -1,4 +1,4 @@
-"""Write a GPT-2 with random weights and a stand-in tokenizer: speed does not depend on what a model has learnt."""
+"""Write a GPT-2 with random weights and a stand-in tokenizer; speed does not depend on what a model has learned."""
 
 import argparse
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ SHAPES = {
     "medium": Shape(24, 1024, 16, 50257, 1024, 0.08),
     "tiny": Shape(2, 64, 2, 512, 1024, 0.5),
 }
-"""Weights are larger than a fresh GPT-2's, which repeats one token: a wrong conversion shows in the greedy tokens."""
+"""Weights are larger than those of a fresh GPT-2, which repeats one token: so greedy tokens show wrong conversions."""
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def write_checkpoint(folder: Path, shape: Shape) -> None:
-    """Weights, config and tokenizer as `from_pretrained` reads them; the same on every call."""
+    """Write weights, config and tokenizer for `from_pretrained`; every call writes the same."""
     end_of_text = shape.vocabulary_size - 1
     config = GPT2Config(
         vocab_size=shape.vocabulary_size,
@@ -55,8 +55,8 @@ def write_checkpoint(folder: Path, shape: Shape) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config)
     for name, weight in model.named_parameters():
-        # Fresh biases are 0 and fresh scales 1, which would hide whether they are applied. Large biases would hide the
-        # prompt: every layer adds the same ones at every position.
+        # Fresh biases are 0 and fresh scales are 1, so nothing would show whether they are applied. Large biases would
+        # hide the prompt, because every layer adds the same ones at every position.
         if weight.ndim == 1:
             torch.nn.init.normal_(weight, mean=float(name.endswith("weight")), std=shape.initializer_range / 5)
     model.save_pretrained(folder)
@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, shape: Shape) -> None:
 
 
 def stand_in_tokenizer(vocabulary_size: int) -> Tokenizer:
-    """A byte-level BPE of this size: every byte, as many pairs of bytes as are needed, end-of-text as the last."""
+    """Return a byte-level BPE of this size: all bytes, as many pairs of bytes as needed, end-of-text as the last."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     count = vocabulary_size - len(characters) - 1
     merges = [(first, second) for first in characters for second in characters][:count]

@@ -1,4 +1,4 @@
-"""The figures of a run, and the text that shows them."""
+"""The results of a run, and the text that shows them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from contenders import SAMPLED, Contender
 from worker import Start
 
 REFERENCE = "transformers-float32"
-"""Whose greedy tokens the others are compared with."""
+"""The contender that the greedy tokens of the others are compared with."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is timed together: rows, tokens of each prompt, and new tokens of each row."""
+    """The size of a timed batch: rows, tokens per prompt, and new tokens per row."""
 
     batch: int
     prompt_tokens: int
@@ -22,7 +22,7 @@ class Group:
 
     @property
     def room(self) -> int:
-        """Tokens of a row in the end."""
+        """Return the tokens per row at the end."""
         return self.prompt_tokens + self.new_tokens
 
     def __str__(self) -> str:
@@ -34,21 +34,21 @@ class Measurement:
     """One contender in one group: seconds of each round."""
 
     one_token_s: list[float] = field(default_factory=list)
-    """From the prompts to one new token a row."""
+    """The time from the prompts to one new token per row."""
     all_tokens_s: list[float] = field(default_factory=list)
-    """From prompts of the same lengths to all new tokens."""
+    """The time from prompts of the same lengths to all new tokens."""
     peak_bytes: int = 0
 
     def prefill_rate(self, group: Group) -> float:
-        """Tokens of the prompts a second, drawing the first new token included; the median."""
+        """Return the median prompt tokens per second, including the draw of the first new token."""
         return group.batch * group.prompt_tokens / median(self.one_token_s)
 
     def decode_rate(self, group: Group) -> float:
-        """New tokens a second, all rows together, after the first; the median."""
+        """Return the median new tokens per second after the first, all rows together."""
         return _decode_rate(group, median(self._decode_s()))
 
     def decode_range(self, group: Group) -> tuple[float, float]:
-        """The slowest and the fastest round."""
+        """Return the rates of the slowest and the fastest round."""
         seconds = self._decode_s()
         return _decode_rate(group, max(seconds)), _decode_rate(group, min(seconds))
 
@@ -58,14 +58,14 @@ class Measurement:
 
 @dataclass
 class Entry:
-    """A contender that came up."""
+    """A contender that started, and its results."""
 
     contender: Contender
     weight_bytes: int
-    """Read for one token, whatever the batch."""
+    """The bytes of weights read per step, for a batch of any size."""
     start: Start
     greedy_token_ids: list[int]
-    """The likeliest tokens of a prompt that is the same for all."""
+    """The most likely tokens after a prompt that is the same for all."""
     measurements: dict[Group, Measurement] = field(default_factory=dict)
 
     @property
@@ -80,7 +80,10 @@ def report(
     groups: Sequence[Group],
     bandwidth: float,
 ) -> str:
-    """The whole text. `facts` describes run and machine, `left_out` says why who is missing; bandwidth in bytes/s."""
+    """Return the whole text.
+
+    `facts` describes run and machine, `left_out` has the reason per missing contender, bandwidth is in bytes/s.
+    """
     entries = sorted(entries, key=lambda entry: -entry.contender.bits)
     width = max(map(len, facts))
     parts = ["GPT-2 decoding, side by side", "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())]
@@ -108,7 +111,7 @@ def _starts(entries: Sequence[Entry], bandwidth: float) -> str:
         )
         for entry in entries
     ]
-    header = ("contender", "MB a step", "limit, steps/s", "imports, s", "first token, s", "MiB, start", "MiB, peak",
+    header = ("contender", "MB per step", "limit, steps/s", "imports, s", "first token, s", "MiB, start", "MiB, peak",
               "greedy as PyTorch")  # fmt: skip
     return "Start and memory\n" + _table(header, rows)
 
@@ -147,7 +150,7 @@ def _rates(group: Group, entries: Sequence[Entry], bandwidth: float) -> str:
 
 
 def _engine_of_same_bits(entry: Entry, entries: Sequence[Entry], group: Group) -> Measurement | None:
-    """What a peer is compared with: the engine's measurement in its class; none for the engine itself."""
+    """Return the engine's measurement at the peer's bits per weight; None for the engine itself."""
     if entry.contender.family == "engine":
         return None
     for other in entries:
@@ -158,22 +161,22 @@ def _engine_of_same_bits(entry: Entry, entries: Sequence[Entry], group: Group) -
 
 def _notes() -> str:
     return f"""How to read this
-decode         new tokens a second of all rows together, after the first token of each: the difference of two timed
-               calls of a round, all tokens less one token. Median of the rounds; beside it slowest and fastest.
-prefill        tokens of the prompts a second, in the call that draws one token; first token, ms: that call.
-engine / it    the engine's rate divided by the peer's, at the same bits a weight; above 1 the engine is faster.
-MB a step      weights that one step must read, for any number of rows: all but the embeddings looked up by row.
-limit          steps a second at which they are read at the machine's bandwidth; of limit: the share of it that was
-               reached. Keys and values are not counted; what the caches keep of the weights can lift it above 100 %.
-first token, s from the start of the process, imports included, to the first token of a prompt of eight; read once,
+decode         new tokens per second, all rows together, after the first token of each: the difference of two timed
+               calls of a round, all tokens minus one token. Median of the rounds; then the slowest and fastest round.
+prefill        prompt tokens per second in the call that draws one token; first token, ms: that call.
+engine / it    the engine's rate divided by the peer's, at the same bits per weight; above 1 the engine is faster.
+MB per step    weights that one step must read, for any number of rows: all but the embeddings looked up by row.
+limit          steps per second if they are read at the machine's bandwidth; of limit: the share of it that was
+               reached. Keys and values do not count; weights that stay in the caches can lift it above 100 %.
+first token, s from the start of the process, imports included, to the first token of a prompt of eight; measured once,
                with the files in the page cache.
-MiB            high-water mark of resident memory, mapped files included: in the start, in the whole run, in a group.
-greedy         how many of the likeliest tokens agree with {REFERENCE} before the first that does not. With
-               random weights, where no token is much likelier than the next, only 32 bits can be expected to.
+MiB            peak of resident memory, mapped files included: during the start, the whole run, or a group.
+greedy         how many of the most likely tokens agree with {REFERENCE} before the first that does not. With
+               random weights, no token is much more likely than the next, so only 32 bits can be expected to agree.
 sampling       temperature {SAMPLED.temperature}, top_k {SAMPLED.top_k}, top_p {SAMPLED.top_p}, \
-repetition_penalty {SAMPLED.repetition_penalty}, each with the library's own sampler,
-               end-of-text never ending a row. CTranslate2 penalizes the new tokens only, all others the prompt's too.
-llama.cpp      as it comes: keys and values in float16, and in a q4_0 file the head in q6_K."""
+repetition_penalty {SAMPLED.repetition_penalty}, each with the library's own sampler;
+               end-of-text never ends a row. CTranslate2 penalizes only new tokens, all others also the prompt's.
+llama.cpp      with its defaults: keys and values in float16, and in a q4_0 file the head in q6_K."""
 
 
 def _raw(group: Group, entries: Sequence[Entry]) -> str:
@@ -187,11 +190,11 @@ def _raw(group: Group, entries: Sequence[Entry]) -> str:
         for entry in entries
         if (measured := entry.measurements.get(group))
     ]
-    return f"Seconds of each round, one token/all tokens: {group}\n" + _table(("contender", "rounds"), rows)
+    return f"Seconds per round, one token/all tokens: {group}\n" + _table(("contender", "rounds"), rows)
 
 
 def _decode_rate(group: Group, seconds: float) -> float:
-    # A model so small that the difference drowns in noise has no rate.
+    # For a very small model, noise can exceed the difference: it has no rate.
     return group.batch * (group.new_tokens - 1) / seconds if seconds > 0 else math.nan
 
 
@@ -200,13 +203,13 @@ def _figure(value: float, form: str) -> str:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens agree before the first that does not."""
+    """Return how many tokens agree before the first that does not."""
     pairs = list(zip(first, second, strict=True))
     return next((index for index, (one, other) in enumerate(pairs) if one != other), len(pairs))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they must be: the first to the left, figures to the right."""
+    """Format a table: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
     for row in (header, ["-" * width for width in widths], *rows):

@@ -1,4 +1,4 @@
-"""One runner for each library: a loaded model that continues a batch of prompts with the library's own sampler."""
+"""One runner per library: a loaded model that continues a batch of prompts with the library's own sampler."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,19 +13,19 @@ CPU_SLOTS, CUDA_SLOTS = 8, 64
 
 
 class Runner(Protocol):
-    """What the benchmark asks of a library. Prompts are of one length; every row gets exactly `new_tokens`."""
+    """The interface to a library. All prompts have one length; every row gets exactly `new_tokens`."""
 
     build: str
-    """What the library says of how it was built; may be empty."""
+    """The library's description of its build; may be empty."""
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for `rows` of `tokens`, prompt and continuation; called outside the time taken."""
+        """Allocate `rows` of `tokens`, prompt and continuation; not timed."""
 
     def generate(self, prompts: Prompts, new_tokens: int, sampling: Sampling, seed: int) -> list[list[int]]: ...
 
 
 def load_runner(contender: Contender, folder: Path, threads: int) -> Runner:
-    """Load what `conversion` made. The library is imported here, and no other."""
+    """Load the files that `conversion` made. Imports this library and no other."""
     if contender.family == "engine":
         return EngineRunner(folder, contender, threads)
     if contender.family == "vllm":
@@ -49,7 +49,7 @@ class EngineRunner:
         )
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """The engine grows as it needs."""
+        """Do nothing: the engine grows when needed."""
 
     def generate(self, prompts: Prompts, new_tokens: int, sampling: Sampling, seed: int) -> list[list[int]]:
         from pipeline.engine import SamplingParams
@@ -64,7 +64,7 @@ class EngineRunner:
 
 
 class TransformersRunner:
-    """`generate` of transformers, on PyTorch, eager or compiled, or on Optimum's ONNX Runtime model."""
+    """The `generate` of transformers: on PyTorch, eager or compiled, or on Optimum's ONNX Runtime model."""
 
     def __init__(self, contender: Contender, folder: Path, threads: int) -> None:
         import torch
@@ -94,7 +94,7 @@ class TransformersRunner:
             self.model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval().to(self.device)
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """The cache of keys and values grows with every token."""
+        """Do nothing: the cache of keys and values grows with every token."""
 
     def generate(self, prompts: Prompts, new_tokens: int, sampling: Sampling, seed: int) -> list[list[int]]:
         import torch
@@ -102,9 +102,9 @@ class TransformersRunner:
 
         drawn: dict[str, Any] = {"do_sample": True, **asdict(sampling)}
         if self.is_compiled:
-            # transformers compiles the step by itself where its cache is static, on a GPU.
+            # On a GPU, transformers compiles the step by itself if its cache is static.
             drawn["cache_implementation"] = "static"
-        # Without an end-of-text nothing ends early. The model's own configuration would fill in what is not given.
+        # Without an end-of-text, nothing ends early. The model's own configuration would fill in unset fields.
         self.model.generation_config = GenerationConfig(
             max_new_tokens=new_tokens, pad_token_id=0, **(drawn if sampling.temperature > 0 else {"do_sample": False})
         )
@@ -121,11 +121,11 @@ class VllmRunner:
     def __init__(self, folder: Path, precision: str) -> None:
         from vllm import LLM
 
-        # What it has read before must not help it: the others read every prompt.
+        # No prefix caching: the others read every prompt.
         self.model: Any = LLM(str(folder), dtype=precision, enable_prefix_caching=False, skip_tokenizer_init=True)
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Its cache takes what the GPU has."""
+        """Do nothing: the cache takes all free memory of the GPU."""
 
     def generate(self, prompts: Prompts, new_tokens: int, sampling: Sampling, seed: int) -> list[list[int]]:
         from vllm import SamplingParams
@@ -156,7 +156,7 @@ class CTranslate2Runner:
         self.tokens: list[str] = read_json(folder / "vocabulary.json")
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """The cache of keys and values grows with every token."""
+        """Do nothing: the cache of keys and values grows with every token."""
 
     def generate(self, prompts: Prompts, new_tokens: int, sampling: Sampling, seed: int) -> list[list[int]]:
         import ctranslate2
@@ -164,7 +164,7 @@ class CTranslate2Runner:
         ctranslate2.set_random_seed(seed)
         results = self.generator.generate_batch(
             [[self.tokens[token_id] for token_id in prompt] for prompt in prompts],
-            # Reads the prompt at once; otherwise it is read a token at a time.
+            # Reads the prompt at once; otherwise it would be read token by token.
             include_prompt_in_result=False,
             # Bans end-of-text until the last token.
             min_length=new_tokens,
@@ -178,7 +178,7 @@ class CTranslate2Runner:
 
 
 class LlamaRunner:
-    """llama.cpp through its C interface: the Python class over it decodes one sequence, and copies all logits."""
+    """llama.cpp through its C interface, because its Python class decodes only one sequence and copies all logits."""
 
     def __init__(self, file: Path, threads: int) -> None:
         import llama_cpp
@@ -196,7 +196,7 @@ class LlamaRunner:
         self.room = (0, 0)
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Open a context of just this size: its keys and values are allocated whole."""
+        """Open a context of exactly this size, because its keys and values are allocated whole."""
         if self.room == (rows, tokens):
             return
         if self.context is not None:
@@ -205,7 +205,7 @@ class LlamaRunner:
         params = self.api.llama_context_default_params()
         params.n_ctx = rows * tokens
         params.n_seq_max = rows
-        # All prompts are handed over at once; llama.cpp cuts them into pieces of n_ubatch itself.
+        # Pass all prompts at once; llama.cpp splits them into pieces of n_ubatch itself.
         params.n_batch = rows * tokens
         params.n_threads = params.n_threads_batch = self.threads
         self.context = self.api.llama_init_from_model(self.model, params)
@@ -226,7 +226,7 @@ class LlamaRunner:
         output: list[list[int]] = [[] for _ in prompts]
         for step in range(new_tokens):
             for row, sampler in enumerate(samplers):
-                # Draws from the logits at that index of the batch, and tells the penalty of the token.
+                # Draws from the logits at that index of the batch, and adds the token to the penalty.
                 output[row].append(api.llama_sampler_sample(sampler, self.context, last[row]))
             if step + 1 < new_tokens:
                 for row, prompt in enumerate(prompts):
@@ -247,7 +247,7 @@ class LlamaRunner:
         for stage in (
             api.llama_sampler_init_penalties(self.vocabulary_size, whole, sampling.repetition_penalty, 0.0, 0.0),
             api.llama_sampler_init_top_k(sampling.top_k),
-            # After top-k the same as before it, and llama.cpp's own order.
+            # Temperature after top-k: llama.cpp's own order, and the same result as before it.
             api.llama_sampler_init_temp(sampling.temperature),
             api.llama_sampler_init_top_p(sampling.top_p, 1),
             api.llama_sampler_init_dist(seed),

@@ -1,9 +1,8 @@
-"""Compare the server with the engine alone, and with llama.cpp's server: the same requests, by the same filters.
+"""Compare the server with the engine alone and with llama.cpp's server, on the same requests and sampling.
 
-Requests have prompts and continuations of mixed lengths, and are dealt to as many clients as there are streams; a
-client sends its next request when the last has ended. In every round each contender serves all of them once. The engine
-alone is given all of them at once, without a server. llama.cpp's server takes part where
-`pip install 'llama-cpp-python[server]'` has brought it.
+Prompts and continuations have mixed lengths. Each stream is a client that sends its next request when the last one has
+ended. In every round, each contender serves all requests once. The engine alone gets all of them at once, without a
+server. llama.cpp's server is included if `pip install 'llama-cpp-python[server]'` has installed it.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from contenders import SAMPLED, Contender, parse_contender
+from contenders import PEER_LIBRARIES, SAMPLED, Contender, parse_contender
 from conversion import GGUF_FILE, ROOT
 from decode import find_checkpoint, prepare
 
@@ -34,7 +33,7 @@ from pipeline.files import whole_file
 
 PROMPT_WORDS = (4, 40)
 NEW_TOKENS = (16, 192)
-"""Both drawn evenly between the two. A word is four tokens of the stand-in tokenizer, and one of GPT-2's."""
+"""The ranges that lengths are drawn from uniformly. A word is four tokens of the stand-in tokenizer, one of GPT-2's."""
 WORDS = ("the", "lamp", "on", "gull", "rock", "went", "out", "before", "morning", "and", "nobody", "said", "so", "but")
 PEERS = {"int8": "llama.cpp-q8_0", "int4": "llama.cpp-q4_0", "float32": "llama.cpp-f32"}
 START_S = 300
@@ -51,7 +50,7 @@ class Asked:
 
 @dataclass
 class Served:
-    """What the clients of one round saw."""
+    """The measurements of one round, as its clients saw it."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -68,13 +67,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="medium", help="a folder, medium or tiny (default: %(default)s)")
     parser.add_argument("--precision", choices=PEERS, default="int8", help="default: %(default)s")
-    parser.add_argument("--streams", default="1,8,32", help="clients at once, each a part (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=48, help="of each part (default: %(default)s)")
+    parser.add_argument(
+        "--streams",
+        default="1,8,32",
+        help="numbers of clients at once, one part of the benchmark each (default: %(default)s)",
+    )
+    parser.add_argument("--requests", type=int, default=48, help="requests per part (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: the number of physical cores")
     parser.add_argument("--work", type=Path, default=Path("out") / "benchmarks", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="write the result there too")
-    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="also write the result to this file")
+    parser.add_argument(
+        "--alone",
+        type=Path,
+        metavar="ENGINE",
+        help="set by the benchmark for a process of its own: read requests as JSON from standard input, print how many "
+        "seconds this engine takes for them without a server, and end",
+    )
     arguments = parser.parse_args()
     with report_errors():
         threads = arguments.threads or machine.physical_cores()
@@ -133,7 +142,7 @@ def requests_of(count: int) -> list[Asked]:
 
 
 def body_of(asked: Asked, contender: Contender) -> dict[str, Any]:
-    """A request as the contender's API takes it: every one goes on to its last token."""
+    """Return a request in the contender's API, such that no continuation ends before its last token."""
     body: dict[str, Any] = {
         "prompt": asked.prompt,
         "max_tokens": asked.max_tokens,
@@ -145,13 +154,13 @@ def body_of(asked: Asked, contender: Contender) -> dict[str, Any]:
     }
     if contender.family == "engine":
         return body | {"repetition_penalty": SAMPLED.repetition_penalty, "ignore_eos": True}
-    # Of random weights it is next to nothing, and the tokenizer's last one ends a text.
+    # This API cannot ignore end-of-text, but random weights hardly ever draw it.
     return body | {"repeat_penalty": SAMPLED.repetition_penalty}
 
 
 @contextmanager
 def served(contender: Contender, folder: Path, threads: int, *, max_queue: int) -> Iterator[int]:
-    """A server as a process; its port."""
+    """Start a server as a process, and yield its port once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -177,7 +186,7 @@ def served(contender: Contender, folder: Path, threads: int, *, max_queue: int) 
 
 
 def drive(port: int, contender: Contender, asked: Sequence[Asked], streams: int) -> Served:
-    """Serve all requests to so many clients, and take their times."""
+    """Send all requests from `streams` clients at once, and time them."""
     total = Served()
     lock = threading.Lock()
     left = iter(asked)
@@ -190,7 +199,8 @@ def drive(port: int, contender: Contender, asked: Sequence[Asked], streams: int)
                 return
             times = stream(port, body_of(one, contender))
             with lock:
-                # An event is a token, or the tokens of a character: with the stand-in tokenizer half of all.
+                # An event is one token, or the tokens of one character; with the stand-in tokenizer there are half as
+                # many events as tokens.
                 if times is None:
                     total.lost += 1
                     continue
@@ -209,7 +219,7 @@ def drive(port: int, contender: Contender, asked: Sequence[Asked], streams: int)
 
 
 def stream(port: int, body: dict[str, Any]) -> list[float] | None:
-    """When a request was sent, and when each of its events came; none where it did not come to its last token."""
+    """Return when a request was sent and when each event arrived; None if it ended before its last token."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S)
     times = [time.perf_counter()]
     last = b""
@@ -231,7 +241,7 @@ def stream(port: int, body: dict[str, Any]) -> list[float] | None:
 
 
 def run_alone(folder: Path, precision: str, threads: int, asked: Sequence[Asked]) -> Served:
-    """The engine with the same requests in a process of its own, without a server."""
+    """Time the engine on the same requests in its own process, without a server."""
     command = [sys.executable, __file__, "--alone", str(folder), "--precision", precision, "--threads", str(threads)]
     given = json.dumps([[one.prompt, one.max_tokens, one.seed] for one in asked])
     done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=True)
@@ -240,7 +250,7 @@ def run_alone(folder: Path, precision: str, threads: int, asked: Sequence[Asked]
 
 
 def alone(folder: Path, precision: str, threads: int) -> None:
-    """What `run_alone` starts: print the seconds that the requests on the standard input take."""
+    """Print how many seconds the requests on standard input take; `run_alone` starts this with `--alone`."""
     from pipeline.engine.text import TextGenerator
 
     generator = TextGenerator.load(folder, precision=precision, provider="cpu", threads=threads)
@@ -271,7 +281,7 @@ def report(
     left_out: dict[str, str],
 ) -> str:
     lines = [
-        *(f"{name}: {value}" for name, value in machine.describe().items()),
+        *(f"{name}: {value}" for name, value in machine.describe(PEER_LIBRARIES).items()),
         f"checkpoint: {Path(arguments.checkpoint).name}, {arguments.precision}; {threads} threads, 8 slots",
         f"requests: {arguments.requests}, prompts of {PROMPT_WORDS[0]} to {PROMPT_WORDS[1]} words, "
         f"continuations of {NEW_TOKENS[0]} to {NEW_TOKENS[1]} tokens; "

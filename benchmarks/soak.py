@@ -1,7 +1,7 @@
-"""Let clients connect, stream, leave and send rubbish for a while, and see whether the server stays as it was.
+"""Load a server with clients that stream, disconnect and send rubbish, and check that it recovers.
 
-Starts a server on an engine folder, or on one that it makes of random weights. Every answer must be one that the client
-deserves, memory must not grow, and every slot must be free in the end.
+Starts a server on an engine folder, or on an engine with random weights. Every answer must be the right one, memory
+must not grow, and every slot must be free at the end.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from decode import find_checkpoint
 from pipeline.errors import UserError, report_errors
 
 SETTLED_SHARE = 0.3
-"""Of the time, after which memory should not grow."""
+"""The share of the time after which memory should not grow."""
 GROWTH_MIB = 48
-"""That is still called flat: what an allocator scatters."""
+"""The growth that is allowed, because allocators fragment memory."""
 PATIENCE_S = 120
 RUBBISH = (
     b"",
@@ -49,11 +49,11 @@ RUBBISH = (
 
 @dataclass(frozen=True)
 class Target:
-    """The server that is asked."""
+    """The server under test."""
 
     port: int
     longest_prompt: int
-    """In tokens."""
+    """The length, in tokens, of the longest prompt to send."""
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def tiny_engine(work: Path) -> Path:
 
 
 def soak(engine: Path, precision: str, *, seconds: float, clients: int) -> str:
-    """What was asked and answered. Raises `UserError` where something else came than was meant to."""
+    """Run the clients, and return a report. Raises `UserError` if an answer was wrong or the server did not recover."""
     command = ["-m", "pipeline", "serve", "--model", str(engine.resolve()), "--precision", precision]
     process = subprocess.Popen(
         [sys.executable, *command, "--provider", "cpu", "--port", "0", "--max-queue", str(clients)],
@@ -133,13 +133,13 @@ def _soak(port: int, process: psutil.Process, seconds: float, clients: int) -> s
     while (busy := {name: value for name, value in _gauges(port).items() if value}) and time.monotonic() < deadline:
         time.sleep(0.1)
     lines = [f"{count:7} {outcome}" for outcome, count in sorted(counts.items())]
-    lines.append(f"memory: {settled:.0f} MiB when settled, {memory[-1][1]:.0f} MiB in the end ({growth:+.0f})")
-    lines.append(f"in use in the end: {busy or 'nothing'}")
+    lines.append(f"memory: {settled:.0f} MiB when settled, {memory[-1][1]:.0f} MiB at the end ({growth:+.0f})")
+    lines.append(f"in use at the end: {busy or 'nothing'}")
     report = "\n".join(lines)
     if faults:
-        raise UserError(f"{len(faults)} answers that were not meant to be, such as {faults[0]}\n{report}")
+        raise UserError(f"{len(faults)} wrong answers, such as {faults[0]}\n{report}")
     if busy or growth > GROWTH_MIB:
-        raise UserError(f"the server is not as it was\n{report}")
+        raise UserError(f"the server did not recover\n{report}")
     return report
 
 
@@ -158,7 +158,7 @@ def _stream(target: Target, draw: random.Random) -> str:
 
 
 def _leave(target: Target, draw: random.Random) -> str:
-    """Read a little of a stream, and close."""
+    """Read the beginning of a stream, and disconnect."""
     with socket.create_connection(("127.0.0.1", target.port), timeout=PATIENCE_S) as connection:
         connection.sendall(_request(_body(target, draw) | {"stream": True, "max_tokens": 500}))
         begin = connection.recv(draw.randrange(16, 4000))
@@ -166,7 +166,7 @@ def _leave(target: Target, draw: random.Random) -> str:
 
 
 def _leave_at_once(target: Target, draw: random.Random) -> str:
-    """Send a request, or half of it, and close."""
+    """Send a request or half of it, and disconnect."""
     request = _request(_body(target, draw) | {"stream": draw.random() < 0.5, "max_tokens": 500})
     with socket.create_connection(("127.0.0.1", target.port), timeout=PATIENCE_S) as connection:
         connection.sendall(request[: draw.choice([len(request), len(request) // 2])])
@@ -218,7 +218,7 @@ def _post(port: int, body: dict[str, Any] | bytes) -> tuple[int, bytes]:
 
 
 def _gauges(port: int) -> dict[str, float]:
-    """What is in use by now."""
+    """Return what is in use now."""
     names = ("pipeline_queue_length", "pipeline_running_requests", "pipeline_cache_slots_used")
     pairs = (line.split() for line in _get(port, "/metrics").splitlines() if line.startswith(names))
     return {name: float(value) for name, value in pairs}

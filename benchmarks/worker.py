@@ -1,7 +1,7 @@
-"""A contender in a process of its own, so that its memory and its start are its own; both sides of the pipe.
+"""A contender in its own process, so that its memory and start-up time can be measured; both ends of the pipe.
 
-The parent writes one request a line as JSON and reads one answer a line; a worker that fails ends, with its reason as
-the last line of its log.
+The parent writes one request per line as JSON and reads one answer per line. A worker that fails exits, and the last
+line of its log is the reason.
 """
 
 import importlib
@@ -15,19 +15,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from contenders import GREEDY, MODULES, SAMPLED, Contender, parse_contender
 from conversion import ROOT, last_line
 
-from pipeline import machine
 from pipeline.errors import UserError
 
 FIRST_PROMPT = (1, 2, 3, 4, 5, 6, 7, 8)
-"""Continued by one token when the model has been loaded."""
+"""The prompt that is continued by one token once the model is loaded."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a contender came up; times in seconds since its process was started."""
+    """The start of a contender; times in seconds since its process was started."""
 
     imported_s: float
     first_token_s: float
@@ -37,7 +37,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Answer:
-    """The new tokens of each row, the time that they took, and the high-water mark of memory meanwhile."""
+    """The new tokens of each row, the time they took, and the peak of memory meanwhile."""
 
     token_ids: list[list[int]]
     seconds: float
@@ -45,13 +45,13 @@ class Answer:
 
 
 class Worker:
-    """The parent's end. Every method raises `UserError` where the process has ended; its reason is the message."""
+    """The parent's end. Every method raises `UserError` with the reason if the process has ended."""
 
     def __init__(self, contender: Contender, folder: Path, threads: int, log: Path) -> None:
         self.contender = contender
         self._log = log
         for file in sorted(folder.rglob("*")):
-            # From now on in the page cache, for everyone alike.
+            # Bring the files into the page cache, as for every other contender.
             if file.is_file():
                 read_through(file)
         started = time.time()
@@ -70,11 +70,12 @@ class Worker:
         self.start = Start(**self._answer())
 
     def cpu_seconds(self) -> float:
-        """Processor time that the contender has used."""
-        return machine.cpu_seconds(self._process.pid)
+        """Return the processor time that the contender has used."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int, *, room: int, greedy: bool = False) -> Answer:
-        """Continue each prompt by exactly `new_tokens`, in rows of `room` tokens at most."""
+        """Continue each prompt by exactly `new_tokens`, in rows of at most `room` tokens."""
         request = {"prompts": prompts, "new_tokens": new_tokens, "room": room, "greedy": greedy}
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
@@ -83,11 +84,11 @@ class Worker:
         answer = Answer(**self._answer())
         counts = [len(row) for row in answer.token_ids]
         if counts != [new_tokens] * len(prompts):
-            raise UserError(f"gave {counts} tokens where {new_tokens} a row were asked for")
+            raise UserError(f"gave {counts} tokens instead of {new_tokens} per row")
         return answer
 
     def stop(self) -> None:
-        """End the process, whatever it is at: it holds nothing that is worth keeping."""
+        """Kill the process; it holds nothing worth keeping."""
         self._process.kill()
         self._process.communicate()
 
@@ -104,12 +105,23 @@ class Worker:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The same number of threads for every library that asks the environment, and no network."""
+    """Return an environment that gives every library the same number of threads, and no network."""
     return os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def reset_peak_memory() -> None:
+    """Restart the high-water mark of this process's memory."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process held in memory since the last reset, mapped files included."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 def read_through(file: Path) -> None:
@@ -119,9 +131,9 @@ def read_through(file: Path) -> None:
 
 
 def main() -> None:
-    """The worker: load, answer with `Start`, then answer every request with `Answer`."""
+    """Run the worker: load, answer with `Start`, then answer every request with `Answer`."""
     name, provider, folder, threads, started = sys.argv[1:]
-    # Libraries print to standard output; what they print goes where their errors go.
+    # Libraries print to standard output; send that to the log, with their errors.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     contender = parse_contender(name, provider)
@@ -134,19 +146,19 @@ def main() -> None:
     runner.reserve(1, len(FIRST_PROMPT) + 1)
     runner.generate([FIRST_PROMPT], 1, SAMPLED, seed=0)
     first_token_s = time.time() - float(started)
-    start = Start(imported_s, first_token_s, runner.build, machine.peak_memory())
+    start = Start(imported_s, first_token_s, runner.build, peak_memory())
     print(json.dumps(asdict(start)), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         prompts, new_tokens = request["prompts"], request["new_tokens"]
         runner.reserve(len(prompts), request["room"])
-        # While it was idle the system may have put threads to sleep and dropped mapped files: a token wakes all up.
+        # While it was idle, its threads may have gone to sleep and mapped files been dropped: one token wakes them up.
         runner.generate([prompt[-len(FIRST_PROMPT) :] for prompt in prompts], 1, SAMPLED, seed=0)
-        machine.reset_peak_memory()
+        reset_peak_memory()
         begun = time.perf_counter()
         token_ids = runner.generate(prompts, new_tokens, GREEDY if request["greedy"] else SAMPLED, seed=1)
         seconds = time.perf_counter() - begun
-        answer = Answer(token_ids, seconds, machine.peak_memory())
+        answer = Answer(token_ids, seconds, peak_memory())
         print(json.dumps(asdict(answer)), file=answers, flush=True)
 
 

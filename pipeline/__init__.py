@@ -2,6 +2,6 @@
 
 import os
 
-# Before either is imported: what they would report to their makers is nobody's business unless the user says so.
+# Set before either is imported: usage is reported to their makers only if the user says so.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -2,12 +2,15 @@
 
 import argparse
 import os
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from pipeline.decoding import ModelDecoding, SamplingParams, list_types, merge_decoding, read_decoding, scalar_types
 from pipeline.errors import UserError, report_errors
+from pipeline.params.file import PARAMS_FILE, read_yaml
 from pipeline.params.whole import load_params
 
 OUT = Path("out")
@@ -15,7 +18,19 @@ UI_PORT = 5000
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline", description="Commands around the pipeline of dvc.yaml.")
+    parsed = build_parser().parse_args(arguments)
+    with report_errors():
+        parsed.run(parsed)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands; what it parses has the function to call as `run`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Commands that go with the pipeline of dvc.yaml. `dvc repro` runs the pipeline itself.",
+        epilog=_examples("python -m pipeline generate 'The lamp'"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_serve(commands)
@@ -26,27 +41,45 @@ def main(arguments: list[str] | None = None) -> None:
     _add_doctor(commands)
     _add_find_learning_rate(commands)
     _add_advise(commands)
-    parsed = parser.parse_args(arguments)
-    with report_errors():
-        parsed.run(parsed)
+    return parser
+
+
+def _add_command(commands: Any, name: str, *, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, shutil.get_terminal_size().columns - 2),
+        epilog=_examples(examples),
+        # Only the examples need their line ends, but argparse has one setting for both texts.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _examples(lines: str) -> str:
+    return "example:\n" + textwrap.indent(textwrap.dedent(lines).strip(), "  ")
 
 
 def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "generate",
-        help="continue a text",
-        description="Continue a text with the latest export, or with a registered model, as it is drawn. "
-        "What is not set is the preset's, or else the model's own decoding. A registered model brings both. With the "
-        "latest export they are those of out/evaluate/decoding.json and out/evaluate/presets.json, where evaluate has "
-        "written them; else, and with a folder given by --model, the decoding is evaluate.decoding of params.yaml, and "
-        "there are no presets.",
+        summary="continue a text",
+        description="Continue a text with the latest export or a registered model, and print it as it is generated. "
+        "Options override the preset, which overrides the model's own decoding. A registered model has its own "
+        "decoding and presets. The latest export uses out/evaluate/decoding.json and out/evaluate/presets.json if "
+        "evaluate has written them. Otherwise, and for an engine folder (--model), the decoding is "
+        "evaluate.decoding of params.yaml, and there are no presets.",
+        examples="""
+            python -m pipeline generate 'The lamp on Gull Rock' --max-new-tokens 60 --seed 7
+            python -m pipeline generate 'The lamp' --model models:/harbour-tales@champion --preset faithful
+        """,
     )
-    parser.add_argument("prompt", help="the beginning; '' starts from nothing")
-    parser.add_argument("--model", help="models:/NAME@champion, models:/NAME/VERSION, or an engine folder")
-    parser.add_argument("--preset", metavar="NAME", help="a preset of the model; options that are set beside it win")
-    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    parser.add_argument("--precision", default="auto", help="one that the engine holds (default: its first)")
-    group = parser.add_argument_group("decoding parameters (pipeline/decoding.py tells what each does)")
+    parser.add_argument("prompt", help="the text to continue; '' starts from nothing")
+    parser.add_argument("--model", help="models:/NAME@ALIAS, models:/NAME/VERSION, or an engine folder")
+    parser.add_argument("--preset", metavar="NAME", help="a preset of the model; other options override it")
+    _add_placement(parser)
+    group = parser.add_argument_group("decoding parameters (explained in pipeline/decoding.py)")
     for name, kind in scalar_types().items():
         if name not in ("n", "logprobs", "ignore_eos"):
             group.add_argument(_option(name), type=kind, metavar="WORD" if kind is str else "NUMBER")
@@ -57,8 +90,14 @@ def _add_generate(commands: Any) -> None:
     parser.set_defaults(run=_generate)
 
 
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where an engine runs and in which precision."""
+    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--precision", default="auto", help="a precision that the engine has (default: its first)")
+
+
 def _generate(arguments: argparse.Namespace) -> None:
-    # Imported here, so that `--help` is there at once.
+    # Imported here, so that `--help` answers at once.
     from pipeline.engine.text import TextGenerator
 
     folder, decoding = _engine_and_decoding(arguments.model)
@@ -67,7 +106,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         values["logit_bias"] = dict(arguments.logit_bias)
     params = merge_decoding(decoding.named(arguments.preset), values)
     generator = TextGenerator.load(folder, precision=arguments.precision, provider=arguments.provider)
-    # Before anything is shown: a prompt that does not fit is refused here.
+    # A prompt that does not fit raises here, before anything is printed.
     pieces = generator.stream(arguments.prompt, params)
     print(arguments.prompt, end="", flush=True)
     for piece in pieces:
@@ -76,30 +115,44 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _add_serve(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "serve",
-        help="serve a model over HTTP, as OpenAI's API does",
-        description="Serve a registered model, whose alias is watched, or an engine folder, whose decoding is "
-        "evaluate.decoding of params.yaml, without presets. Keys that clients must have stand in the environment "
-        "variable PIPELINE_API_KEYS, parted by commas. docs/serving.md tells more.",
+        summary="serve a model over HTTP with OpenAI's API",
+        description="Serve a registered model, or an engine folder. If --model names an alias, the server switches to "
+        "the alias's new version without downtime. An engine folder is decoded with evaluate.decoding of params.yaml, "
+        "without presets. The environment variable PIPELINE_API_KEYS lists the keys that clients may send, separated "
+        "by commas. See docs/serving.md.",
+        examples="""
+            python -m pipeline serve
+            python -m pipeline serve --model out/export/engine --precision int8 --port 8080
+        """,
     )
     parser.add_argument(
         "--model",
         help="models:/NAME@ALIAS, models:/NAME/VERSION, or an engine folder (default: the champion of register.name)",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, which only this machine reaches")
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    parser.add_argument("--precision", default="auto", help="one that the engine holds (default: its first)")
-    parser.add_argument("--threads", type=int, help="cores that an operator may use (default: all)")
-    parser.add_argument("--slots", type=int, default=8, help="continuations at once (default: %(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    _add_placement(parser)
+    parser.add_argument("--threads", type=int, help="cores that one operator may use (default: all)")
+    parser.add_argument("--slots", type=int, default=8, help="continuations to generate at once (default: %(default)s)")
     parser.add_argument("--max-queue", type=int, default=64, help="continuations that may wait (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, help="of a continuation at most (default: what the context holds)")
-    parser.add_argument("--timeout-s", type=float, default=300.0, help="of a request (default: %(default)g)")
-    parser.add_argument("--cors-origin", nargs="+", default=[], metavar="URL", help="of pages that may ask")
+    parser.add_argument(
+        "--max-tokens", type=int, help="the longest continuation that a request may ask for (default: as long as fits)"
+    )
+    parser.add_argument(
+        "--timeout-s", type=float, default=300.0, help="seconds that a request may take (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--cors-origin", nargs="+", default=[], metavar="URL", help="allow browser requests from these origins"
+    )
     parser.add_argument("--open-metrics", action="store_true", help="show /metrics without a key")
     parser.add_argument(
-        "--mlflow-url", help="where MLflow shows the runs, for links (default: the store, if a server, or that of ui)"
+        "--mlflow-url",
+        help="the MLflow page that the playground links to (default: the store if it is a server, else that of ui)",
     )
     parser.set_defaults(run=_serve)
 
@@ -112,7 +165,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     ui_url = store if _is_server(store) else f"http://127.0.0.1:{UI_PORT}"
     model = arguments.model or f"models:/{load_params().register_.name}@champion"
     # A registered model brings its own decoding.
-    decoding = ModelDecoding(SamplingParams()) if model.startswith("models:") else _decoding_of_folder(model)
+    decoding = ModelDecoding(SamplingParams()) if _is_registered(model) else _decoding_of_folder(model)
     with store_errors():
         serve(
             model,
@@ -133,7 +186,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _engine_and_decoding(model: str | None) -> tuple[Path, ModelDecoding]:
-    if model is None or not model.startswith("models:"):
+    """Return what `--model` names; None is the latest export. Raises `UserError` if the registry does not hold it."""
+    if model is None or not _is_registered(model):
         return Path(model or OUT / "export" / "engine"), _decoding_of_folder(model)
     from pipeline.tracking.registry import fetch_model
     from pipeline.tracking.store import connect, store_errors
@@ -144,15 +198,23 @@ def _engine_and_decoding(model: str | None) -> tuple[Path, ModelDecoding]:
 
 
 def _decoding_of_folder(folder: str | None) -> ModelDecoding:
-    """That of an engine folder; none is the latest export, of which evaluate may have said more."""
+    """Return the decoding of an engine folder, or of the latest export if `folder` is None.
+
+    Only for the latest export: what evaluate wrote, if it has run.
+    """
     decoding, presets = (OUT / "evaluate" / name for name in ("decoding.json", "presets.json"))
     if folder is None and decoding.is_file() and presets.is_file():
         return read_decoding(decoding, presets)
     return ModelDecoding(load_params().evaluate.decoding)
 
 
+def _is_registered(model: str) -> bool:
+    """Return whether `--model` names a model of the registry, not a folder."""
+    return model.startswith("models:")
+
+
 def _is_server(store: str) -> bool:
-    """Whether a tracking store is a server of MLflow, which shows its runs itself."""
+    """Return whether a tracking store is an MLflow server, which has its own UI."""
     return store.startswith(("http://", "https://"))
 
 
@@ -161,7 +223,7 @@ def _option(name: str) -> str:
 
 
 def _metavar(name: str, kind: type) -> str:
-    """What an entry of a list is called."""
+    """Return the placeholder for one value of a list option."""
     return "TEXT" if kind is str else "ID" if name.endswith("_ids") else "NUMBER"
 
 
@@ -174,32 +236,34 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 def _add_export(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "export",
-        help="make an engine of any GPT-2 checkpoint",
-        description="Write the engine of a checkpoint folder, as save_pretrained writes it, with its tokenizer. "
-        "The export stage does the same, and compares the engine with PyTorch on your text.",
+        summary="make an engine of any GPT-2 checkpoint",
+        description="Write the engine of a checkpoint folder, which has the layout of save_pretrained and includes the "
+        "tokenizer. The export stage does the same, and also compares the engine with PyTorch on your text.",
+        examples="python -m pipeline export out/finetune/checkpoint my-engine --precision int8,float32",
     )
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
-    parser.add_argument("out", type=Path, help="folder of the engine; one that is there is replaced")
+    parser.add_argument("out", type=Path, help="folder to write; replaced if it exists")
     parser.add_argument(
         "--precision",
         default="float32",
-        help="float32, float16, int8, int4, int8_float16, joined by commas (default: %(default)s)",
+        help="one or more of float32, float16, int8, int4, int8_float16, separated by commas (default: %(default)s)",
     )
     parser.add_argument(
         "--cache-bits",
         type=int,
         choices=[8, 32],
         default=8,
-        help="of a number in the KV cache of int8 and int4 (default: %(default)s)",
+        help="bits per number in the KV cache of int8 and int4 (default: %(default)s)",
     )
     parser.add_argument(
         "--verbatim-index",
         type=Path,
         metavar="FOLDER",
-        help="a split as the tokenize stage writes it, such as out/tokenize/train: the engine then holds that text, "
-        "and max_verbatim_tokens can be asked for (default: none)",
+        help="index this text into the engine, so that max_verbatim_tokens works: a split that the tokenize stage "
+        "wrote, such as out/tokenize/train (default: no index)",
     )
     parser.set_defaults(run=_export)
 
@@ -222,14 +286,16 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _add_pack(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "pack",
-        help="write a checkpoint in float16, as a base to be shipped",
-        description="Write a checkpoint folder with its weights in float16: half of the size, and what base.source "
-        "may name. docs/base.md tells how the bundled base was made.",
+        summary="write a checkpoint in float16, to ship as a base",
+        description="Write a checkpoint folder with its weights in float16. It is half the size, and base.source may "
+        "name it. docs/base.md says how the bundled base was made.",
+        examples="python -m pipeline pack out/finetune/checkpoint base",
     )
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
-    parser.add_argument("out", type=Path, help="folder of the base; one that is there is replaced")
+    parser.add_argument("out", type=Path, help="folder to write; replaced if it exists")
     parser.set_defaults(run=_pack)
 
 
@@ -242,11 +308,13 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 
 def _add_restore(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "restore",
-        help="make anew what the tracking store no longer holds",
-        description="Check that the tracking store holds the runs and the version that out/ names, "
-        "and run the stages again whose records are gone.",
+        summary="re-create runs and versions that are missing from MLflow",
+        description="Record again the runs and the version that the tracking store lacks of the outputs in out/. Only "
+        "register runs again.",
+        examples="python -m pipeline restore",
     )
     parser.set_defaults(run=_restore)
 
@@ -255,21 +323,22 @@ def _restore(_: argparse.Namespace) -> None:
     from pipeline.tracking.restore import restore
     from pipeline.tracking.store import store_errors
 
-    # DVC reads no section but its stages' own: a mistyped one would go unseen where nothing is to be run.
     load_params()
     if not (OUT / "register" / "version.json").is_file():
         raise UserError(f"{OUT / 'register' / 'version.json'}: is missing; run `dvc repro` first")
     with store_errors():
-        restore(OUT)
+        restore(OUT, read_yaml(PARAMS_FILE))
 
 
 def _add_ui(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "ui",
-        help="browse the runs in MLflow",
-        description="Show the tracking store, the embedded one or that of MLFLOW_TRACKING_URI, in MLflow's UI.",
+        summary="browse the runs in MLflow",
+        description="Show the tracking store in MLflow's UI: the embedded store, or that of MLFLOW_TRACKING_URI.",
+        examples="python -m pipeline ui --port 5001",
     )
-    parser.add_argument("--port", type=int, default=UI_PORT, help="on 127.0.0.1 (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=UI_PORT, help="port on 127.0.0.1 (default: %(default)s)")
     parser.set_defaults(run=_ui)
 
 
@@ -278,21 +347,30 @@ def _ui(arguments: argparse.Namespace) -> None:
 
     uri = connect().tracking_uri
     if _is_server(uri):
-        print(f"{without_password(uri)} is a server, and shows its runs itself: open it in a browser")
+        print(f"{without_password(uri)} is a server with its own UI: open it in a browser")
         return
-    # Beside this Python, which need not be on the path. The store is there by now: two that make it would collide.
+    # The program next to this Python, which need not be on the path. connect() has created the store by now: two
+    # processes that create it at once would collide.
     mlflow = Path(sys.executable).with_name("mlflow")
     os.execv(mlflow, [str(mlflow), "ui", "--backend-store-uri", uri, "--port", str(arguments.port)])
 
 
 def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "doctor",
-        help="say what this machine can run, and what it lacks",
-        description="Say what this machine is, which providers of ONNX Runtime truly start on it, what CUDA lacks and "
-        "how to bring it, and where an engine would run.",
+        summary="show what this machine can run, and what is missing",
+        description="Show this machine's hardware and libraries, which providers of ONNX Runtime start here, what CUDA "
+        "is missing and how to install it, and where an engine would run.",
+        examples="python -m pipeline doctor",
     )
-    parser.add_argument("--engine", type=Path, default=OUT / "export" / "engine", help="default: %(default)s")
+    parser.add_argument(
+        "--engine",
+        type=Path,
+        default=OUT / "export" / "engine",
+        metavar="FOLDER",
+        help="the engine to look at (default: %(default)s)",
+    )
     parser.set_defaults(run=_doctor)
 
 
@@ -303,17 +381,27 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _add_find_learning_rate(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "find-learning-rate",
-        help="suggest finetune.learning_rate by a short test",
-        description="Train the base for some steps at a learning rate that rises from one to the next, and suggest the "
-        "rate by which the loss has done three quarters of its fall. Reads out/tokenize and out/base, as "
-        "`dvc repro tokenize` leaves them, and the finetune section of params.yaml; writes out/learning-rate/ and "
-        "nothing else.",
+        summary="suggest finetune.learning_rate by a short test",
+        description="Train the base for some steps while the learning rate rises, and suggest the rate at which the "
+        "loss has completed three quarters of its fall. Reads out/tokenize and out/base, which `dvc repro tokenize` "
+        "makes, and the finetune section of params.yaml. Writes only out/learning-rate/.",
+        examples="""
+            dvc repro tokenize
+            python -m pipeline find-learning-rate --steps 200
+        """,
     )
-    parser.add_argument("--lowest", type=float, default=1e-6, metavar="RATE", help="default: %(default)s")
-    parser.add_argument("--highest", type=float, default=1e-1, metavar="RATE", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=100, help="default: %(default)s")
+    parser.add_argument(
+        "--lowest", type=float, default=1e-6, metavar="RATE", help="the first rate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--highest", type=float, default=1e-1, metavar="RATE", help="the last rate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100, metavar="NUMBER", help="optimizer steps to train (default: %(default)s)"
+    )
     parser.set_defaults(run=_find_learning_rate)
 
 
@@ -333,15 +421,21 @@ def _find_learning_rate(arguments: argparse.Namespace) -> None:
 
 
 def _add_advise(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "advise",
-        help="say whether more data, more epochs or neither helps",
-        description="Fine-tune on shares of the training documents and on all of them, each as a DVC experiment named "
-        "advise-SHARE that leaves the workspace alone, fit the learning curve, and say what to do next. Writes "
-        "out/advise/. What is in DVC's cache is not run again.",
+        summary="say whether more data, more epochs or neither helps",
+        description="Fine-tune on shares of the training documents and on all of them, fit the learning curve, and say "
+        "what to do next. Each share is a DVC experiment named advise-SHARE, which leaves the workspace alone; what "
+        "DVC's cache holds is not run again. Writes out/advise/.",
+        examples="python -m pipeline advise --shares 0.25 0.5",
     )
     parser.add_argument(
-        "--shares", type=float, nargs="+", metavar="SHARE", help="default: 0.125 0.25 0.5; all of them is always there"
+        "--shares",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="shares of the documents, besides all of them (default: 0.125 0.25 0.5)",
     )
     parser.set_defaults(run=_advise)
 

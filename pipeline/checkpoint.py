@@ -1,4 +1,4 @@
-"""Checkpoints: a GPT-2 as transformers reads it, its weights in one safetensors file."""
+"""Checkpoints: a GPT-2 in the layout of transformers, with its weights in one safetensors file."""
 
 import logging
 import shutil
@@ -21,14 +21,14 @@ WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 
 
 def save_model(model: GPT2LMHeadModel, folder: Path) -> None:
-    """Write config and weights. Raises `UserError` where the disk is full."""
+    """Write config and weights. Raises `UserError` if the disk is full."""
     with weights_written(folder):
-        # One file, whatever its size: without this limit, save_pretrained cuts weights at 5 GB.
+        # One file of any size: without this limit, save_pretrained splits weights at 5 GB.
         model.save_pretrained(folder, max_shard_size=sys.maxsize)
 
 
 def write_checkpoint(model: GPT2LMHeadModel, *, tokenizer_of: Path, out: Path) -> None:
-    """Write config and weights, and beside them the tokenizer's files of another checkpoint."""
+    """Write config and weights, and copy the tokenizer's files of another checkpoint next to them."""
     save_model(model, out)
     for file in tokenizer_of.iterdir():
         if file.name in TOKENIZER_FILES:
@@ -36,22 +36,20 @@ def write_checkpoint(model: GPT2LMHeadModel, *, tokenizer_of: Path, out: Path) -
 
 
 def pack_checkpoint(checkpoint: Path, out: Path) -> None:
-    """Write a checkpoint in float16 with its tokenizer, as a base that is shipped: half of the size.
+    """Write a checkpoint in float16 with its tokenizer, half the size, to ship it as a base.
 
-    Raises `UserError` where it is no whole GPT-2, or float16 does not hold a weight.
+    Raises `UserError` if it is not a complete GPT-2, or a weight is out of float16's range.
     """
     model = load_checkpoint(checkpoint).half()
     if not_held := [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
-        raise UserError(
-            f"{checkpoint}: float16 does not hold weights as large as in {_some(not_held)}; ship it as it is"
-        )
+        raise UserError(f"{checkpoint}: weights are out of the range of float16: {_some(not_held)}; ship it as it is")
     with whole_folder(out) as partial:
         write_checkpoint(model, tokenizer_of=checkpoint, out=partial)
 
 
 @contextmanager
 def weights_written(folder: Path) -> Iterator[None]:
-    """Tell in one line that weights could not be written: safetensors' error is not the operating system's."""
+    """Report in one line that weights could not be written: safetensors does not raise the operating system's error."""
     try:
         yield
     except SafetensorError as error:
@@ -59,7 +57,7 @@ def weights_written(folder: Path) -> Iterator[None]:
 
 
 def check_checkpoint(folder: Path, name: str) -> None:
-    """Raise `UserError`, led by `name`, where a GPT-2's config, weights or tokenizer are missing."""
+    """Raise `UserError`, starting with `name`, if a GPT-2's config, weights or tokenizer are missing."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{name}: holds no config.json; a checkpoint is a GPT-2 as save_pretrained writes it")
@@ -71,7 +69,7 @@ def check_checkpoint(folder: Path, name: str) -> None:
         raise UserError(f"{name}: is a {model_type} model; the checkpoint must be of a GPT-2")
     if "quantization_config" in config:
         raise UserError(
-            f"{name}: is quantized; the checkpoint must hold plain weights, from which precision follows later"
+            f"{name}: is quantized; use a checkpoint with plain weights, because export makes each precision from them"
         )
     if not (folder / WEIGHTS_FILE).is_file() and not (folder / WEIGHTS_INDEX_FILE).is_file():
         raise UserError(
@@ -87,10 +85,10 @@ def check_checkpoint(folder: Path, name: str) -> None:
 
 
 def load_checkpoint(folder: Path, name: str | None = None) -> GPT2LMHeadModel:
-    """The checkpoint in float32, ready to be asked.
+    """Load a checkpoint in float32 and evaluation mode.
 
-    Raises `UserError`, led by `name` or the folder, where a file is missing, it is no GPT-2, or a weight is missing,
-    misshapen or not finite.
+    Raises `UserError`, starting with `name` or the folder, if a file is missing, it is not a GPT-2, or a weight is
+    missing, has the wrong shape or is not finite.
     """
     name = name or str(folder)
     check_checkpoint(folder, name)
@@ -103,13 +101,15 @@ def load_checkpoint(folder: Path, name: str | None = None) -> GPT2LMHeadModel:
                 attn_implementation=attention_implementation(GPT2Config.from_pretrained(folder)),
                 use_safetensors=True,
                 output_loading_info=True,
-                # Without it a wrong shape is told in many lines; it is an error all the same, below.
+                # Without it, a wrong shape is reported in many lines. It is an error anyway, below.
                 ignore_mismatched_sizes=True,
             )
         except (SafetensorError, FileNotFoundError) as error:
             raise UserError(f"{name}: its weights are cut off or lack a file: {error}; fetch them again") from error
     if misshapen := sorted(loading["mismatched_keys"]):
-        raise UserError(f"{name}: weights have another shape than config.json says: {_some(misshapen)}")
+        raise UserError(
+            f"{name}: weights have another shape than config.json says: {_some(misshapen)}; fetch the model again"
+        )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"{name}: weights are missing: {_some(missing)}; fetch the model again")
     if not_finite := [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
@@ -120,13 +120,19 @@ def load_checkpoint(folder: Path, name: str | None = None) -> GPT2LMHeadModel:
 
 
 def attention_implementation(config: GPT2Config) -> str:
-    """`sdpa`, or `eager` where a config scales attention otherwise: transformers 4.57 leaves that out of its SDPA."""
+    """Return `sdpa`, or `eager` if the config scales attention differently: transformers 4.57 ignores that in SDPA."""
     return "sdpa" if config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx else "eager"
+
+
+def attention_scale(config: GPT2Config, layer: int) -> float:
+    """Return the factor of a layer's attention scores; a config may leave out the usual root, or divide by depth."""
+    scale: float = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+    return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
 
 @contextmanager
 def _only_errors_logged() -> Iterator[None]:
-    """Keep quiet what `transformers` says of odd weights: it is told here as an error, or counted."""
+    """Silence what `transformers` logs about odd weights: it is reported here, as an error or in one line."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
@@ -136,6 +142,6 @@ def _only_errors_logged() -> Iterator[None]:
 
 
 def _some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     shown, rest = names[:3], len(names) - 3
     return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")

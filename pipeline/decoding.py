@@ -1,6 +1,6 @@
-"""How a continuation is decoded: `SamplingParams`, and `ModelDecoding`, what a model brings of them.
+"""How a continuation is decoded: the parameters of a request, `SamplingParams`, and a model's own, `ModelDecoding`.
 
-Names, neutral values and ranges of the parameters stand here and nowhere else.
+Names, neutral values and ranges of the parameters are defined only here.
 """
 
 import sys
@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 
 LONGEST_LOOP_TOKENS = 1024
-"""Of a run that `repetition_detection` looks for: what a step costs at most grows with it."""
+"""The longest run, in tokens, that `repetition_detection` may look for. The worst cost of a step grows with it."""
 CONTEXT_OVERFLOWS = ("end", "slide")
 
 
@@ -21,61 +21,61 @@ CONTEXT_OVERFLOWS = ("end", "slide")
 class SamplingParams:
     """Decoding parameters of one request; every default is neutral (the filter is off).
 
-    The order in which they act is stated in `pipeline.engine.filters`. Raises `UserError` naming field, value and
-    range when a value has the wrong type or lies out of range.
+    `pipeline.engine.filters` states the order in which they act. Raises `UserError`, naming field, value and range, if
+    a value has the wrong type or is out of range.
     """
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the argmax. At least 0."""
     top_k: int = 0
-    """Keep the k most likely tokens, ties with the last kept. At least 0; 0 is off."""
+    """Keep the k likeliest tokens and ties with the last. At least 0; 0 is off."""
     top_p: float = 1.0
-    """Keep the smallest most-likely set holding this probability, ties with the last kept. In (0, 1]; 1 is off."""
+    """Keep the fewest likeliest tokens that hold this probability, and ties with the last. In (0, 1]; 1 is off."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the likeliest. In [0, 1]; 0 is off."""
     typical_p: float = 1.0
-    """Keep the tokens whose surprise is nearest the entropy, up to this probability. In (0, 1]; 1 is off."""
+    """Keep the tokens with surprise nearest the entropy that hold this probability. In (0, 1]; 1 is off."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in prompt and output. Above 0; 1 is off."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of each token in the output. In [-2, 2]; 0 is off."""
     frequency_penalty: float = 0.0
-    """Subtracted once an occurrence from the logit of each token in the output. In [-2, 2]; 0 is off."""
+    """Subtracted per occurrence from the logit of each token in the output. In [-2, 2]; 0 is off."""
     no_repeat_ngram_size: int = 0
-    """Never complete an n-gram of this many tokens that prompt and output already hold. At least 0; 0 is off."""
+    """Never repeat an n-gram of this many tokens in prompt and output. At least 0; 0 is off."""
     max_verbatim_tokens: int = 0
-    """Never draw more than this many tokens in a row that stand so in the training text. At least 0; 0 is off. Needs an
-    engine with an index of that text (`export.verbatim_index`). A prompt does not count; end-of-text is never removed,
-    nor are stop ids."""
+    """Never draw a longer run of tokens of the training text than this. At least 0; 0 is off. Needs an engine with an
+    index of that text (`export.verbatim_index`). The prompt does not count. End-of-text and stop ids are never removed.
+    """
     repetition_detection: tuple[int, ...] = ()
-    """Two numbers, such as `[20, 3]`: end the continuation once its end is a run of at most 20 tokens, 3 times over. A
-    third is the shortest run that counts. The first in [0, 1024], 0 is off; the second at least 2; the third in [1, the
-    first]."""
+    """Two numbers, such as `[20, 3]`: stop once the text ends in a run of at most 20 tokens, 3 times in a row. A third
+    number is the shortest run that counts. The first in [0, 1024], 0 is off; the second at least 2; the third in [1,
+    the first]."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids. In [-100, 100]."""
     banned_token_ids: tuple[int, ...] = ()
-    """Tokens never drawn."""
+    """Tokens that are never drawn."""
     allowed_token_ids: tuple[int, ...] = ()
-    """If any are given, no other token is drawn but end-of-text and the stop ids."""
+    """If any are given, only these, end-of-text and the stop ids are drawn."""
     min_new_tokens: int = 0
     """End-of-text and stop ids are not drawn before this many tokens. At least 0."""
     max_new_tokens: int | None = None
-    """Tokens generated at most. At least 1; null goes on to the end of the context."""
+    """The most tokens that are generated. At least 1; null continues to the end of the context."""
     context_overflow: str = "end"
-    """At the end of the context: `end`, or `slide`, which reads the newest half again and goes on from there. With
+    """What happens at the end of the context: `end`, or `slide`, which reads the newest half again and continues. With
     `slide`, `max_new_tokens` must be set."""
     stop: tuple[str, ...] = ()
-    """Texts that end the continuation and are cut from it."""
+    """Texts that end the continuation; it ends before them."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the continuation as end-of-text does."""
     ignore_eos: bool = False
-    """Go on past end-of-text."""
+    """Continue past end-of-text."""
     seed: int | None = None
-    """Key of the random numbers, in [0, 2**63); null takes a fresh one."""
+    """The key of the random numbers, in [0, 2**63); null takes a fresh one."""
     n: int = 1
-    """Independent continuations a prompt. At least 1."""
+    """Independent continuations per prompt. At least 1."""
     logprobs: int | None = None
-    """Report the log-probability of the chosen token and of this many likeliest ones. At least 0; null is off."""
+    """Report the log-probabilities of each drawn token and of this many likeliest ones. At least 0; null is off."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"):
@@ -102,7 +102,7 @@ class SamplingParams:
         if self.context_overflow not in CONTEXT_OVERFLOWS:
             raise UserError(f"context_overflow: {self.context_overflow!r} is none of {', '.join(CONTEXT_OVERFLOWS)}")
         if self.context_overflow == "slide" and self.max_new_tokens is None:
-            raise UserError("max_new_tokens: must be set where context_overflow is slide, or nothing may end the text")
+            raise UserError("max_new_tokens: must be set if context_overflow is slide, or nothing may end the text")
         if not isinstance(self.ignore_eos, bool):
             raise UserError(f"ignore_eos: expected true or false, got {self.ignore_eos!r}")
         for name in ("banned_token_ids", "allowed_token_ids", "stop_token_ids"):
@@ -121,7 +121,7 @@ class SamplingParams:
 
     @classmethod
     def from_mapping(cls, values: Any, *, section: str = "") -> "SamplingParams":
-        """Build from parsed YAML or JSON. Raises `UserError`, each name led by `section`, on unknown names too."""
+        """Build from parsed YAML or JSON. Raises `UserError`, also for unknown names; `section` precedes each name."""
         prefix = f"{section}." if section else ""
         if not isinstance(values, Mapping):
             raise UserError(f"{section or 'decoding parameters'}: expected names and values, got {values!r}")
@@ -130,7 +130,7 @@ class SamplingParams:
             if name not in known:
                 raise UserError(f"{prefix}{name}: no such decoding parameter; known are {', '.join(sorted(known))}")
         if isinstance(bias := values.get("logit_bias"), Mapping):
-            # JSON has no whole numbers for keys.
+            # Keys of JSON are texts.
             ids = {int(key) if isinstance(key, str) and key.isdecimal() else key: bias[key] for key in bias}
             values = {**values, "logit_bias": ids}
         try:
@@ -139,26 +139,29 @@ class SamplingParams:
             raise UserError(f"{prefix}{error}") from None
 
     def to_mapping(self) -> dict[str, Any]:
-        """The parameters that are not neutral, as JSON can hold them; `from_mapping` reads them back."""
-        neutral = SamplingParams()
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        """Return the parameters that are not neutral, as JSON can hold them; `from_mapping` reads them back."""
+        values = {name: getattr(self, name) for name in self.active_fields()}
         return {
             name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             for name, value in values.items()
-            if value != getattr(neutral, name)
         }
+
+    def active_fields(self) -> list[str]:
+        """Return the names of the parameters that are not neutral."""
+        neutral = SamplingParams()
+        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(neutral, f.name)]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDecoding:
-    """The decoding parameters that a model brings: where its caller sets nothing, and by the names of its presets."""
+    """A model's own decoding parameters: its default, and its presets by name."""
 
     default: SamplingParams
     presets: Mapping[str, SamplingParams] = field(default_factory=dict)
-    """Each is whole: nothing of `default` stands in one."""
+    """Each preset is complete: it takes nothing from `default`."""
 
     def named(self, preset: str | None) -> SamplingParams:
-        """Those of a preset; null names `default`. Raises `UserError` for a name that the model does not have."""
+        """Return the parameters of a preset, or `default` for None. Raises `UserError` for a name that is no preset."""
         if preset is None:
             return self.default
         if not self.presets:
@@ -169,7 +172,7 @@ class ModelDecoding:
 
 
 def read_decoding(decoding: Path, presets: Path | None) -> ModelDecoding:
-    """What `decoding.json` and `presets.json` hold; a model from before there were presets has no second file.
+    """Read `decoding.json` and `presets.json`; a model from before there were presets has no second file.
 
     Raises `UserError` naming file, preset and parameter.
     """
@@ -193,19 +196,19 @@ _SCALARS = {hint: kind for kind in (bool, int, float, str) for hint in (kind, ki
 
 
 def scalar_types() -> dict[str, type]:
-    """The parameters that are one value, each with its type, null aside: bool, int, float or str."""
+    """Return the parameters that are one value, each with its type apart from null: bool, int, float or str."""
     hints = get_type_hints(SamplingParams)
     return {name: _SCALARS[hint] for name, hint in hints.items() if hint in _SCALARS}
 
 
 def list_types() -> dict[str, type]:
-    """The parameters that are lists, each with the type of its entries: int or str."""
+    """Return the parameters that are lists, each with the type of its entries: int or str."""
     hints = get_type_hints(SamplingParams)
     return {name: get_args(hint)[0] for name, hint in hints.items() if get_origin(hint) is tuple}
 
 
 def _tuple_of(params: SamplingParams, name: str) -> tuple[Any, ...]:
-    """The field as a tuple, which it becomes: YAML and JSON give lists."""
+    """Turn a field into a tuple, as YAML and JSON give lists, and return it."""
     value = getattr(params, name)
     if not isinstance(value, list | tuple):
         raise UserError(f"{name}: expected a list, got {value!r}")
@@ -220,9 +223,9 @@ def _check_repetition_detection(values: tuple[Any, ...]) -> None:
     if not values or (longest := values[0]) == 0:
         return
     if len(values) not in (2, 3):
-        raise UserError(f"{name}: expected the longest run and how often it may stand, as [20, 3], got {list(values)}")
+        raise UserError(f"{name}: expected the longest run and its repetitions, such as [20, 3], got {list(values)}")
     _check_range(name, longest, longest <= LONGEST_LOOP_TOKENS, f"at most {LONGEST_LOOP_TOKENS}")
-    _check_range(name, values[1], values[1] >= 2, "at least 2 (how often the run stands in a row)")
+    _check_range(name, values[1], values[1] >= 2, "at least 2 (repetitions of the run)")
     for shortest in values[2:]:
         _check_range(name, shortest, 1 <= shortest <= longest, f"in [1, {longest}] (the shortest run that counts)")
 

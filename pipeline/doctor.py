@@ -1,9 +1,10 @@
-"""What this machine can run, where, and what it lacks: `python -m pipeline doctor`."""
+"""What this machine can run, where, and what is missing: `python -m pipeline doctor`."""
 
 import ctypes
 import shutil
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,19 @@ from pipeline.engine.manifest import CUDA_PRECISIONS, Manifest, read_manifest
 from pipeline.engine.memory import CudaMemory
 from pipeline.errors import UserError
 
+READ_BYTES = 2**30
+"""The size of the array that `read_bandwidth` sums; far more than any cache holds."""
+READ_PASSES = 10
 COPIED_BYTES = 2**30
 COPIES = 10
 NAME_BYTES = 256
 
 
 def report(engine: Path) -> str:
-    """Machine, packages, providers that truly start, and where the engine in a folder would run."""
+    """Describe the machine, its libraries, the providers that start, and where the engine in a folder would run."""
     facts = machine.describe()
     threads = machine.physical_cores()
-    facts["bandwidth"] = f"{machine.read_bandwidth(threads) / 1e9:.1f} GB/s of memory, read by {threads} threads"
+    facts["bandwidth"] = f"{read_bandwidth(threads) / 1e9:.1f} GB/s of memory, read by {threads} threads"
     facts["providers"] = ", ".join(ort.get_available_providers()) + " are built into onnxruntime"
     facts["cpu"] = _first_run(driver.PROCESSOR) or "runs"
     obstacles = [str(obstacle) for obstacle in driver.obstacles()]
@@ -49,23 +53,22 @@ def _engine(folder: Path, *, on_cuda: bool) -> str:
     except UserError as error:
         return str(error)
     held = f"{folder} holds {', '.join(manifest.precisions)}"
-    return f"{held}; by itself it runs {_choice(manifest, on_cuda=on_cuda)}"
+    return f"{held}; by default it runs {_choice(manifest, on_cuda=on_cuda)}"
 
 
 def _choice(manifest: Manifest, *, on_cuda: bool) -> str:
-    for_gpu = [precision for precision in manifest.precisions if precision in CUDA_PRECISIONS]
-    if on_cuda and for_gpu:
-        return f"{for_gpu[0]} on cuda"
+    if on_cuda and (held := manifest.precisions_for("cuda")):
+        return f"{held[0]} on cuda"
     hint = f" (add {CUDA_PRECISIONS[0]} to export.precisions for the GPU)" if on_cuda else ""
-    return f"{manifest.precisions[0]} on cpu{hint}"
+    return f"{manifest.precisions_for('cpu')[0]} on cpu{hint}"
 
 
 def _first_run(provider: str) -> str | None:
-    """What stops a provider from running a graph of one node; none where nothing does."""
+    """Return why a provider cannot run a graph of one node; None if it can."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in ("a", "b")]
     graph = helper.make_graph([helper.make_node("Add", ["a", "a"], ["b"])], "one", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    with driver.quiet() as said:
+    with driver.mute_onnxruntime() as said:
         try:
             session = ort.InferenceSession(model.SerializeToString(), providers=[provider])
             (found,) = session.run(None, {"a": np.ones(4, np.float32)})
@@ -85,8 +88,24 @@ def _gpu() -> dict[str, str]:
     }
 
 
+def read_bandwidth(threads: int) -> float:
+    """Return how many bytes per second `threads` threads read from memory, in the best of several passes.
+
+    A sum of float64 is the simplest pass that waits only for memory: NumPy adds eight bytes at a time with vector
+    instructions, and lets other threads run meanwhile.
+    """
+    parts = np.array_split(np.ones(READ_BYTES // 8), threads)
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(READ_PASSES):
+            started = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            seconds.append(time.perf_counter() - started)
+    return READ_BYTES / min(seconds)
+
+
 def gpu_bandwidth(memory: CudaMemory) -> float:
-    """Bytes a second that the GPU reads and writes in copies of its own memory, the best of several."""
+    """Return how many bytes per second the GPU reads and writes, in the best of several copies within its memory."""
     buffer = memory.zeros((2, COPIED_BYTES), np.uint8)
     seconds = []
     for _ in range(COPIES):

@@ -1,4 +1,4 @@
-"""What a user did wrong, told in one line."""
+"""Errors of the user, reported in one line."""
 
 import logging
 import os
@@ -13,10 +13,10 @@ class UserError(ValueError):
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """The frame of every command: what `pipeline` logs is shown on stderr, and what stops it is one line there.
+    """Run a command: show what `pipeline` logs on stderr, and report the error that stops it there in one line.
 
-    A `UserError` or an operating-system error ends with exit code 2, an interruption by the user with 130. Where
-    nobody reads the output any more (`| head`), the command ends in silence.
+    A `UserError` or an operating-system error ends the process with exit code 2, an interruption by the user with 130.
+    If the reader of the output has gone (`| head`), the command ends silently.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
@@ -26,7 +26,7 @@ def report_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except BrokenPipeError as error:
-        # Python flushes what is left to be written as it ends, and would complain once more.
+        # Python flushes the rest of the output at exit, and would report the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(2) from error
     except OSError as error:

@@ -1,10 +1,11 @@
-"""Files and folders that appear whole or not at all, and their digests."""
+"""Files and folders that appear whole or not at all; JSON; digests."""
 
+import csv
 import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes `path`'s place when the block ends well.
+    """Yield an empty folder, which replaces `path` if the block ends without an error.
 
-    A block that raises leaves nothing; what a killed process left under the temporary name is removed by the next.
+    A block that raises leaves nothing. What a killed process left under the temporary name is removed by the next one.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with _full_disk_named(path):
+        with _name_full_disk(path):
             yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -36,11 +37,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; the file written there takes its place when the block ends well."""
+    """Yield a temporary path; the file written there replaces `path` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        with _full_disk_named(path):
+        with _name_full_disk(path):
             yield partial
         partial.replace(path)
     finally:
@@ -55,32 +56,38 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value that a JSON file holds."""
+    """Return the value in a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
-    """Write one JSON object a line; NaN and infinity are errors."""
+    """Write one JSON object per line; NaN and infinity are errors."""
     with whole_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
         for row in rows:
             lines.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file that `write_jsonl` wrote."""
+    """Yield the objects in a file that `write_jsonl` wrote."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
 
 
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write a table as CSV, its header first."""
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
 def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
+    """Return the hexadecimal SHA-256 of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(paths: Iterable[Path]) -> str:
-    """Hexadecimal SHA-256 over the names and contents of files and folders."""
+    """Return the hexadecimal SHA-256 of the names and contents of files and folders."""
     files = [
         (file.relative_to(path.parent).as_posix(), sha256_file(file))
         for path in paths
@@ -91,8 +98,8 @@ def digest_of(paths: Iterable[Path]) -> str:
 
 
 @contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
-    """Add to an error what could not be written, which the operating system does not say of a write."""
+def _name_full_disk(path: Path) -> Iterator[None]:
+    """Add the path to the error of a full disk, because the operating system does not name it."""
     try:
         yield
     except OSError as error:

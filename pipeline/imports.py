@@ -1,4 +1,4 @@
-"""Which files of this package a module needs, read from the source: what a stage depends on, what a model packs."""
+"""The files of this package that a module needs, found in the source: a stage's dependencies, a model's code."""
 
 import ast
 from pathlib import Path
@@ -7,10 +7,10 @@ PACKAGE = "pipeline"
 
 
 def needed_files(module: str, root: Path) -> set[Path]:
-    """The files under `root` that importing `module` (`pipeline.stages.prepare`) reads, its own and packages' included.
+    """Return the files under `root` that importing `module` (`pipeline.stages.prepare`) reads, packages included.
 
-    Imports inside functions count too, and so does a file beside a module whose name stands in it. Raises
-    `ModuleNotFoundError` for a module of the package that is not there.
+    Imports inside functions count too, and so does a file in a module's folder if a string in the module is its name.
+    Raises `ModuleNotFoundError` if a module of the package does not exist.
     """
     found: set[Path] = set()
     waiting = [module]
@@ -25,13 +25,13 @@ def needed_files(module: str, root: Path) -> set[Path]:
         if "." in name:
             waiting.append(name.rpartition(".")[0])
         tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
-        found |= _named(tree, file)
+        found |= _files_named_in(tree, file)
         waiting += _imported(tree, root)
     return found
 
 
-def _named(tree: ast.Module, file: Path) -> set[Path]:
-    """The files beside a module, other than modules, that a string of its names."""
+def _files_named_in(tree: ast.Module, file: Path) -> set[Path]:
+    """Return the files in a module's folder, other than modules, that a string in the module names."""
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     beside = (other for other in file.parent.iterdir() if other.is_file() and other.suffix != ".py")
     return {other for other in beside if other.name in texts}

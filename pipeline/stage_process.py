@@ -1,4 +1,4 @@
-"""What a stage's process owes to those around it: it ends when told to or with its DVC, and alone writes its folder."""
+"""A stage's process: stops on SIGTERM or when its DVC dies, and holds an exclusive lock on its output folder."""
 
 import math
 import os
@@ -15,22 +15,22 @@ from filelock import FileLock, Timeout
 from pipeline.errors import UserError
 
 ONE_REQUEST_S = 3
-"""Whoever ends a group of processes may tell each of them more than once."""
+"""SIGTERMs within this time count as one: a group of processes may get each signal more than once."""
 STAGE_VARIABLE = "DVC_STAGE"
-"""DVC sets it for the commands that it runs."""
+"""The variable that DVC sets for the commands that it runs."""
 SHELLS = {"ash", "bash", "busybox", "dash", "fish", "ksh", "sh", "zsh"}
 WATCH_S = 0.25
 LOCK_SUFFIX = ".lock"
 LOCK_WAIT_S = 10
-"""For one that was told to end: the system clears its memory away first, and lets go of the lock last."""
+"""The wait for a process that is ending: the system frees its memory first, and releases the lock last."""
 
 
 @contextmanager
 def stage_process(out: Path) -> Iterator[None]:
-    """The frame of a stage that writes `out`: it ends with its DVC, and no other process writes there meanwhile.
+    """Run a stage that writes `out`: it ends when its DVC dies, and no other process writes there meanwhile.
 
-    Its end comes wherever it is: what is half-written lies under a temporary name, and the next one removes it.
-    Raises `UserError` where another is at work.
+    It may die at any point: partial output has a temporary name, and the next run removes it. Raises `UserError` if
+    another process is writing.
     """
     end_with_dvc()
     with only_writer(out, LOCK_WAIT_S):
@@ -39,9 +39,9 @@ def stage_process(out: Path) -> Iterator[None]:
 
 @contextmanager
 def only_writer(folder: Path, wait_s: float) -> Iterator[None]:
-    """Hold the lock of a folder, a file beside it. Raises `UserError` where another process still does after `wait_s`.
+    """Hold the lock of a folder, a file next to it. Raises `UserError` if another process holds it after `wait_s`.
 
-    The system lets go of it however a process ends; the file stays, and says nothing.
+    The OS releases the lock when the process ends. The lock file stays; its presence means nothing.
     """
     lock_file = folder.with_name(folder.name + LOCK_SUFFIX)
     lock_file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,19 +54,19 @@ def only_writer(folder: Path, wait_s: float) -> Iterator[None]:
 
 
 def end_with_dvc() -> None:
-    """Send this stage SIGTERM when the DVC that runs it is gone, however it went.
+    """Send this stage SIGTERM when the DVC that runs it has ended for any reason.
 
-    A stage that a person started by hand may outlive the shell.
+    A stage that was started by hand may outlive its shell.
     """
     if os.environ.get(STAGE_VARIABLE):
         threading.Thread(target=_end_after, args=(_runners(),), daemon=True).start()
 
 
 def _runners() -> list[int]:
-    """The process that started this one, and where that is a shell, the one that started the shell.
+    """Return the ids of the process that started this one and, if that is a shell, of the shell's parent.
 
-    DVC runs a command through a shell, and some shells, such as Debian's sh, stay while it runs. A system's call for
-    the end of the parent would tell of the shell's end alone, and that lives on without DVC.
+    DVC runs a command through a shell, and some shells, such as Debian's sh, stay while it runs. A system call that
+    reports the end of the parent would report only the shell's end, and the shell survives DVC.
     """
     try:
         parent = psutil.Process(os.getppid())
@@ -76,7 +76,7 @@ def _runners() -> list[int]:
 
 
 def _end_after(runners: list[int]) -> None:
-    # A process whose parent ends is handed on to another at once, whether or not anybody has asked for its result.
+    # If its parent ends, a process gets another parent at once, whether or not anyone has waited for the parent.
     while _runners() == runners:
         time.sleep(WATCH_S)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -84,7 +84,7 @@ def _end_after(runners: list[int]) -> None:
 
 @contextmanager
 def termination_noted() -> Iterator[threading.Event]:
-    """Let SIGTERM set the event instead of ending the process; another one, some seconds later, ends it."""
+    """Let SIGTERM set the event instead of ending the process; a second one, some seconds later, ends it."""
     asked = threading.Event()
     first_s = math.inf
 

@@ -1,13 +1,12 @@
-"""Texts as tokens: the tokenizer as this project uses it, and the arrays in which `tokenize` stores each split.
+"""Texts as tokens: the tokenizer as this project uses it, and the arrays that `tokenize` writes per split.
 
-Every document is read as end-of-text, its text, end-of-text: the first is context and never a label. A split's folder
-holds:
+Every document is end-of-text, its text, end-of-text: the first is context and never a label. A split's folder holds:
 
-- `tokens.npy`, `[tokens]`, uint16 where every id fits and uint32 elsewhere: a leading end-of-text, then each document's
+- `tokens.npy`, `[tokens]`, uint16 if every id fits, else uint32: a leading end-of-text, then each document's
   text followed by an end-of-text;
-- `bounds.npy`, `[documents + 1]`, int64: the positions of those end-of-texts, so that document i, with both of its
-  own, is `tokens[bounds[i] : bounds[i + 1] + 1]`;
-- `meta.json`: the other fields of `TokenArrays`, and how many documents and tokens of which dtype there are.
+- `bounds.npy`, `[documents + 1]`, int64: the positions of those end-of-texts, so that document i, including both of
+  its own, is `tokens[bounds[i] : bounds[i + 1] + 1]`;
+- `meta.json`: the other fields of `TokenArrays`, the numbers of documents and tokens, and the dtype.
 """
 
 import hashlib
@@ -36,24 +35,24 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""Every file that a tokenizer of `transformers` may consist of; this project reads the first alone."""
+"""Every file that a tokenizer of `transformers` may consist of; this project reads only the first."""
 
 BATCH_DOCUMENTS = 1000
-"""Encoded at a time: keeps every core busy while memory holds little of the corpus."""
+"""The number of documents to encode at a time: keeps every core busy, with little of the corpus in memory."""
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a model's folder; see `load_tokenizer_file`."""
+    """Load the tokenizer in a model's folder; see `load_tokenizer_file`."""
     return load_tokenizer_file(folder / TOKENIZER_FILE)
 
 
 def load_tokenizer_file(file: Path) -> Tokenizer:
-    """A tokenizer that encodes a text as nothing but its text.
+    """Load a tokenizer that encodes only the text itself.
 
-    Special tokens are added nowhere and written out in a text they are ordinary characters; nothing is truncated or
-    padded. Raises `UserError` where the file is missing or not JSON.
+    It adds no special tokens, reads their names in a text as ordinary characters, and neither truncates nor pads.
+    Raises `UserError` if the file is missing or not JSON.
     """
     tokenizer = Tokenizer.from_str(json.dumps(_read_tokenizer_json(file)))
     tokenizer.encode_special_tokens = True
@@ -64,34 +63,34 @@ def load_tokenizer_file(file: Path) -> Tokenizer:
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """SHA-256 of the content of `tokenizer.json`, whatever its layout: of its JSON with sorted keys and no spaces."""
+    """Return the SHA-256 of `tokenizer.json` regardless of its layout: of its JSON with sorted keys and no spaces."""
     content = _read_tokenizer_json(folder / TOKENIZER_FILE)
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Rows that an embedding needs for every id: the highest plus one, added tokens included."""
+    """Return the number of rows that an embedding needs: the highest id plus one, added tokens included."""
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     return 1 + max(ids.values())
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id of `<|endoftext|>`. Raises `UserError` where the tokenizer has none."""
+    """Return the id of `<|endoftext|>`. Raises `UserError` if the tokenizer has none."""
     token_id = tokenizer.token_to_id(END_OF_TEXT)
     if token_id is None:
-        raise UserError(f"the tokenizer has no {END_OF_TEXT} token, which parts documents; use one that has it")
+        raise UserError(f"the tokenizer has no {END_OF_TEXT} token, which separates documents; use one that has it")
     return int(token_id)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt read as the beginning of a document: end-of-text, then its text."""
+    """Return the tokens of a prompt as the beginning of a document: end-of-text, then its text."""
     return [end_of_text_id(tokenizer), *tokenizer.encode(prompt).ids]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenArrays:
-    """The token arrays of one split, mapped into memory; as long as it has documents."""
+    """The token arrays of one split, mapped into memory. Its length is the number of documents."""
 
     tokens: Tokens
     bounds: NDArray[np.int64]
@@ -99,34 +98,34 @@ class TokenArrays:
     vocabulary_size: int
     end_of_text_id: int
     text_bytes: int
-    """Of all texts in UTF-8."""
+    """The size of all texts in UTF-8."""
     sha256: str
-    """Of the values of `tokens`, little-endian; as no text holds end-of-text, it stands for the bounds too."""
+    """The SHA-256 of `tokens`, little-endian. It also identifies the bounds, because no text contains end-of-text."""
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
     def document(self, index: int) -> Tokens:
-        """A view of document `index` (from 0), which begins and ends with end-of-text."""
+        """Return a view of document `index` (from 0), which begins and ends with end-of-text."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         return self.tokens[self.bounds[index] : self.bounds[index + 1] + 1]
 
     def document_tokens(self) -> NDArray[np.int64]:
-        """The length of every document, `[documents]`, with both of its end-of-texts."""
+        """Return the length of every document, `[documents]`, including both of its end-of-texts."""
         return np.diff(self.bounds) + 1
 
 
 def write_tokens(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, tokenizer_sha256: str) -> None:
-    """Encode one text a document and write the arrays to `folder`, which exists; memory holds a batch of texts.
+    """Encode one text per document and write the arrays to `folder`, which exists; memory holds one batch of texts.
 
-    A text without tokens is a document all the same. The same texts and tokenizer give the same bytes.
+    A text without tokens is still a document. The same texts and tokenizer give the same bytes.
     """
     end_of_text, size = end_of_text_id(tokenizer), vocabulary_size(tokenizer)
     dtype = np.dtype("<u2" if size <= 2**16 else "<u4")
     documents, tokens, text_bytes, digest = 0, 1, 0, hashlib.sha256()
     with (folder / "tokens.npy").open("wb") as tokens_file, (folder / "bounds.npy").open("wb") as bounds_file:
-        # NumPy pads a header so that its length does not depend on the shape, which is known at the end only.
+        # NumPy pads a header so that its length does not depend on the shape, which is known only at the end.
         _write_header(tokens_file, dtype, 0)
         _write_header(bounds_file, np.int64, 0)
         digest.update(_append(tokens_file, np.array([end_of_text], dtype)))
@@ -156,12 +155,14 @@ def write_tokens(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, token
 
 
 def load_tokens(folder: Path, tokenizer_sha256: str) -> TokenArrays:
-    """Map the arrays of a split. Raises `UserError` where they are missing or another tokenizer wrote them."""
+    """Map the arrays of a split. Raises `UserError` if they are missing or were written with another tokenizer."""
     if not (folder / "meta.json").is_file():
         raise UserError(f"{folder}: holds no token arrays; make them with dvc repro tokenize")
     meta = read_json(folder / "meta.json")
     if meta["tokenizer_sha256"] != tokenizer_sha256:
-        raise UserError(f"{folder}: was written with another tokenizer than the model's; make it anew with dvc repro")
+        raise UserError(
+            f"{folder}: was written with another tokenizer than the model's; run dvc repro to write it again"
+        )
     return TokenArrays(
         tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
         bounds=np.load(folder / "bounds.npy", mmap_mode="r"),
@@ -189,7 +190,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _append(file: BinaryIO, values: NDArray[np.integer]) -> bytes:
-    """Write the values and return their bytes."""
+    """Write the values, and return their bytes."""
     data = values.tobytes()
     file.write(data)
     return data

@@ -1,6 +1,6 @@
-"""The tiny GPT-2 of `tiny_gpt2.py`, made once a session, read by all tests and changed by none.
+"""The tiny GPT-2 of `tiny_gpt2.py` and its engine, made once per run, read by all tests and changed by none.
 
-Imports stand inside the fixtures: tests that ask for no model start without loading torch.
+Imports are inside the fixtures: tests that ask for no model start without loading torch.
 """
 
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from shared_folder import check_unchanged, set_root, shared_folder
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -19,27 +20,42 @@ LONGEST = "test_end_to_end.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: where files are shared among processes, none is left waiting for it."""
+    """Put the longest file first, so that no worker still runs it when the others have finished."""
     items.sort(key=lambda item: item.path.name != LONGEST)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_root(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[None]:
+    """The place of the shared folders: the temporary folder of this run, which holds those of its workers."""
+    own = tmp_path_factory.getbasetemp()
+    set_root((own if worker_id == "master" else own.parent) / "shared")
+    yield
+    check_unchanged()
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint() -> Path:
     """Folder of a random GPT-2 of 2 layers, width 32 and context 64, with its tokenizer. Do not write to it."""
-    from tiny_gpt2 import write_checkpoint
 
-    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+    def build(folder: Path) -> None:
+        from tiny_gpt2 import write_checkpoint
+
+        write_checkpoint(folder)
+
+    return shared_folder("tiny-checkpoint", build)
 
 
 @pytest.fixture(scope="session")
-def tiny_export_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_export_folder(tiny_checkpoint: Path) -> Path:
     """`portable/` and `engine/` of `tiny_checkpoint`. Do not write to it."""
-    from pipeline.export.build import CACHE_BITS, PRECISIONS
-    from pipeline.stages.export import export_checkpoint
 
-    folder = tmp_path_factory.mktemp("export")
-    export_checkpoint(tiny_checkpoint, folder, PRECISIONS, CACHE_BITS)
-    return folder
+    def build(folder: Path) -> None:
+        from pipeline.export.build import CACHE_BITS, PRECISIONS
+        from pipeline.stages.export import export_checkpoint
+
+        export_checkpoint(tiny_checkpoint, folder, PRECISIONS, CACHE_BITS)
+
+    return shared_folder("tiny-export", build)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +74,7 @@ def tiny_engine(tiny_engine_folder: Path) -> "Engine":
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: more of them cost more than they save in so small a model."""
+    """PyTorch on one thread: more threads cost more than they save in such a small model."""
     import torch
 
     threads = torch.get_num_threads()
@@ -69,7 +85,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_model(tiny_checkpoint: Path, one_thread: None) -> "GPT2LMHeadModel":
-    """`tiny_checkpoint` in PyTorch, ready to be asked; the test's own, to train or change."""
+    """`tiny_checkpoint` in PyTorch, in evaluation mode. Each test has its own, and may train or change it."""
     from pipeline.checkpoint import load_checkpoint
 
     return load_checkpoint(tiny_checkpoint)

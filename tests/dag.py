@@ -1,4 +1,4 @@
-"""What dvc.yaml says of the stages."""
+"""The contents of dvc.yaml, for tests of it."""
 
 import shlex
 from pathlib import Path
@@ -13,11 +13,10 @@ STAGES: dict[str, dict[str, Any]] = DAG["stages"]
 
 
 def outs(stage: str) -> list[str]:
-    """What a stage writes; an output with options is a mapping of one key."""
-    listed = [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
-    return [path if isinstance(path, str) else next(iter(path)) for path in listed]
+    """Return what a stage writes; an output with options is a mapping of one key."""
+    return [path if isinstance(path, str) else next(iter(path)) for path in STAGES[stage]["outs"]]
 
 
 def arguments(stage: str) -> list[str]:
-    """What follows the module in a stage's command."""
+    """Return the arguments after the module in a stage's command."""
     return shlex.split(STAGES[stage]["cmd"])[3:]

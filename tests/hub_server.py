@@ -1,4 +1,4 @@
-"""A hub on this machine: serves a folder as a model's repository, as `huggingface_hub` 0.36 asks for one."""
+"""A hub on this machine, which serves a folder as a model repository to `huggingface_hub` 0.36."""
 
 import hashlib
 import json
@@ -11,9 +11,9 @@ from urllib.parse import unquote, urlsplit
 
 
 class HubServer:
-    """Serves `folder` as `repository` at one commit, `revision`, on a free port, inside a `with` block.
+    """A server of `folder` as `repository` at one commit, `revision`, on a free port, inside a `with` block.
 
-    The repository `gated` shows the same list of files, and no file.
+    The repository `gated` lists the same files but serves none of them.
     """
 
     def __init__(self, folder: Path, repository: str, revision: str, *, gated: str) -> None:
@@ -22,7 +22,7 @@ class HubServer:
         self.revision = revision
         self.gated = gated
         self.requests: list[str] = []
-        """Method and path of each, in order."""
+        """The method and path of each request, in order."""
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -35,7 +35,7 @@ class HubServer:
                 _answer(hub, self)
 
             def log_message(self, format: str, *arguments: object) -> None:
-                """Say nothing: `requests` holds what was asked."""
+                """Print nothing: `requests` holds what was asked."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -56,7 +56,7 @@ class HubServer:
         return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
 
     def fetched_files(self) -> set[str]:
-        """The files whose content was asked for."""
+        """Return the files that were asked for with their content."""
         prefix = f"GET /{self.repository}/resolve/{self.revision}/"
         return {request.removeprefix(prefix) for request in self.requests if request.startswith(prefix)}
 

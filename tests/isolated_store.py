@@ -1,23 +1,24 @@
-"""An MLflow store of a test's own: its folder is the project, and nothing of it outlives the test."""
+"""An MLflow store for one test: the test's folder is the project, and its settings end with the test."""
 
-import tempfile
+import shutil
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from shared_folder import shared_folder
 
+STORE = "mlflow.db"
 VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 
 
 @contextmanager
 def isolated_store(folder: Path) -> Iterator[None]:
     """Make `folder` the current one and DVC's root, with the embedded store that is there, or else an empty one."""
-    if not (folder / "mlflow.db").exists():
-        (folder / "mlflow.db").write_bytes(_empty_database())
+    add_empty_store(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DVC_ROOT", str(folder))
@@ -29,9 +30,19 @@ def isolated_store(folder: Path) -> Iterator[None]:
             mlflow.set_tracking_uri(None)
 
 
-@cache
-def _empty_database() -> bytes:
-    """Migrating takes seconds, so it is done once a session."""
-    with tempfile.TemporaryDirectory() as folder:
-        MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
-        return (Path(folder) / "mlflow.db").read_bytes()
+def add_empty_store(folder: Path) -> None:
+    """Write an empty embedded store to `folder` unless there is one. Migrating one takes seconds, so it is a copy."""
+    if not (folder / STORE).exists():
+        shutil.copy(shared_folder("empty-store", _make_empty_store) / STORE, folder)
+
+
+def _make_empty_store(folder: Path) -> None:
+    MlflowClient(f"sqlite:///{folder / STORE}").search_experiments()
+
+
+def copy_store(source: Path, target: Path) -> None:
+    """Copy the embedded store of the project `source`; the copy's runs name the files of `target`."""
+    with closing(sqlite3.connect(f"file:{source / STORE}?mode=ro", uri=True)) as store:
+        statements = "\n".join(store.iterdump())
+    with closing(sqlite3.connect(target / STORE)) as store:
+        store.executescript(statements.replace(str(source), str(target)))

@@ -84,11 +84,11 @@ def test_a_soak_leaves_the_server_as_it_was(tiny_engine_folder: Path) -> None:
     command = [sys.executable, "benchmarks/soak.py", "--engine", str(tiny_engine_folder), "--precision", "float32"]
     done = run([*command, "--seconds", "6", "--clients", "8"])
     assert done.returncode == 0, done.stderr
-    assert "in use in the end: nothing" in done.stdout
+    assert "in use at the end: nothing" in done.stdout
 
 
 @pytest.mark.skipif(not driver.obstacles(), reason="CUDA runs here")
-def test_a_gpu_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_gpu_that_is_not_there_is_reported_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/decode.py", "--checkpoint", "tiny", "--provider", "cuda"]
     done = run([*command, "--contexts", "8", "--new-tokens", "4", "--work", str(tmp_path)])
     assert done.returncode == 2

@@ -1,3 +1,5 @@
+"""Charts are the same bytes each time, and hold what a page needs."""
+
 import re
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""The commands: what they print, and one line for each error."""
+
 import io
 import os
 import shutil
@@ -49,14 +51,14 @@ def engine(tiny_engine_folder: Path) -> str:
 def champion(tiny_engine_folder: Path, tmp_path: Path) -> str:
     """A registered model that by default draws three tokens; its code is not what a command runs."""
     write_decoding(tmp_path / "registered")
-    return registered(tiny_engine_folder, tmp_path, "decoding", "presets")
+    return register_champion(tiny_engine_folder, tmp_path, "decoding", "presets")
 
 
 @pytest.fixture
 def old_champion(tiny_engine_folder: Path, tmp_path: Path) -> str:
     """The same as it was registered before there were presets."""
     write_decoding(tmp_path / "registered")
-    return registered(tiny_engine_folder, tmp_path, "decoding")
+    return register_champion(tiny_engine_folder, tmp_path, "decoding")
 
 
 def write_decoding(folder: Path) -> None:
@@ -65,7 +67,7 @@ def write_decoding(folder: Path) -> None:
     write_json(folder / "presets.json", {name: preset.to_mapping() for name, preset in PRESETS.items()})
 
 
-def registered(engine: Path, tmp_path: Path, *names: str) -> str:
+def register_champion(engine: Path, tmp_path: Path, *names: str) -> str:
     client = store.connect()
     artifacts = {"engine": str(engine), **{name: str(tmp_path / "registered" / f"{name}.json") for name in names}}
     with runs.start_run("register", {}) as run:
@@ -222,12 +224,12 @@ def test_a_registered_model_needs_no_parameters_file(
 
 
 @pytest.mark.parametrize("model", ["models:/nobody@champion", "models:/nobody/1", "models:nobody", "models:/"])
-def test_an_unknown_model_is_told(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_model_is_reported(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "generate", PROMPT, "--model", model)
     assert message.startswith(f"error: {model}: the registry does not hold it (")
 
 
-def test_a_folder_without_engine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_engine_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "generate", PROMPT, "--model", "nowhere").startswith("error: nowhere: holds no engine")
 
 
@@ -242,7 +244,7 @@ def test_without_an_export_it_says_how_to_make_one(capsys: pytest.CaptureFixture
     [
         (("--top-p", "1.5"), "top_p: 1.5 is out of range, must be in (0, 1]"),
         (("--temperature", "nan"), "temperature: expected a finite number, got nan"),
-        (("--repetition-detection", "20"), "repetition_detection: expected the longest run and how often it may stand"),
+        (("--repetition-detection", "20"), "repetition_detection: expected the longest run and its repetitions"),
         (("--max-new-tokens", "0"), "max_new_tokens: 0 is out of range, must be at least 1"),
         (("--banned-token-ids", "-1"), "banned_token_ids: -1 is out of range"),
         (("--logit-bias", "5=101"), "logit_bias: 101.0 is out of range, must be in [-100, 100]"),
@@ -250,13 +252,13 @@ def test_without_an_export_it_says_how_to_make_one(capsys: pytest.CaptureFixture
         (("--provider", "tpu"), "provider: 'tpu' is none of auto, cpu, cuda"),
     ],
 )
-def test_a_wrong_option_is_told_by_name(
+def test_a_wrong_option_is_reported_by_name(
     options: tuple[str, ...], message: str, engine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert refused(capsys, "generate", PROMPT, "--model", engine, *options).startswith(f"error: {message}")
 
 
-def test_a_bias_that_is_none_is_told(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bias_that_is_none_is_reported(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["generate", PROMPT, "--model", engine, "--logit-bias", "five"])
     assert caught.value.code == 2
@@ -354,7 +356,7 @@ def test_every_parameter_of_one_continuation_is_an_option(capsys: pytest.Capture
     assert {name for name in names if f"--{name.replace('_', '-')} " not in shown.replace("]", " ")} == set()
 
 
-def test_a_section_that_no_stage_owns_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_section_that_no_stage_owns_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (tmp_path / PARAMS_FILE).open("a") as file:
         file.write("tokenise: {}\n")
     assert refused(capsys, "restore") == "error: params.yaml: tokenise: no such parameter\n"
@@ -380,4 +382,4 @@ def test_restore_without_outputs_says_what_to_run(capsys: pytest.CaptureFixture[
 
 def test_restore_with_outputs_half_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_json(tmp_path / "out" / "register" / "version.json", {"name": NAME, "version": 1})
-    assert refused(capsys, "restore").startswith("error: out/finetune/run.json: No such file")
+    assert refused(capsys, "restore").startswith("error: out/finetune/loss_train.csv: No such file")

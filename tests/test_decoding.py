@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,12 @@ def test_logit_bias_maps_token_ids_to_biases_in_range(value: Any, message: str) 
     ("value", "message"),
     [
         (20, "expected a list, got 20"),
-        ([20], r"expected the longest run and how often it may stand, as \[20, 3\], got \[20\]"),
-        ([20, 3, 2, 1], r"expected the longest run and how often it may stand, as \[20, 3\], got \[20, 3, 2, 1\]"),
+        ([20], r"expected the longest run and its repetitions, such as \[20, 3\], got \[20\]"),
+        ([20, 3, 2, 1], r"expected the longest run and its repetitions, such as \[20, 3\], got \[20, 3, 2, 1\]"),
         ([20, 2.5], r"expected a whole number, got 2\.5"),
         ([-1, 3], "-1 is out of range, must be at least 0"),
         ([1025, 3], "1025 is out of range, must be at most 1024"),
-        ([20, 1], r"1 is out of range, must be at least 2 \(how often the run stands in a row\)"),
+        ([20, 1], r"1 is out of range, must be at least 2 \(repetitions of the run\)"),
         ([20, 3, 0], r"0 is out of range, must be in \[1, 20\] \(the shortest run that counts\)"),
         ([20, 3, 21], r"21 is out of range, must be in \[1, 20\] \(the shortest run that counts\)"),
     ],
@@ -161,7 +162,7 @@ def test_unknown_name_is_refused_with_its_section() -> None:
         SamplingParams.from_mapping({"topk": 5}, section="evaluate.decoding")
 
 
-def test_wrong_value_is_told_with_its_section() -> None:
+def test_wrong_value_is_named_with_its_section() -> None:
     with pytest.raises(UserError, match=r"^evaluate\.decoding\.top_p: 2 is out of range, must be in \(0, 1\]$"):
         SamplingParams.from_mapping({"top_p": 2}, section="evaluate.decoding")
 
@@ -178,21 +179,38 @@ def test_neutral_parameters_map_to_nothing() -> None:
 token_ids = st.lists(st.integers(0, 2**20), max_size=4).map(tuple)
 
 
-@given(
-    st.builds(
-        SamplingParams,
-        temperature=st.floats(0, 100),
-        top_k=st.integers(0, 100),
-        top_p=st.floats(0, 1, exclude_min=True),
-        repetition_penalty=st.floats(0.1, 10),
-        banned_token_ids=token_ids,
-        repetition_detection=st.sampled_from([(), (20, 3), (5, 2, 4)]),
-        stop=st.lists(st.text(min_size=1), max_size=3).map(tuple),
-        ignore_eos=st.booleans(),
-        seed=st.none() | st.integers(0, 2**63 - 1),
-        logprobs=st.none() | st.integers(0, 20),
-    )
-)
+STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(0, 100),
+    "top_k": st.integers(0, 100),
+    "top_p": st.floats(0, 1, exclude_min=True),
+    "min_p": st.floats(0, 1),
+    "typical_p": st.floats(0, 1, exclude_min=True),
+    "repetition_penalty": st.floats(0.1, 10),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "no_repeat_ngram_size": st.integers(0, 5),
+    "max_verbatim_tokens": st.integers(0, 50),
+    "repetition_detection": st.sampled_from([(), (20, 3), (5, 2, 4)]),
+    "logit_bias": st.dictionaries(st.integers(0, 2**20), st.floats(-100, 100), max_size=3),
+    "banned_token_ids": token_ids,
+    "allowed_token_ids": token_ids,
+    "min_new_tokens": st.integers(0, 50),
+    "max_new_tokens": st.integers(50, 100),
+    "context_overflow": st.sampled_from(["end", "slide"]),
+    "stop": st.lists(st.text(min_size=1), max_size=3).map(tuple),
+    "stop_token_ids": token_ids,
+    "ignore_eos": st.booleans(),
+    "seed": st.none() | st.integers(0, 2**63 - 1),
+    "n": st.integers(1, 4),
+    "logprobs": st.none() | st.integers(0, 20),
+}
+
+
+def test_every_parameter_is_tried() -> None:
+    assert STRATEGIES.keys() == {field.name for field in fields(SamplingParams)}
+
+
+@given(st.builds(SamplingParams, **STRATEGIES))
 def test_parameters_survive_json(params: SamplingParams) -> None:
     assert SamplingParams.from_mapping(json.loads(json.dumps(params.to_mapping()))) == params
 
@@ -217,7 +235,7 @@ def test_a_preset_is_whole_and_no_name_is_the_models_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["x", "", "Faithful"])
-def test_a_name_that_the_model_does_not_have_is_told(name: str) -> None:
+def test_a_name_that_the_model_does_not_have_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"^preset: '{name}' is none of balanced, faithful, adventurous$"):
         ModelDecoding(OWN, PRESETS).named(name)
     with pytest.raises(UserError, match=rf"^preset: this model has no presets, got '{name}'; leave it out$"):
@@ -247,7 +265,7 @@ def test_decoding_and_presets_are_read_from_two_files(tmp_path: Path) -> None:
         ("{}", "", r"presets\.json: not JSON \(.*\)"),
     ],
 )
-def test_a_file_that_will_not_do_is_told(decoding: str, presets: str, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_wrong_is_named(decoding: str, presets: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "decoding.json").write_text(decoding)
     (tmp_path / "presets.json").write_text(presets)
     with pytest.raises(UserError, match=rf"^{tmp_path}/{message}$"):

@@ -1,16 +1,18 @@
+"""What `python -m pipeline doctor` reports."""
+
 from pathlib import Path
 
 import onnxruntime as ort
 import pytest
 
 from pipeline import __main__ as cli
-from pipeline import doctor, machine
+from pipeline import doctor
 from pipeline.engine.cuda import driver
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "BANDWIDTH_BYTES", 2**20)
+    monkeypatch.setattr(doctor, "READ_BYTES", 2**20)
 
 
 def test_what_runs_and_what_is_missing(
@@ -23,7 +25,7 @@ def test_what_runs_and_what_is_missing(
     assert "GB/s of memory" in shown
     assert "cpu runs" in shown
     assert "no NVIDIA driver (libcuda) is installed; install one of version" in shown
-    assert "holds float32, float16, int8, int4, int8_float16; by itself it runs float32 on cpu" in shown
+    assert "holds float32, float16, int8, int4, int8_float16; by default it runs float32 on cpu" in shown
 
 
 def test_an_engine_that_is_not_there_is_no_obstacle(tmp_path: Path) -> None:

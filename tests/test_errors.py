@@ -1,3 +1,5 @@
+"""Errors end a command with one line and an exit code."""
+
 import errno
 import subprocess
 import sys
@@ -55,7 +57,7 @@ def test_other_errors_keep_what_they_say(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
-def test_a_write_that_the_system_refuses_leaves_nothing_and_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_write_that_the_system_refuses_leaves_nothing_and_is_reported_in_one_line(tmp_path: Path) -> None:
     code = (
         "import resource; from pathlib import Path\n"
         "from pipeline.errors import report_errors; from pipeline.files import whole_folder\n"

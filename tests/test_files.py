@@ -1,3 +1,5 @@
+"""Files and folders appear whole or not at all."""
+
 import signal
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""The files that a module needs, found in its source."""
+
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def needed(module: str, root: Path) -> set[str]:
-    """What `module` needs beyond itself and the packages that it lies in."""
+    """Return what `module` needs besides itself and its packages."""
     own = {"pipeline/__init__.py", "pipeline/stages/__init__.py", f"{module.replace('.', '/')}.py"}
     found = {file.relative_to(root).as_posix() for file in needed_files(module, root)}
     assert own <= found

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
+from changed_params import write_changed_params
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from pipeline.files import read_json, write_jsonl
@@ -17,6 +17,21 @@ ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT.parent / "shared" / "gpt2-tokenizer"
 TALES = ROOT / "data" / "volume-4.txt"
 MEMORY_GIB = 24
+CHANGES = {
+    "base": {"source": "medium"},
+    "finetune": {
+        "context_length": 512,
+        "batch_tokens": 512,
+        "epochs": 1,
+        "evaluations": 1,
+        "learning_rate": 3e-5,
+        "samples": {"max_new_tokens": 8},
+    },
+    # As many samples as documents, long enough to fill the cache.
+    "tune": {"trials": 2, "finalists": 1, "max_new_tokens": 100},
+    # With random weights no token is much likelier than the next: rounding decides which comes first.
+    "export": {"parity": {"int8": {"min_next_token_agreement": 0.01}}},
+}
 
 
 @pytest.mark.slow
@@ -27,7 +42,7 @@ def test_gpt2_medium_is_fine_tuned_exported_and_keeps_parity(tmp_path: Path) -> 
             pytest.skip(f"{needed} is not here")
     write_medium(tmp_path / "medium")
     write_documents(tmp_path / "out" / "prepare")
-    write_params(tmp_path / "params.yaml")
+    write_changed_params(tmp_path / "params.yaml", CHANGES)
 
     run_stage(tmp_path, "base", "out/prepare/train.jsonl", "out/base")
     run_stage(tmp_path, "tokenize", "out/prepare", "out/base", "out/tokenize")
@@ -37,7 +52,7 @@ def test_gpt2_medium_is_fine_tuned_exported_and_keeps_parity(tmp_path: Path) -> 
     run_stage(tmp_path, "tune", *searched, "out/tune")
 
     assert read_json(tmp_path / "out/base/source.json")["parameters"] == 354_823_168
-    assert read_json(tmp_path / "out/finetune/metrics.json")["steps"] == 2
+    assert read_json(tmp_path / "out/finetune/details.json")["steps"] == 2
     parity = read_json(tmp_path / "out/export/parity.json")
     assert parity["float32"]["greedy_agreement_tokens"] == parity["float32"]["greedy_tokens"] == 64
     assert parity["int8"]["positions"] >= 2000
@@ -62,25 +77,6 @@ def write_documents(folder: Path) -> None:
     for name, own in splits.items():
         rows = [{"id": str(index), "title": "", "text": text, "source": "tales"} for index, text in enumerate(own)]
         write_jsonl(folder / f"{name}.jsonl", rows)
-
-
-def write_params(path: Path) -> None:
-    yaml = YAML()
-    params = yaml.load(ROOT / "params.yaml")
-    params["base"]["source"] = "medium"
-    params["finetune"] |= {
-        "context_length": 512,
-        "batch_tokens": 512,
-        "epochs": 1,
-        "evaluations": 1,
-        "learning_rate": 3e-5,
-    }
-    params["finetune"]["samples"]["max_new_tokens"] = 8
-    # As many samples as documents, long enough to fill the cache.
-    params["tune"] |= {"trials": 2, "finalists": 1, "max_new_tokens": 100}
-    # With random weights no token is much likelier than the next: rounding decides which comes first.
-    params["export"]["parity"]["int8"]["min_next_token_agreement"] = 0.01
-    yaml.dump(params, path)
 
 
 def run_stage(folder: Path, stage: str, *arguments: str) -> None:

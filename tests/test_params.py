@@ -1,3 +1,5 @@
+"""params.yaml is read strictly, with errors that name each wrong key."""
+
 import copy
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ WRONG = [
     ("finetune.samples.prompts", ["a", 3], "finetune.samples.prompts.1: must be a valid string, got 3"),
     ("prepare.text_column", None, "prepare.text_column: must be a valid string, got None"),
     ("export", None, "export: must be names and values, got None"),
-    # A boolean is no number, and a number no boolean
+    # A boolean is not a number, and a number is not a boolean
     ("finetune.epochs", True, "finetune.epochs: must be a valid number, got True"),
     ("finetune.seed", False, "finetune.seed: must be a valid integer, got False"),
     ("finetune.context_length", True, "finetune.context_length: must be a valid integer, got True"),
@@ -79,7 +81,7 @@ WRONG = [
 
 
 def with_value(key: str, value: Any) -> Any:
-    """The committed parameters with one changed."""
+    """Return the committed parameters with one changed."""
     values = copy.deepcopy(COMMITTED)
     *sections, name = key.split(".")
     section = values
@@ -90,7 +92,7 @@ def with_value(key: str, value: Any) -> Any:
 
 
 def leaves(values: Any, prefix: str = "") -> list[str]:
-    """Every key that has a value, but those of `evaluate.decoding`, each of which may be left out."""
+    """Return every key that has a value, except those of `evaluate.decoding`, which are all optional."""
     if not isinstance(values, dict) or prefix == "evaluate.decoding.":
         return [prefix.removesuffix(".")]
     return [key for name, value in values.items() for key in leaves(value, f"{prefix}{name}.")]
@@ -104,7 +106,7 @@ def test_the_committed_file_is_right() -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "message"), WRONG)
-def test_a_wrong_value_is_told_in_one_line_that_names_its_key(key: str, value: Any, message: str) -> None:
+def test_a_wrong_value_gives_one_line_that_names_its_key(key: str, value: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_params(with_value(key, value), "params.yaml")
     assert str(caught.value).startswith(f"params.yaml: {message}")
@@ -112,7 +114,7 @@ def test_a_wrong_value_is_told_in_one_line_that_names_its_key(key: str, value: A
 
 
 @pytest.mark.parametrize("key", leaves(COMMITTED))
-def test_every_key_must_be_there(key: str) -> None:
+def test_every_key_is_required(key: str) -> None:
     values = copy.deepcopy(COMMITTED)
     *sections, name = key.split(".")
     section = values
@@ -123,7 +125,7 @@ def test_every_key_must_be_there(key: str) -> None:
         parse_params(values, "params.yaml")
 
 
-def test_all_wrong_keys_are_told_in_one_line() -> None:
+def test_one_line_names_all_wrong_keys() -> None:
     values = with_value("finetune.seed", -1)
     values["prepare"]["separator"] = "("
     values["finetune"]["rate"] = 1
@@ -166,13 +168,13 @@ def test_a_whole_number_serves_as_a_float() -> None:
         (b"a: 1\nb: 2\na: 3\n", ':3: not YAML: found duplicate key "a"'),
         (b"a: *b\n", ":1: not YAML: found undefined alias 'b'"),
         (b"a: \x00\n", ": not YAML: special characters are not allowed, character 4"),
-        (b"a: \xff\n", ": not UTF-8 from byte 4 on; save it as UTF-8"),
+        (b"a: \xff\n", ": not UTF-8 at byte 4; save it as UTF-8"),
         (b"", ": the file: must be names and values, got None"),
         (b"- 1\n", ": the file: must be names and values, got [1]"),
         (b"3\n", ": the file: must be names and values, got 3"),
     ],
 )
-def test_a_file_that_holds_no_parameters_is_told_with_its_line(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_without_parameters_is_an_error_with_its_line(content: bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
     file.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -181,7 +183,7 @@ def test_a_file_that_holds_no_parameters_is_told_with_its_line(content: bytes, m
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_an_error_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, report_errors():
         load_params(tmp_path / "params.yaml")
     assert caught.value.code == 2

@@ -1,3 +1,5 @@
+"""A stage stops on SIGTERM or with its DVC, and locks its output folder."""
+
 import os
 import signal
 import subprocess

@@ -1,3 +1,5 @@
+"""The tokenizer as this project uses it, and the token arrays."""
+
 import json
 from pathlib import Path
 
@@ -137,12 +139,14 @@ def test_a_document_that_is_not_there_is_an_error(tmp_path: Path, tokenizer: Tok
 
 def test_arrays_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     store(tmp_path, ["ab"], tokenizer)
-    with pytest.raises(UserError, match="another tokenizer than the model's; make it anew with dvc repro") as raised:
+    with pytest.raises(
+        UserError, match="another tokenizer than the model's; run dvc repro to write it again"
+    ) as raised:
         load_tokens(tmp_path, "other digest")
     assert str(raised.value).startswith(str(tmp_path))
 
 
-def test_missing_arrays_are_told(tmp_path: Path) -> None:
+def test_missing_arrays_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no token arrays; make them with dvc repro"):
         load_tokens(tmp_path, "digest")
 
@@ -192,7 +196,7 @@ def test_tokenizer_digest_follows_content_not_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{"])
-def test_a_tokenizer_file_that_cannot_be_read_is_told(tmp_path: Path, content: str | None) -> None:
+def test_a_tokenizer_file_that_cannot_be_read_is_reported(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / TOKENIZER_FILE).write_text(content)
     for read in (load_tokenizer, tokenizer_sha256):

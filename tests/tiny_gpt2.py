@@ -14,15 +14,15 @@ SENTENCES = (
     "Nobody on the rock had seen the lamp go out, and nobody said so.",
     "They say the tide brings back what the morning took.",
 )
-"""What the tokenizer learned its merges from."""
+"""The texts from which the tokenizer learns its merges."""
 
 
 def write_checkpoint(
     folder: Path, *, layers: int = 2, width: int = 32, heads: int = 2, context_length: int = 64, seed: int = 0
 ) -> Path:
-    """Write the files as `from_pretrained` reads them, with a vocabulary of 300 tokens; gives `folder`.
+    """Write the files that `from_pretrained` reads, with a vocabulary of 300 tokens, and return `folder`.
 
-    Weights are far larger than a fresh GPT-2's: logits lie well apart, so that a wrong position or mask shows.
+    Weights are far larger than a fresh GPT-2's: logits are well apart, so that a wrong position or mask shows.
     """
     write_tokenizer(folder)
     tokenizer = load_tokenizer(folder)
@@ -49,7 +49,7 @@ def write_checkpoint(
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE with a few merges, as `transformers` writes it."""
+    """Write a byte-level BPE with a few merges, as `transformers` does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,5 +1,6 @@
-"""A toy project, and the way to take it through the stages."""
+"""A toy project: how to make and copy it, and how to take it through the stages."""
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,15 +11,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from isolated_store import isolated_store
-from ruamel.yaml import YAML
+from changed_params import ROOT, write_changed_params
+from isolated_store import STORE, VARIABLES, add_empty_store, copy_store, isolated_store
 
-import pipeline
 from pipeline.files import write_jsonl
-from pipeline.params.file import PARAMS_FILE, read_yaml
+from pipeline.params.file import PARAMS_FILE
 from pipeline.params.whole import Params, load_params
+from pipeline.tracking.runs import find_run
+from pipeline.tracking.store import connect
 
-ROOT = Path(pipeline.__file__).parents[1]
 TEXTS = {
     "train": [f"The lamp on rock {number} went out before the tide." for number in range(60)],
     "validation": [f"The baker lit oven {number} before the morning." for number in range(8)],
@@ -28,7 +29,7 @@ TEXTS = {
         "Nobody on the rock had seen the lamp go out. " * 8,
     ],
 }
-"""The last test document is longer than the tiny model's context of 64 tokens."""
+"""The documents of each split. The last test document is longer than the tiny model's context of 64 tokens."""
 CHANGES: dict[str, Any] = {
     "finetune": {
         "batch_tokens": 128,
@@ -71,9 +72,15 @@ class Project:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Be in the folder, as every stage is."""
+        """Make the folder the current one, as it is for every stage."""
         with isolated_store(self.root):
             yield
+
+    def run_of(self, stage: str) -> str:
+        """Return the id of the run that wrote the stage's outputs. Call it in `entered`."""
+        found = find_run(connect(), stage, self.out / stage)
+        assert found is not None
+        return found
 
     def run(self, stage: ModuleType, *paths: str) -> None:
         """Run a stage as its command does."""
@@ -83,27 +90,32 @@ class Project:
 
 
 def make_project(root: Path, base: Path) -> Project:
-    """A project with parameters and documents, and with the model `base` as its base."""
+    """Make a project with parameters and documents, and with the model `base` as its base."""
     project = Project(root)
-    write_params(root / PARAMS_FILE)
+    write_changed_params(root / PARAMS_FILE, CHANGES)
     for split, texts in TEXTS.items():
         write_jsonl(project.out / "prepare" / f"{split}.jsonl", [{"text": text} for text in texts])
     shutil.copytree(base, project.out / "base")
     return project
 
 
-def merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Put the changes in their places among nested values."""
-    for key, change in changes.items():
-        if isinstance(change, dict):
-            merge(values[key], change)
-        else:
-            values[key] = change
+def copy_project(project: Project, root: Path) -> Project:
+    """Copy a project with its runs, which then name the files of the copy."""
+    shutil.copytree(project.root, root, ignore=shutil.ignore_patterns(f"{STORE}*"))
+    copy_store(project.root, root)
+    return Project(root)
 
 
-def write_params(path: Path) -> None:
-    """The committed parameters, made fit for the toy project."""
-    values = read_yaml(ROOT / PARAMS_FILE)
-    merge(values, CHANGES)
-    with path.open("w", encoding="utf-8") as file:
-        YAML().dump(values, file)
+def copy_for_finetune(project: Project, root: Path, **changes: object) -> Path:
+    """Copy what `finetune` reads, with these values of its parameters and an empty store."""
+    for name in ("tokenize", "base"):
+        shutil.copytree(project.out / name, root / "out" / name)
+    write_changed_params(root / PARAMS_FILE, {"finetune": changes}, project.root / PARAMS_FILE)
+    add_empty_store(root)
+    return root
+
+
+def stage_environment(root: Path, **more: str) -> dict[str, str]:
+    """The environment of a stage in a process of its own: this code, the embedded store of `root`, and one thread."""
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return kept | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(root), "OMP_NUM_THREADS": "1", **more}

@@ -1,4 +1,4 @@
-"""A model for the registry whose code must never run: what a test reads of it is its files."""
+"""A model for the registry that is never run: tests read its files only."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ set_model(Unused())
 
 
 def log_unused_model(run_id: str, folder: Path, artifacts: dict[str, str]) -> str:
-    """Log it under the run with these artifacts; its code is written to `folder`. Gives its URI."""
+    """Log the model with these artifacts under a run, and return its URI. Its code is written to `folder`."""
     code = folder / "unused.py"
     code.write_text(SOURCE)
     with mlflow.start_run(run_id=run_id):

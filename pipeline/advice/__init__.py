@@ -1,1 +1,1 @@
-"""What to change next: more data, more epochs, another learning rate. The commands, and the rules behind them."""
+"""Advice on what to change next: the commands `advise` and `find-learning-rate`, and the rules behind them."""

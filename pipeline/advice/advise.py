@@ -1,4 +1,4 @@
-"""Say what to do next, from fine-tunings on shares of the text: `python -m pipeline advise`."""
+"""The command `python -m pipeline advise`: recommend what to do next, from fine-tunings on shares of the text."""
 
 import csv
 import json
@@ -14,21 +14,22 @@ import numpy as np
 from pipeline.advice.experiments import read_output, run_experiment
 from pipeline.advice.learning_curve import LEAST_SIZES, PowerLaw, can_be_fitted, fit_power_law, spread
 from pipeline.charts import DATA, MARK, MODEL, new_chart, save_chart
+from pipeline.curves import parse_curve
 from pipeline.errors import UserError
 from pipeline.files import whole_folder, write_json
 
 SHARES = (0.125, 0.25, 0.5, 1.0)
 WORTHWHILE_NATS = 0.02
-"""Of the loss a token: 2 % of perplexity. What lowers it by less is not advised."""
+"""The least fall of the loss per token that is worth advising: 2 % of perplexity."""
 LATE = 0.75
-"""The part of the training after which a fall of the loss calls for more epochs."""
+"""The share of the training after which a fall of the loss calls for more epochs."""
 EARLY = 0.5
-"""The part of the training up to which a best checkpoint is an early one."""
+"""The share of the training up to which a best checkpoint counts as early."""
 FACTORS = (2, 4)
-"""Times the text, each twice the one before, for which a loss is predicted; a law through a few points is not to be
-trusted further."""
+"""The multiples of the text, each twice the one before, for which a loss is predicted. A law through a few points is
+not reliable further out."""
 MOST_NATS = 700.0
-"""Beyond them a perplexity overflows."""
+"""The loss beyond which a perplexity overflows."""
 
 FINETUNE = Path("out") / "finetune"
 
@@ -39,9 +40,9 @@ class Point:
 
     share: float
     tokens: int
-    """That it learned from in an epoch."""
+    """The tokens that it learned from per epoch."""
     curve: list[tuple[int, float]]
-    """Steps at which the validation split was scored, and its loss, in nats a token; step 0 is the base."""
+    """The validation loss, in nats per token, by optimizer step; step 0 is the base."""
 
     @property
     def base_loss(self) -> float:
@@ -61,25 +62,25 @@ class Point:
 
     @property
     def best_evaluation(self) -> int:
-        """The number of the evaluation that was the best, from 1."""
+        """Return the number of the best evaluation, from 1."""
         return [step for step, _ in self.curve].index(self.best_step)
 
     @property
     def late_fall(self) -> float:
-        """By how much the loss fell from the evaluation nearest to `LATE` to the end; 0 where that is the end."""
+        """Return the fall of the loss from the evaluation nearest to `LATE` to the end; 0 if that is the end."""
         _, before = min(self.curve[1:], key=lambda point: abs(point[0] - LATE * self.steps))
         return before - self.curve[-1][1]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss to be expected of more text."""
+    """The loss to expect from more text."""
 
     factor: int
     tokens: int
     loss: float
     spread: tuple[float, float] | None
-    """The lowest and the highest of what is predicted with one share left out; none where too few are left."""
+    """The lowest and highest prediction with one share omitted; None if too few shares are left."""
 
 
 @dataclass(frozen=True)
@@ -87,27 +88,28 @@ class Advice:
     """What to do next, and why."""
 
     action: str
-    """`change the training`, `more epochs`, `more data`, `stop`, or `more shares` where nothing can be said of data."""
+    """`change the training`, `more epochs`, `more data`, `stop`, or `more shares` if too few determine no law."""
     sentences: list[str]
     law: PowerLaw | None
     predictions: list[Prediction]
 
 
 def advise(points: Sequence[Point], evaluations: int) -> Advice:
-    """What to do next, from points whose last is of all the text, and how often a whole training is evaluated.
+    """Recommend what to do next.
 
-    The first of these that holds:
+    The last of the `points` is the training on all the text; `evaluations` is how often a full training is evaluated.
+    The first rule that applies decides:
 
-    - *Change the training*, where the best checkpoint of all the text is no better than the base.
-    - *More epochs*, where that checkpoint is of the last evaluation, and the loss fell by `WORTHWHILE_NATS` or more
-      in the last quarter of the training (`LATE`). Some of a fall there is the learning rate's going to zero, so this
-      is a hint to try, which the next fine-tuning proves or does not.
-    - *More shares*, where too few points determine no law.
-    - *More data*, where the law has twice the text lower the loss by `WORTHWHILE_NATS` or more; four times the text,
-      where the second doubling is worth as much too.
+    - *Change the training*: with all the text, the best checkpoint is no better than the base.
+    - *More epochs*: that checkpoint is from the last evaluation, and the loss fell by `WORTHWHILE_NATS` or more in the
+      last quarter of the training (`LATE`). Part of that fall comes from the learning rate's decay to zero, so this is
+      a hint, which the next fine-tuning confirms or refutes.
+    - *More shares*: the points are too few to determine a law.
+    - *More data*: by the law, twice the text lowers the loss by `WORTHWHILE_NATS` or more; four times the text if the
+      second doubling is worth as much too.
     - *Stop*: neither helps much.
 
-    A remark is added where the best checkpoint came early (`EARLY`): the text was learned by heart.
+    Adds a remark if the best checkpoint came early (`EARLY`): the model memorized the text.
     """
     whole = points[-1]
     tokens, losses = [point.tokens for point in points], [point.best_loss for point in points]
@@ -116,8 +118,8 @@ def advise(points: Sequence[Point], evaluations: int) -> Advice:
     action, sentences = _choose(whole, law, predictions)
     if whole.best_evaluation <= EARLY * evaluations:
         sentences.append(
-            f"The best checkpoint came early, at evaluation {whole.best_evaluation} of {evaluations}: after it the "
-            "text was learned by heart. Fewer epochs, more dropout, frozen layers or LoRA may keep the model from that."
+            f"The best checkpoint came early, at evaluation {whole.best_evaluation} of {evaluations}: after it "
+            "the model memorized the text. Fewer epochs, more dropout, frozen layers or LoRA may prevent that."
         )
     return Advice(action, sentences, law, predictions)
 
@@ -130,11 +132,11 @@ def _predict(law: PowerLaw, tokens: Sequence[int], losses: Sequence[float], fact
 def _choose(whole: Point, law: PowerLaw | None, predictions: Sequence[Prediction]) -> tuple[str, list[str]]:
     if whole.best_loss >= whole.base_loss:
         return "change the training", [
-            f"Change the training: the loss of the best checkpoint is {whole.best_loss:.3f}, and the base's was "
+            f"Change the training: the loss of the best checkpoint is {whole.best_loss:.3f}, and the base's is "
             f"{whole.base_loss:.3f}. Lower finetune.learning_rate; python -m pipeline find-learning-rate suggests one."
         ]
     furthest = None if law is None else _furthest_worthwhile(law, whole, predictions)
-    of_data = _of_data(law, whole, furthest or predictions[0]) if law else "Of more data nothing can be said."
+    of_data = _predict_in_words(law, whole, furthest or predictions[0]) if law else "Nothing is known about more data."
     if whole.best_step == whole.steps and whole.late_fall >= WORTHWHILE_NATS:
         return "more epochs", [
             "More epochs: with all the text the last checkpoint was the best, and the loss still fell by "
@@ -143,8 +145,8 @@ def _choose(whole: Point, law: PowerLaw | None, predictions: Sequence[Prediction
         ]
     if law is None:
         return "more shares", [
-            f"More shares: {LEAST_SIZES} different amounts of text at least determine a learning curve. {of_data} "
-            "Name more of them with --shares."
+            f"More shares: a learning curve needs at least {LEAST_SIZES} different amounts of text. {of_data} "
+            "Name more shares with --shares."
         ]
     if furthest is None:
         return "stop", [f"Stop: neither more epochs nor more data helps much. {of_data}"]
@@ -152,7 +154,7 @@ def _choose(whole: Point, law: PowerLaw | None, predictions: Sequence[Prediction
 
 
 def _furthest_worthwhile(law: PowerLaw, whole: Point, predictions: Sequence[Prediction]) -> Prediction | None:
-    """The last prediction up to which every doubling is worth it."""
+    """Return the last prediction up to which every doubling is worth it; None if not even the first is."""
     furthest, before = None, float(law.loss(whole.tokens))
     for prediction in predictions:
         if before - prediction.loss < WORTHWHILE_NATS:
@@ -161,7 +163,7 @@ def _furthest_worthwhile(law: PowerLaw, whole: Point, predictions: Sequence[Pred
     return furthest
 
 
-def _of_data(law: PowerLaw, whole: Point, prediction: Prediction) -> str:
+def _predict_in_words(law: PowerLaw, whole: Point, prediction: Prediction) -> str:
     fall = float(law.loss(whole.tokens)) - prediction.loss
     return (
         f"{prediction.factor} times the text, {prediction.tokens:,} tokens, should lower the loss by {fall:.3f} to "
@@ -170,9 +172,9 @@ def _of_data(law: PowerLaw, whole: Point, prediction: Prediction) -> str:
 
 
 def run_advise(out: Path, shares: Iterable[float], evaluations: int) -> str:
-    """Fine-tune on each share and on the whole, write `curve.csv`, `curve.svg` and `advice.json`, and tell the advice.
+    """Fine-tune on each share and on the whole, write `curve.csv`, `curve.svg` and `advice.json`, and return the text.
 
-    Raises `UserError` where an experiment fails.
+    Raises `UserError` if an experiment fails.
     """
     wanted = sorted({*shares, 1.0})
     if wrong := [share for share in wanted if not 0 < share <= 1]:
@@ -183,10 +185,10 @@ def run_advise(out: Path, shares: Iterable[float], evaluations: int) -> str:
     points = [read_point(share) for share in wanted]
     advice = advise(points, evaluations)
     with whole_folder(out) as partial:
-        write_curve(partial / "curve.csv", points, advice)
+        write_table(partial / "curve.csv", points, advice)
         write_json(partial / "advice.json", _to_json(points, advice))
         draw_curve(partial / "curve.svg", points, advice)
-    return told(points, advice, out)
+    return render(points, advice, out)
 
 
 def experiment_name(share: float) -> str:
@@ -194,16 +196,15 @@ def experiment_name(share: float) -> str:
 
 
 def read_point(share: float) -> Point:
-    """What came of the experiment on a share. Raises `UserError` where DVC has it no longer."""
-    metrics, curve = (
-        read_output(experiment_name(share), FINETUNE / file) for file in ("metrics.json", "loss_validation.csv")
+    """Read the result of the experiment on a share. Raises `UserError` if DVC no longer has it."""
+    details, curve = (
+        read_output(experiment_name(share), FINETUNE / file) for file in ("details.json", "loss_validation.csv")
     )
-    losses = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(curve.splitlines())]
-    return Point(share, int(json.loads(metrics)["train_tokens"]), losses)
+    return Point(share, int(json.loads(details)["train_tokens"]), parse_curve(curve))
 
 
-def write_curve(path: Path, points: Sequence[Point], advice: Advice) -> None:
-    """A row a share, and a row a prediction, whose share is more than 1."""
+def write_table(path: Path, points: Sequence[Point], advice: Advice) -> None:
+    """Write a CSV row per share and per prediction; the `share` of a prediction is more than 1."""
 
     def fitted(tokens: int) -> float | None:
         return None if advice.law is None else float(advice.law.loss(tokens))
@@ -242,8 +243,8 @@ def _to_json(points: Sequence[Point], advice: Advice) -> dict[str, Any]:
 def draw_curve(path: Path, points: Sequence[Point], advice: Advice) -> None:
     figure, axes = new_chart(
         f"Advice: {advice.action}",
-        "tokens of the training text, and below them how many times all of it",
-        "validation loss, nats a token",
+        "tokens of the training text, and below them the multiple of all of it",
+        "validation loss, nats per token",
     )
     axes.set_xscale("log")
     tokens = [point.tokens for point in points]
@@ -276,8 +277,8 @@ def _formula(law: PowerLaw) -> str:
     return f"{law.floor:.2f} + {law.scale:,.3g} · tokens^-{law.exponent:.3f}"
 
 
-def told(points: Sequence[Point], advice: Advice, out: Path) -> str:
-    """A table of the shares, the law and what it predicts, and the advice."""
+def render(points: Sequence[Point], advice: Advice, out: Path) -> str:
+    """Render a table of the shares, the law and its predictions, and the advice."""
     lines = [f"{'share':>7}  {'tokens':>12}  {'loss':>7}  {'perplexity':>10}  best step"]
     lines.append(f"{'base':>7}  {'':>12}  {points[-1].base_loss:7.3f}  {_perplexity(points[-1].base_loss):10,.1f}")
     lines += [
@@ -289,9 +290,7 @@ def told(points: Sequence[Point], advice: Advice, out: Path) -> str:
         worst = max(abs(float(advice.law.loss(point.tokens)) - point.best_loss) for point in points)
         lines.append(f"fitted: loss = {_formula(advice.law)}, off by {worst:.3f} at most")
     for prediction in advice.predictions:
-        between = (
-            "" if prediction.spread is None else " ({:.3f} to {:.3f} with one left out)".format(*prediction.spread)
-        )
+        between = "" if prediction.spread is None else " ({:.3f} to {:.3f} with one omitted)".format(*prediction.spread)
         lines.append(
             f"{prediction.factor:7g}  {prediction.tokens:12,}  {prediction.loss:7.3f}  "
             f"{_perplexity(prediction.loss):10,.1f}  predicted{between}"
@@ -300,5 +299,5 @@ def told(points: Sequence[Point], advice: Advice, out: Path) -> str:
 
 
 def _perplexity(loss: float) -> float:
-    """Infinite where it would overflow, as it may of a base that has never seen such text."""
+    """Return the perplexity of a loss; infinity if it would overflow, as for a base that has never seen such text."""
     return math.exp(loss) if loss < MOST_NATS else math.inf

@@ -1,4 +1,4 @@
-"""Fine-tunings as experiments of DVC, in folders of their own: the workspace and its outputs stay as they are."""
+"""Fine-tunings as DVC experiments, for `python -m pipeline advise`; they run in folders of DVC's own."""
 
 import os
 import shutil
@@ -13,19 +13,19 @@ STAGE_FILE = Path("dvc.yaml")
 
 
 def check_place() -> None:
-    """Raise `UserError` where DVC would not run, or not this project."""
+    """Raise `UserError` if DVC is missing, or this is not the folder of a project."""
     if not STAGE_FILE.is_file():
-        raise UserError(f"{STAGE_FILE}: there is none here; go to the folder of the project")
+        raise UserError(f"{STAGE_FILE}: is not in this folder; go to the folder of the project")
     if shutil.which("dvc") is None:
-        raise UserError("dvc is not on the path; activate the environment first: source .venv/bin/activate")
+        raise UserError("dvc is not on the PATH; activate the environment first: source .venv/bin/activate")
 
 
 def run_experiment(name: str, stage: str, parameters: Mapping[str, object]) -> None:
-    """Run a stage, and before it what it needs, with these keys of `params.yaml` changed.
+    """Run a stage and the stages it needs, with these keys of `params.yaml` changed.
 
-    What was run before on the same inputs DVC takes from its cache. It refuses a name that is taken, though, even where
-    nothing has changed: an experiment of that name on the same commit is removed first, and is there again within
-    seconds unless something did change. Raises `UserError` where it fails.
+    DVC takes from its cache what has already run on the same inputs. But it refuses a name that is taken, even if
+    nothing has changed. So an experiment of that name on the same commit is removed first; unless something did change,
+    it is back within seconds. Raises `UserError` if the experiment fails.
     """
     if name in _dvc("exp", "list", "--name-only").splitlines():
         _dvc("exp", "remove", name)
@@ -34,7 +34,7 @@ def run_experiment(name: str, stage: str, parameters: Mapping[str, object]) -> N
 
 
 def read_output(name: str, path: Path) -> str:
-    """The text of an output of an experiment. Raises `UserError` where DVC has it no longer."""
+    """Return the text of an experiment's output. Raises `UserError` if DVC no longer has it."""
     import dvc.api
     from dvc.exceptions import DvcException
 
@@ -45,13 +45,13 @@ def read_output(name: str, path: Path) -> str:
 
 
 def _dvc(*arguments: str, is_shown: bool = False) -> str:
-    """What a command of DVC writes; where it is shown, then on stderr as it comes.
+    """Run a DVC command and return its output; with `is_shown`, also copy it to stderr as it arrives.
 
-    Raises `UserError` with the line that says why where it fails.
+    Raises `UserError` with the line that says why if the command fails.
     """
     lines: list[str] = []
     command = ["dvc", *arguments]
-    # Else DVC's own lines come after those of its stages.
+    # Otherwise DVC's own lines come after those of its stages.
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
@@ -67,9 +67,9 @@ def _dvc(*arguments: str, is_shown: bool = False) -> str:
 
 
 def reason(lines: Iterable[str]) -> str:
-    """The line that says why a command of DVC failed: that of its stage, or else DVC's last."""
+    """Return the line that says why a DVC command failed: its stage's error, or else DVC's last line."""
     written = [line.strip() for line in lines if line.strip()] or ["it does not say why"]
     for start in ("error: ", "ERROR: "):
-        if told := [line.removeprefix(start) for line in written if line.startswith(start)]:
-            return told[-1]
+        if errors := [line.removeprefix(start) for line in written if line.startswith(start)]:
+            return errors[-1]
     return written[-1]

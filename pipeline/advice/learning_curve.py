@@ -1,4 +1,4 @@
-"""How the loss falls as the training text grows: a power law through a few fine-tunings.
+"""How the loss falls as the training text grows: a power law through a few fine-tunings, for the command `advise`.
 
 loss(tokens) = floor + scale · tokens^-exponent (Hestness et al., 2017, "Deep Learning Scaling is Predictable,
 Empirically"; Kaplan et al., 2020, "Scaling Laws for Neural Language Models").
@@ -12,21 +12,22 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar, nnls
 
 LEAST_SIZES = 3
-"""Different amounts of text that determine the three numbers of the law."""
+"""The number of different amounts of text that determine the three numbers of the law."""
 EXPONENTS = (0.01, 2.0)
-"""Bounds. Hestness et al. find 0.07 to 0.35 on real data; theory, and small tables by heart, give up to 1 and more."""
+"""The bounds of the exponent. Hestness et al. find 0.07 to 0.35 on real data; theory, and memorized small tables,
+give up to 1 and more."""
 TRIED_EXPONENTS = 400
-"""Of which the best is refined: the error may have more than one hollow."""
+"""The exponents of the first search; the best is refined, as the error may have more than one minimum."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """The loss that is to be expected, in nats a token."""
+    """The expected loss, in nats per token."""
 
     floor: float
-    """What no amount of text takes away."""
+    """The loss that no amount of text removes."""
     scale: float
     exponent: float
 
@@ -35,15 +36,15 @@ class PowerLaw:
 
 
 def can_be_fitted(tokens: Sequence[float]) -> bool:
-    """Whether these amounts of text determine a law."""
+    """Return whether these amounts of text determine a law."""
     return len(set(tokens)) >= LEAST_SIZES
 
 
 def fit_power_law(tokens: Sequence[float], losses: Sequence[float]) -> PowerLaw:
-    """The law of the least squared error with neither floor nor scale below 0, and the exponent within `EXPONENTS`.
+    """Return the law of least squared error, with floor and scale at least 0 and the exponent within `EXPONENTS`.
 
-    For a given exponent floor and scale are a linear problem, which leaves one number to search for: few points cannot
-    lead it astray. A loss that does not fall as the text grows gives a flat law, of scale and exponent 0. Raises
+    For a given exponent, floor and scale are a linear problem, so only one number is searched for, and few points
+    suffice. A loss that does not fall as the text grows gives a flat law, with scale and exponent 0. Raises
     `ValueError` for fewer than `LEAST_SIZES` different amounts of text.
     """
     if not can_be_fitted(tokens):
@@ -52,7 +53,7 @@ def fit_power_law(tokens: Sequence[float], losses: Sequence[float]) -> PowerLaw:
     shares, values = np.asarray(tokens, dtype=np.float64) / largest, np.asarray(losses, dtype=np.float64)
 
     def solve(exponent: float) -> tuple[Floats, float]:
-        """Floor and scale, this one for tokens in units of the largest amount, and the error."""
+        """Return [floor, scale] and the error; the scale is for tokens in units of the largest amount."""
         found, error = nnls(np.stack([np.ones_like(shares), shares**-exponent], axis=1), values)
         return found, float(error)
 
@@ -66,13 +67,13 @@ def fit_power_law(tokens: Sequence[float], losses: Sequence[float]) -> PowerLaw:
 
 
 def spread(tokens: Sequence[float], losses: Sequence[float], wanted: float) -> tuple[float, float] | None:
-    """The lowest and the highest loss at `wanted` tokens that laws through all points but one predict.
+    """Return the lowest and highest loss at `wanted` tokens that laws through all points but one predict.
 
-    None where points are too few to leave one out.
+    Returns None if the points are too few to omit one.
     """
     predictions = [
-        float(fit_power_law(kept, [*losses[:left_out], *losses[left_out + 1 :]]).loss(wanted))
-        for left_out in range(len(tokens))
-        if can_be_fitted(kept := [*tokens[:left_out], *tokens[left_out + 1 :]])
+        float(fit_power_law(kept, [*losses[:index], *losses[index + 1 :]]).loss(wanted))
+        for index in range(len(tokens))
+        if can_be_fitted(kept := [*tokens[:index], *tokens[index + 1 :]])
     ]
     return (min(predictions), max(predictions)) if predictions else None

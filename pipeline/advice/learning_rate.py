@@ -1,4 +1,4 @@
-"""Find a learning rate by a short range test: `python -m pipeline find-learning-rate`."""
+"""The command `python -m pipeline find-learning-rate`: suggest a learning rate by a short range test."""
 
 import csv
 import math
@@ -11,46 +11,47 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 from transformers import logging
 
-from pipeline.advice.range_test import Floats, evened, has_diverged, rate_well_down, rising_rates, smoothed, span_of
+from pipeline.advice.range_test import Floats, even_out, has_diverged, rate_well_down, rising_rates, smooth, span_of
 from pipeline.charts import DATA, MARK, MODEL, new_chart, save_chart
 from pipeline.errors import UserError
 from pipeline.files import whole_folder
 from pipeline.params.finetune import FinetuneParams
-from pipeline.stages.finetune import check_vocabulary, fix_randomness, window_length
+from pipeline.progress import progress
 from pipeline.tokens import load_tokens, tokenizer_sha256
+from pipeline.training.checks import check_vocabulary, window_length
 from pipeline.training.memory import parts_of_step
 from pipeline.training.model import load_trainable
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.packing import PackedSteps
 from pipeline.training.precision import autocast
+from pipeline.training.randomness import fix_randomness
 
-TOLD_STEPS = 10
-"""Lines of the table, and of the progress where there is no terminal."""
+SHOWN_STEPS = 10
+"""The lines of the table, and of the progress if stderr is not a terminal."""
 LEAST_STEPS = 20
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What came of each step, all `[steps]`; losses are in nats a token."""
+    """The result of each step, all arrays `[steps]`; losses are in nats per token."""
 
     rates: Floats
     losses: Floats
     base_losses: Floats
-    """Of the base on the same text."""
+    """The losses of the base on the same text."""
     span: int
-    """Steps that the smoothed loss looks back over."""
+    """The span of the moving average, in steps."""
     is_diverged: bool
 
     @property
     def averages(self) -> Floats:
-        return smoothed(evened(self.losses, self.base_losses), self.span)
+        return smooth(even_out(self.losses, self.base_losses), self.span)
 
     @property
     def suggestion(self) -> float | None:
-        """The rate to fine-tune at, in two digits; none where the loss nowhere falls."""
+        """Return the rate to fine-tune at, in two digits; None if the loss falls nowhere."""
         rate = rate_well_down(self.rates, self.averages, self.span)
         return None if rate is None else float(f"{rate:.2g}")
 
@@ -58,9 +59,9 @@ class RangeTest:
 def find_learning_rate(
     tokens: Path, base: Path, out: Path, params: FinetuneParams, *, lowest: float, highest: float, steps: int
 ) -> str:
-    """Test the rates between `lowest` and `highest`, write `curve.csv` and `curve.svg` to `out`, and tell what came.
+    """Test the rates from `lowest` to `highest`, write `curve.csv` and `curve.svg` to `out`, and return a summary.
 
-    Raises `UserError` where an input is missing, or nothing can be suggested.
+    Raises `UserError` if an input is missing, an option is out of range, or no rate can be suggested.
     """
     for folder in (tokens, base):
         if not folder.is_dir():
@@ -68,16 +69,16 @@ def find_learning_rate(
     if not 0 < lowest < highest < math.inf:
         raise UserError(f"--lowest: {lowest:g} must be more than 0 and less than --highest, {highest:g}")
     if steps < LEAST_STEPS:
-        raise UserError(f"--steps: {steps} are too few; take {LEAST_STEPS} at least")
+        raise UserError(f"--steps: {steps} are too few; take at least {LEAST_STEPS}")
     test = run_range_test(tokens, base, params, rising_rates(lowest, highest, steps))
     with whole_folder(out) as partial:
-        write_curve(partial / "curve.csv", test)
+        write_table(partial / "curve.csv", test)
         draw_curve(partial / "curve.svg", test)
-    return told(test, out)
+    return render(test, out)
 
 
 def run_range_test(tokens: Path, base: Path, params: FinetuneParams, rates: Floats) -> RangeTest:
-    """Train at one rate after the other, as `params` say but for the rate, in this process and on one device."""
+    """Train at one rate after another, otherwise as `params` says, in this process on one device."""
     logging.set_verbosity_error()
     train = load_tokens(tokens / "train", tokenizer_sha256(base))
     fix_randomness(params.seed)
@@ -89,7 +90,7 @@ def run_range_test(tokens: Path, base: Path, params: FinetuneParams, rates: Floa
         train,
         context_length=context_length,
         batch_tokens=params.batch_tokens,
-        # An epoch has a step at least.
+        # Every epoch has at least one step, so this many epochs suffice.
         epochs=len(rates),
         seed=params.seed,
         parts=parts_of_step(model, params, context_length=context_length, processes=1),
@@ -98,7 +99,7 @@ def run_range_test(tokens: Path, base: Path, params: FinetuneParams, rates: Floa
     if params.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = build_optimizer(model, params)
-    # Those of the layers differ where they decay with depth.
+    # With layer_decay, the layers' rates differ.
     factors = [group["lr"] / params.learning_rate for group in optimizer.param_groups]
     # With dropout, as in training.
     model.train()
@@ -110,9 +111,9 @@ def run_range_test(tokens: Path, base: Path, params: FinetuneParams, rates: Floa
         for group, factor in zip(optimizer.param_groups, factors, strict=True):
             group["lr"] = float(rates[step]) * factor
         losses.append(take_step(model, steps, step, optimizer, params))
-        if not sys.stderr.isatty() and len(losses) % max(1, len(rates) // TOLD_STEPS) == 0:
+        if not sys.stderr.isatty() and len(losses) % max(1, len(rates) // SHOWN_STEPS) == 0:
             print(f"step {len(losses)} of {len(rates)}: rate {rates[step]:.1e}, loss {losses[-1]:.3f}", file=sys.stderr)
-        is_diverged = has_diverged(smoothed(evened(losses, base_losses[: len(losses)]), span))
+        is_diverged = has_diverged(smooth(even_out(losses, base_losses[: len(losses)]), span))
         if is_diverged:
             break
     taken = sum(map(math.isfinite, losses))
@@ -120,7 +121,7 @@ def run_range_test(tokens: Path, base: Path, params: FinetuneParams, rates: Floa
 
 
 def take_step(model: nn.Module, steps: PackedSteps, step: int, optimizer: Optimizer, params: FinetuneParams) -> float:
-    """An optimizer step, as the Trainer takes it. Gives the loss before it."""
+    """Take an optimizer step as the Trainer does, and return the loss before it."""
     loss = step_loss(model, steps, step)
     nn.utils.clip_grad_norm_(model.parameters(), params.max_grad_norm)
     optimizer.step()
@@ -129,7 +130,7 @@ def take_step(model: nn.Module, steps: PackedSteps, step: int, optimizer: Optimi
 
 
 def step_loss(model: nn.Module, steps: PackedSteps, step: int) -> float:
-    """The mean loss over all labels of a step, in nats a token; adds to the gradients, where they are taken."""
+    """Return the mean loss over all labels of a step, in nats per token; adds to the gradients if they are enabled."""
     device = next(model.parameters()).device
     # A window's first token is no label.
     labels = sum(window.tokens - 1 for window in steps.step_windows(step))
@@ -146,11 +147,11 @@ def step_loss(model: nn.Module, steps: PackedSteps, step: int) -> float:
 
 
 def _with_bar(steps: int, name: str) -> Iterator[int]:
-    """The numbers of the steps, with a bar on a terminal."""
-    yield from tqdm(range(steps), desc=name, unit="step", disable=not sys.stderr.isatty())
+    """Yield the numbers of the steps, with a progress bar on a terminal."""
+    yield from progress(range(steps), description=name, unit="step")
 
 
-def write_curve(path: Path, test: RangeTest) -> None:
+def write_table(path: Path, test: RangeTest) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "learning_rate", "loss", "base_loss", "smoothed_loss"])
@@ -160,10 +161,10 @@ def write_curve(path: Path, test: RangeTest) -> None:
 
 
 def draw_curve(path: Path, test: RangeTest) -> None:
-    figure, axes = new_chart("Training loss at a rising learning rate", "learning rate", "loss, nats a token")
+    figure, axes = new_chart("Training loss at a rising learning rate", "learning rate", "loss, nats per token")
     axes.set_xscale("log")
-    each = evened(test.losses, test.base_losses)
-    axes.plot(test.rates, each, color=DATA, alpha=0.35, linewidth=1, label="each step, its text evened out")
+    each = even_out(test.losses, test.base_losses)
+    axes.plot(test.rates, each, color=DATA, alpha=0.35, linewidth=1, label="each step, corrected for its text")
     axes.plot(test.rates, test.averages, color=DATA, linewidth=2, label="smoothed")
     if test.suggestion is not None:
         axes.axvline(test.suggestion, color=MODEL, linestyle="--", label=f"three quarters down: {test.suggestion:g}")
@@ -171,15 +172,15 @@ def draw_curve(path: Path, test: RangeTest) -> None:
     save_chart(figure, path)
 
 
-def told(test: RangeTest, out: Path) -> str:
-    """A table of some steps, the suggestion, and the line to run. Raises `UserError` where there is no suggestion."""
+def render(test: RangeTest, out: Path) -> str:
+    """Render a table of some steps, the suggestion, and the command to run. Raises `UserError` without a suggestion."""
     if test.suggestion is None:
         raise UserError(
             f"the loss does not fall at any rate from {test.rates[0]:.2g} to {test.rates[-1]:.2g} "
-            f"({out / 'curve.csv'}); lower --lowest, or look whether the base has learned this text already"
+            f"({out / 'curve.csv'}); lower --lowest, or check whether the base has already learned this text"
         )
     averages = test.averages
-    shown = np.unique(np.linspace(0, len(averages) - 1, TOLD_STEPS + 1).round().astype(int))
+    shown = np.unique(np.linspace(0, len(averages) - 1, SHOWN_STEPS + 1).round().astype(int))
     lines = [f"{'rate':>8}  {'loss':>7}  {'smoothed':>8}"]
     lines += [f"{test.rates[step]:8.1e}  {test.losses[step]:7.3f}  {averages[step]:8.3f}" for step in shown]
     lowest, last = test.rates[averages.argmin()], test.rates[-1]

@@ -1,6 +1,6 @@
-"""A learning-rate range test: training at a rate that rises from step to step tells which rates learn.
+"""The arithmetic of a learning-rate range test, for `find-learning-rate`: which rates of a rising series learn?
 
-Smith, 2017, "Cyclical Learning Rates for Training Neural Networks"; the rate rises exponentially, as fastai has it.
+Smith, 2017, "Cyclical Learning Rates for Training Neural Networks"; the rate rises exponentially, as in fastai.
 """
 
 import math
@@ -9,39 +9,39 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 SPAN_SHARE = 0.1
-"""Of all steps, that the moving average looks back over: with more steps to a rate it lags by the same factor of it."""
+"""The span of the moving average as a share of all steps: its lag in rate is then the same for any number of steps."""
 DIVERGED = 2.0
-"""The test ends where the smoothed loss is so many times the lowest that it was."""
+"""The multiple of the lowest smoothed loss at which the test ends."""
 WELL_DOWN = 0.75
-"""Of the way from the first smoothed loss to the lowest: where the suggested rate is."""
+"""The share of the fall from the first smoothed loss to the lowest at which the suggested rate is."""
 LEAST_FALL_NATS = 0.02
-"""Of the smoothed loss; less may be noise."""
+"""The least fall of the smoothed loss that counts; less may be noise."""
 
 Floats = NDArray[np.float64]
 
 
 def rising_rates(lowest: float, highest: float, steps: int) -> Floats:
-    """The rate of each step, `[steps]`: every one the one before times the same factor."""
+    """Return the rate of each step, `[steps]`: each is the one before times the same factor."""
     return np.geomspace(lowest, highest, steps)
 
 
-def evened(losses: ArrayLike, base_losses: ArrayLike) -> Floats:
-    """The losses as if every step's text were equally hard to the base.
+def even_out(losses: ArrayLike, base_losses: ArrayLike) -> Floats:
+    """Return the losses as if every step's text were equally hard for the base.
 
-    Both are `[steps]`, of the same text. What one text is harder than another is far more than what a step teaches: of
-    a base that knows the language it makes up most of the noise.
+    Both are `[steps]`, of the same text. Texts differ in difficulty by far more than a step improves the model; for a
+    base that knows the language, that is most of the noise.
     """
     own = np.asarray(base_losses, dtype=np.float64)
     return np.asarray(losses, dtype=np.float64) - own + own.mean()
 
 
 def span_of(steps: int) -> int:
-    """How many steps the moving average of a test of so many looks back over."""
+    """Return the span of the moving average, in steps, for a test of this many steps."""
     return max(2, round(SPAN_SHARE * steps))
 
 
-def smoothed(losses: ArrayLike, span: int) -> Floats:
-    """The exponential moving average over about `span` steps, corrected for having begun with nothing.
+def smooth(losses: ArrayLike, span: int) -> Floats:
+    """Return the exponential moving average over about `span` steps, corrected for its start at zero.
 
     The correction is that of Kingma and Ba, 2015, section 3.
     """
@@ -53,22 +53,22 @@ def smoothed(losses: ArrayLike, span: int) -> Floats:
 
 
 def has_diverged(averages: Floats) -> bool:
-    """Whether the test is over: the last smoothed loss is `DIVERGED` times the lowest, or no number."""
+    """Return whether the test is over: the last smoothed loss is above `DIVERGED` times the lowest, or not finite."""
     return not math.isfinite(averages[-1]) or bool(averages[-1] > DIVERGED * averages.min())
 
 
 def rate_well_down(rates: ArrayLike, averages: Floats, span: int) -> float | None:
-    """The first rate by which the smoothed loss has done `WELL_DOWN` of its fall.
+    """Return the first rate at which the smoothed loss has completed `WELL_DOWN` of its fall.
 
-    On the slope a level is met at the same rate in every test, whatever the noise. The lowest loss lies in a flat
-    hollow, in which noise moves it by several times, and the steepest fall is at the rate that leaves the base most
-    easily: far below what Muon can take.
+    On the slope, every test reaches a given level at about the same rate, whatever the noise. The minimum is flat, so
+    noise moves its rate by a factor of several. The steepest fall is at the rate that leaves the base most easily, far
+    below what Muon can take.
 
-    The first `span` steps, in which the average is still of few, do not count. None where the loss does not fall after
-    them, or by less than `LEAST_FALL_NATS`.
+    The first `span` steps do not count: the average covers too few steps there. Returns None if the loss falls by less
+    than `LEAST_FALL_NATS` after them.
     """
-    known = averages[span:]
-    if not len(known) or known[0] - known.min() < LEAST_FALL_NATS:
+    counted = averages[span:]
+    if not len(counted) or counted[0] - counted.min() < LEAST_FALL_NATS:
         return None
-    level = known[0] - WELL_DOWN * (known[0] - known.min())
-    return float(np.asarray(rates)[span + int(np.argmax(known <= level))])
+    level = counted[0] - WELL_DOWN * (counted[0] - counted.min())
+    return float(np.asarray(rates)[span + int(np.argmax(counted <= level))])

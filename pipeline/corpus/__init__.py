@@ -1,1 +1,1 @@
-"""Text in, documents out: readers, cleaning, deduplication, splits. Needs neither torch nor mlflow."""
+"""Text in, clean documents out: readers, cleaning, deduplication, splits. Needs neither torch nor mlflow."""

@@ -8,9 +8,9 @@ from ftfy.fixes import unescape_html
 
 from pipeline.corpus.markup import strip_markup
 from pipeline.corpus.pieces import ends_sentence
-from pipeline.corpus.wrapping import join_wrapped, joint
+from pipeline.corpus.wrapping import find_joint, join_wrapped
 
-# Joiners between letters of scripts beyond Latin, and inside emoji, make the word; elsewhere they are leftovers.
+# Joiners belong to the word between letters of non-Latin scripts and inside emoji; elsewhere they are leftovers.
 _INVISIBLE = re.compile(
     "[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
     "|(?<![^\\0-\u024f])[\u200c\u200d]|[\u200c\u200d](?![^\\0-\u024f])"
@@ -38,8 +38,8 @@ _MAX_CREDIT_LINES = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Cleaned:
-    """A text and what was repaired in it."""
+class CleanedText:
+    """A clean text, and the counts of what was repaired in it."""
 
     text: str
     page_marks: int
@@ -47,8 +47,8 @@ class Cleaned:
     joined_breaks: int
 
 
-def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool) -> Cleaned:
-    """Repair a section's text. `wrap_columns` is where its file wraps lines, if it does."""
+def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool) -> CleanedText:
+    """Repair a section's text. `wrap_columns` is the column at which its file wraps lines; None if it does not."""
     text = repair_characters(unescape_html(strip_markup(text)), straighten_quotes=straighten_quotes)
     text = tidy_space(text)
     text, notices = remove_notices(text)
@@ -56,11 +56,11 @@ def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool) -> Cl
     joined_breaks = 0
     if wrap_columns is not None:
         text, joined_breaks = join_wrapped(tidy_space(text), wrap_columns)
-    return Cleaned(tidy_space(text), page_marks, notices, joined_breaks)
+    return CleanedText(tidy_space(text), page_marks, notices, joined_breaks)
 
 
 def repair_characters(text: str, *, straighten_quotes: bool) -> str:
-    """Mojibake (ftfy), line ends, control and invisible characters, odd spaces; curly quotes if asked; NFC."""
+    """Repair mojibake (ftfy), line ends, control and invisible characters, odd spaces, curly quotes if asked; NFC."""
     config = ftfy.TextFixerConfig(
         unescape_html=False,
         uncurl_quotes=straighten_quotes,
@@ -68,23 +68,23 @@ def repair_characters(text: str, *, straighten_quotes: bool) -> str:
         normalization="NFC",
         explain=False,
     )
-    # ftfy works line by line and leaves plain ASCII as it is, so such lines need not go through its many checks.
+    # ftfy works line by line and does not change plain ASCII, so such lines can skip its many checks.
     lines = text.replace("\r\n", "\n").replace("\f", "\n").split("\n")
     text = "\n".join(line if _PLAIN.fullmatch(line) else ftfy.fix_text(line, config) for line in lines)
     return _ODD_SPACE.sub(" ", _INVISIBLE.sub("", text))
 
 
 def tidy_space(text: str) -> str:
-    """No space at line ends, at most one blank line in a row, none at either end."""
+    """Remove spaces at line ends, blank lines at both ends, and all but one of several blank lines in a row."""
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
 def remove_page_marks(text: str, *, wrapped: bool) -> tuple[str, int]:
-    """Remove page numbers on lines of their own, such as `[page 11]`, `{12}` and `- 13 -`, and say how many.
+    """Remove page numbers on their own lines, such as `[page 11]`, `{12}` and `- 13 -`; return the text and the count.
 
-    Where one had torn a paragraph in two (no sentence ends before it, and lower case comes after) the halves are
-    joined: by a line break where lines are wrapped or a half has several, else as one line. Expects tidy space.
+    If a page number had split a paragraph (no sentence ends before it, and lower case follows), the halves are joined:
+    by a line break if lines are wrapped or a half has several lines, else as one line. Expects tidy space.
     """
 
     def mend(mark: re.Match[str]) -> str:
@@ -99,16 +99,16 @@ def remove_page_marks(text: str, *, wrapped: bool) -> tuple[str, int]:
         after_line = text[line_end : line_end + 2] if line_end >= 0 else ""
         before_line = text[max(0, line_start - 2) : line_start]
         has_neighbour = before_line.strip("\n") or after_line.strip("\n")
-        return "\n" if wrapped or has_neighbour else joint(before)
+        return "\n" if wrapped or has_neighbour else find_joint(before)
 
     return _PAGE_BREAK.sub(mend, text), len(_PAGE_MARK_LINE.findall(text))
 
 
 def remove_notices(text: str) -> tuple[str, int]:
-    """Remove what transcribers say about their work, and how many such notices there were.
+    """Remove what transcribers say about their work; return the text and the count of such notices.
 
-    That is `[Transcriber's Note: …]`, a paragraph `Transcriber's Note: …`, and a short paragraph `Produced by …` that
-    names nothing but people, or their project. Expects tidy space.
+    Notices are `[Transcriber's Note: …]`, a paragraph `Transcriber's Note: …`, and a short paragraph `Produced by …`
+    that contains only names of people, or their project. Expects tidy space.
     """
     if not _NOTICE_HINT.search(text):
         return text, 0

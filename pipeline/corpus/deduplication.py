@@ -1,4 +1,4 @@
-"""Exact and near-duplicates: the first of them in file order stays."""
+"""Find exact and near-duplicates; only the first of them in file order is kept."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,44 +13,44 @@ from numpy.typing import NDArray
 from pipeline.params.prepare import NearDuplicateParams
 
 MIN_CANDIDATE_RECALL = 0.999
-"""Probability that a pair just alike enough is found by the index; what it finds is compared exactly."""
+"""The probability that the index finds a pair that is just alike enough; what it finds is compared exactly."""
 
 Hashes = NDArray[np.uint64]
 
 _SCHEME = "affine64"  # datasketch's 64-bit permutations: shingles are 64-bit hashes already
 _SEED = 1
-_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that multiplying modulo 2**64 loses nothing
-_BATCH_SHINGLES = 1 << 14  # a book as one document must not take shingles times permutations at once
+_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that multiplication modulo 2**64 loses nothing
+_BATCH_SHINGLES = 1 << 14  # limits memory, which grows with shingles times permutations, for a book as one document
 
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Why a document is dropped, and which one it repeats."""
+    """The reason why a document is dropped, and the one that it repeats."""
 
     reason: Literal["exact_duplicate", "near_duplicate"]
     source: str
     jaccard: float
-    """Of the two sets of shingles; 1 for an exact duplicate."""
+    """The similarity of the two sets of shingles; 1 for an exact duplicate."""
 
 
 class Deduplicator:
-    """Remembers the documents kept so far: their digests, shingles and MinHashes, not their texts."""
+    """The digests, shingles and MinHashes of the documents kept so far, without their texts."""
 
     def __init__(self, params: NearDuplicateParams) -> None:
         self._min_jaccard = params.jaccard
         self._permutations = params.permutations
-        self._index = MinHashLSH(num_perm=params.permutations, params=bands(params.permutations, params.jaccard))
+        self._index = MinHashLSH(num_perm=params.permutations, params=choose_bands(params.permutations, params.jaccard))
         self._by_digest: dict[bytes, str] = {}
         self._kept: list[tuple[str, Hashes]] = []
 
     def admit(self, source: str, digest: bytes, shingles: Hashes, signature: Hashes) -> Repeat | None:
-        """Keep a document, or say which kept one it repeats: the first that is alike enough.
+        """Keep a document, or return the kept one that it repeats: the first that is alike enough.
 
-        `digest` is of its normalized words, `shingles` as `shingle` and `signature` as `minhash` give them.
+        `digest` is that of its normalized words, `shingles` and `signature` are the results of `shingle` and `minhash`.
         """
         if digest in self._by_digest:
             return Repeat("exact_duplicate", self._by_digest[digest], 1.0)
-        sketch = _sketch(self._permutations, signature)
+        sketch = _make_sketch(self._permutations, signature)
         for kept in sorted(self._index.query(sketch)):
             kept_source, kept_shingles = self._kept[kept]
             similarity = jaccard(shingles, kept_shingles)
@@ -62,8 +62,8 @@ class Deduplicator:
         return None
 
 
-def bands(permutations: int, min_jaccard: float) -> tuple[int, int]:
-    """Bands and rows of the LSH index: as many rows as recall allows.
+def choose_bands(permutations: int, min_jaccard: float) -> tuple[int, int]:
+    """Choose bands and rows of the LSH index: as many rows as recall allows.
 
     A pair of similarity s shares a band with probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman, Mining
     of Massive Datasets, 3.4.2).
@@ -75,8 +75,8 @@ def bands(permutations: int, min_jaccard: float) -> tuple[int, int]:
 
 
 def shingle(words: Sequence[str], ngram_words: int) -> Hashes:
-    """Sorted distinct 64-bit hashes of the word n-grams; one n-gram where there are fewer words."""
-    hashes = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
+    """Return the sorted distinct 64-bit hashes of the word n-grams; a shorter text is one n-gram."""
+    hashes = np.fromiter(map(_hash_word, words), dtype=np.uint64, count=len(words))
     ngram_words = min(ngram_words, len(words))
     positions = len(words) - ngram_words + 1
     ngrams = np.zeros(positions, dtype=np.uint64)
@@ -87,7 +87,7 @@ def shingle(words: Sequence[str], ngram_words: int) -> Hashes:
 
 
 def minhash(shingles: Hashes, permutations: int) -> Hashes:
-    """MinHash of a set of shingles (Broder 1997), shape (permutations,)."""
+    """Return the MinHash of a set of shingles (Broder 1997), shape (permutations,)."""
     sketch = _empty_sketch(permutations).copy()
     for start in range(0, len(shingles), _BATCH_SHINGLES):
         sketch.update_batch(shingles[start : start + _BATCH_SHINGLES])
@@ -96,13 +96,13 @@ def minhash(shingles: Hashes, permutations: int) -> Hashes:
 
 
 def jaccard(first: Hashes, second: Hashes) -> float:
-    """Shared share of two sets, each sorted and distinct."""
+    """Return the Jaccard similarity of two sets, each sorted and distinct."""
     shared = len(np.intersect1d(first, second, assume_unique=True))
     return shared / (len(first) + len(second) - shared)
 
 
 @lru_cache(maxsize=1 << 18)
-def _word_hash(word: str) -> int:
+def _hash_word(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
@@ -111,7 +111,7 @@ def _empty_sketch(permutations: int) -> Any:
     return MinHash(num_perm=permutations, seed=_SEED, hashfunc=int, scheme=_SCHEME)
 
 
-def _sketch(permutations: int, signature: Hashes) -> Any:
+def _make_sketch(permutations: int, signature: Hashes) -> Any:
     sketch = _empty_sketch(permutations).copy()
     sketch.hashvalues = signature
     return sketch

@@ -1,4 +1,4 @@
-"""Sections to candidates: cleaned, cut, measured. A pure function, so that sections can be worked on in parallel."""
+"""Turn a section into candidates for documents. A pure function, so that sections can be cleaned in parallel."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pipeline.corpus.cleaning import clean
 from pipeline.corpus.deduplication import Hashes, minhash, shingle
 from pipeline.corpus.pieces import cut_pieces
 from pipeline.corpus.readers import Section
-from pipeline.corpus.words import digest, normalized_words
+from pipeline.corpus.words import digest, normalize_words
 from pipeline.params.prepare import PrepareParams
 
 _TITLE = re.compile(r"# +(.+)")
@@ -19,21 +19,21 @@ _HEADING_LINE = re.compile(r"^#{1,6} .*$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A row that becomes a document unless it has a fault or repeats one."""
+    """A row that becomes a document, unless it has a fault or repeats another one."""
 
     fault: Literal["empty", "fragment"] | None
     title: str
     text: str
     digest: bytes
-    """SHA-256 of the normalized words."""
+    """The SHA-256 of the normalized words."""
     shingles: Hashes
     signature: Hashes
-    """MinHash of the shingles."""
+    """The MinHash of the shingles."""
 
 
 @dataclass(frozen=True, slots=True)
 class CleanedSection:
-    """The candidates of one section, and what cleaning repaired in it."""
+    """The candidates of one section, and the counts of what cleaning repaired in it."""
 
     candidates: list[Candidate]
     page_marks: int
@@ -47,16 +47,16 @@ def clean_section(section: Section, wrap_columns: int | None, params: PreparePar
     title = clean(section.title, wrap_columns=None, straighten_quotes=params.straighten_quotes).text
     texts = cut_pieces(cleaned.text, params.piece_words) if section.running else [cleaned.text]
     min_words = 0 if section.running else params.minimum_words
-    candidates = [_candidate(text, title, min_words, params) for text in texts]
+    candidates = [_make_candidate(text, title, min_words, params) for text in texts]
     return CleanedSection(candidates, cleaned.page_marks, cleaned.notices, cleaned.joined_breaks)
 
 
-def _candidate(text: str, title: str, min_words: int, params: PrepareParams) -> Candidate:
-    words = normalized_words(text)
+def _make_candidate(text: str, title: str, min_words: int, params: PrepareParams) -> Candidate:
+    words = normalize_words(text)
     if not words:
-        return _faulty("empty")
+        return _reject("empty")
     if len(_HEADING_LINE.sub("", text).split()) < min_words:
-        return _faulty("fragment")
+        return _reject("fragment")
     heading = _TITLE.match(text)
     shingles = shingle(words, params.near_duplicate.ngram_words)
     return Candidate(
@@ -69,6 +69,6 @@ def _candidate(text: str, title: str, min_words: int, params: PrepareParams) -> 
     )
 
 
-def _faulty(fault: Literal["empty", "fragment"]) -> Candidate:
+def _reject(fault: Literal["empty", "fragment"]) -> Candidate:
     nothing = np.empty(0, dtype=np.uint64)
     return Candidate(fault, "", "", b"", nothing, nothing)

@@ -1,4 +1,4 @@
-"""Which encoding a text file is in; binary files are refused."""
+"""Detect the encoding of a text file; refuse binary files."""
 
 import codecs
 import re
@@ -7,19 +7,20 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 MAX_CONTROL_SHARE = 0.01
-"""Of a file's characters; text has next to none, and a terminal recording or a compressed file has more."""
+"""The largest share of control characters in a text file: text has next to none, a terminal recording or a compressed
+file has more."""
 
 _CHUNK_CHARACTERS = 1 << 20
-_CONTROL = re.compile(r"[\x01-\x08\x0e-\x1f\x7f]")  # white space and its kin, \t to \r, apart
+_CONTROL = re.compile(r"[\x01-\x08\x0e-\x1f\x7f]")  # except \t to \r, which are white space
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 def detect_encoding(path: Path) -> str:
-    """Name of the codec that reads the whole file.
+    """Return the name of the codec that reads the whole file.
 
-    By the byte-order mark where there is one (`utf-8-sig`, `utf-16`), else `utf-8` where the bytes allow it, else
-    `windows-1252`. Raises `UserError` when none does, or the text holds NUL or more than `MAX_CONTROL_SHARE` control
-    characters: a binary file.
+    The codec of the byte-order mark if there is one (`utf-8-sig`, `utf-16`), else `utf-8` if the bytes allow it, else
+    `windows-1252`. Raises `UserError` if none of them works, or if the text contains NUL or more than
+    `MAX_CONTROL_SHARE` control characters: that is a binary file.
     """
     with path.open("rb") as file:
         head = file.read(4)
@@ -36,7 +37,7 @@ def detect_encoding(path: Path) -> str:
 
 
 def _count(path: Path, encoding: str) -> tuple[int, int]:
-    """Characters of the file, and control characters among them. Raises `UnicodeError` on NUL, as on a wrong byte."""
+    """Count all characters and the control characters of a file. Raises `UnicodeError` for NUL, as for a wrong byte."""
     characters = controls = 0
     with path.open(encoding=encoding, newline="") as text:
         while chunk := text.read(_CHUNK_CHARACTERS):

@@ -1,4 +1,4 @@
-"""HTML tags out of text. Entities stay: they are decoded after, so that `&lt;p&gt;` remains a visible `<p>`."""
+"""Remove HTML tags. Entities stay, and are decoded afterwards, so that `&lt;p&gt;` remains a visible `<p>`."""
 
 import re
 
@@ -17,7 +17,7 @@ _LONE_ATTRIBUTES = (
     "allowfullscreen|async|autofocus|autoplay|checked|compact|controls|default|defer|disabled|hidden|ismap|loop|"
     "multiple|muted|nomodule|noshade|novalidate|nowrap|open|readonly|required|reversed|selected"
 )
-# An attribute needs a value or a name known to stand alone: `a <b and c> d` is no tag.
+# An attribute needs a value, or a name that is valid without one: `a <b and c> d` is not a tag.
 _ATTRIBUTE = rf"""\s+(?:[a-z][\w:.-]*\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>=`]+)|(?:{_LONE_ATTRIBUTES})\b)"""
 _TAG = re.compile(
     rf"</?(?:(?P<block>{_BLOCK_NAMES})|(?P<line>br)|{_INLINE_NAMES})(?:{_ATTRIBUTE})*\s*/?>", re.IGNORECASE
@@ -26,14 +26,15 @@ _UNSEEN = re.compile(r"<!--.*?-->|<!doctype\b[^>]*>|<(script|style)\b[^>]*>.*?</
 
 
 def strip_markup(text: str) -> str:
-    """Tags of HTML elements become a paragraph break (block), a line break (`<br>`) or nothing (inline).
+    """Replace tags of HTML elements by a paragraph break (block), a line break (`<br>`) or nothing (inline).
 
-    Comments, scripts and style sheets go with what they hold. What is no element's name stays: `a < b`, `<3`, `<name>`.
+    Comments, scripts and style sheets are removed with their content. What is not an HTML element stays: `a < b`, `<3`,
+    `<name>`.
     """
     if "<" not in text:
         return text
-    return _TAG.sub(_space_of, _UNSEEN.sub("", text))
+    return _TAG.sub(_replace_tag, _UNSEEN.sub("", text))
 
 
-def _space_of(tag: re.Match[str]) -> str:
+def _replace_tag(tag: re.Match[str]) -> str:
     return "\n\n" if tag["block"] else "\n" if tag["line"] else ""

@@ -1,4 +1,4 @@
-"""Work spread over all cores, its results in the order of its items."""
+"""Map a function over items on all cores, with results in the order of the items."""
 
 import multiprocessing
 import os
@@ -14,12 +14,12 @@ Result = TypeVar("Result")
 _ITEMS_AHEAD = 3
 
 
-def ordered_map(
+def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[Result, None, None]:
-    """`map` in `workers` processes, or in this one if there is to be one.
+    """Map in `workers` processes, or in this process if `workers` is 1.
 
-    Draws at most a few items a worker ahead of the results taken, so neither items nor results pile up in memory.
+    Reads at most a few items per worker ahead of the results taken, so neither items nor results pile up in memory.
     """
     if workers == 1:
         yield from map(function, items)
@@ -39,7 +39,7 @@ def ordered_map(
 
 
 def _end_with_parent() -> None:
-    """Let this worker end when its parent is killed: the pool alone would leave it waiting for work for ever."""
+    """End this worker when its parent is killed; without this it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()

@@ -1,13 +1,13 @@
-"""Running text cut into pieces, at places that its content decides."""
+"""Cut running text into pieces, at places that depend on its content."""
 
 import re
 from collections.abc import Iterator
 from itertools import accumulate
 
-from pipeline.corpus.words import digest, normalized_words
+from pipeline.corpus.words import digest, normalize_words
 
 MAX_PARAGRAPH_PIECES = 2
-"""A paragraph stays whole up to this many times the words of a piece."""
+"""The longest paragraph that stays whole, as a multiple of the words of a piece."""
 
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]*_]*$")
 _HEADING = re.compile(r"#{1,6}\s")
@@ -21,7 +21,7 @@ _CUTS = (
 
 
 def ends_sentence(line: str) -> bool:
-    """Whether the line's last word ends a sentence, closing quotes and brackets aside."""
+    """Check whether the line's last word ends a sentence, apart from closing quotes and brackets."""
     return _SENTENCE_END.search(line.rstrip()) is not None
 
 
@@ -29,25 +29,25 @@ def cut_pieces(text: str, piece_words: int) -> list[str]:
     """Cut a text between paragraphs into pieces of half to one and a half times `piece_words` words.
 
     A paragraph of more than `MAX_PARAGRAPH_PIECES` times `piece_words` is cut at line ends, else sentence ends, else
-    spaces; a heading stays with what follows. Of the cuts that the size allows, the one whose following paragraph has
-    the smallest hash is taken (content-defined chunking, Muthitacharoen et al. 2001), so that a change at one place
-    moves the cuts near it only: the other pieces, their ids and their splits stay, and two editions of a book come
-    apart at the same places, where their duplicates can be found. Nothing is lost but the white space at the cuts.
+    spaces; a heading stays with what follows. Of the cuts that the size allows, the one before the paragraph with the
+    smallest hash is taken (content-defined chunking, Muthitacharoen et al. 2001), so that a change moves only the cuts
+    near it: the other pieces keep their ids and splits, and two editions of a book are cut at the same places, so that
+    their duplicates can be found. Only the white space at the cuts is lost.
     """
-    units = list(_units(text, MAX_PARAGRAPH_PIECES * piece_words))
+    units = list(_split_units(text, MAX_PARAGRAPH_PIECES * piece_words))
     words_before = [0, *accumulate(len(unit.split()) for _, unit in units)]
     pieces = []
     start = 0
     while start < len(units):
-        end = _cut(units, words_before, start, piece_words)
+        end = _find_cut(units, words_before, start, piece_words)
         separators_and_units = [part for pair in units[start:end] for part in pair]
         pieces.append("".join(separators_and_units[1:]))
         start = end
     return pieces
 
 
-def _cut(units: list[tuple[str, str]], words_before: list[int], start: int, piece_words: int) -> int:
-    """Index of the unit at which the piece that begins at `start` ends."""
+def _find_cut(units: list[tuple[str, str]], words_before: list[int], start: int, piece_words: int) -> int:
+    """Return the index of the unit at which the piece that begins at `start` ends."""
     total = words_before[-1]
     allowed: list[int] = []
     for index in range(start + 1, len(units)):
@@ -56,18 +56,18 @@ def _cut(units: list[tuple[str, str]], words_before: list[int], start: int, piec
             break
         if 2 * words >= piece_words and not _HEADING.match(units[index - 1][1]):
             allowed.append(index)
-    return min(allowed, key=lambda index: digest(normalized_words(units[index][1])), default=len(units))
+    return min(allowed, key=lambda index: digest(normalize_words(units[index][1])), default=len(units))
 
 
-def _units(text: str, max_words: int, level: int = 0) -> Iterator[tuple[str, str]]:
-    """What cuts may part, each with the white space before it."""
+def _split_units(text: str, max_words: int, level: int = 0) -> Iterator[tuple[str, str]]:
+    """Yield the units between possible cuts, each with the white space before it."""
     start = 0
     separator = ""
     cuts = [match.span() for match in _CUTS[level].finditer(text)]
     for cut_start, cut_end in [*cuts, (len(text), len(text))]:
         unit = text[start:cut_start]
         if level + 1 < len(_CUTS) and len(unit.split()) > max_words:
-            (_, first), *others = _units(unit, max_words, level + 1)
+            (_, first), *others = _split_units(unit, max_words, level + 1)
             yield separator, first
             yield from others
         else:

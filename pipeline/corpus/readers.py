@@ -1,4 +1,4 @@
-"""Files to sections, as they stand there: separated documents, rows, or blocks of running text."""
+"""Read files as sections, unchanged: separated documents, rows, or blocks of running text."""
 
 import csv
 import json
@@ -15,61 +15,60 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.encoding import detect_encoding
 from pipeline.corpus.pieces import ends_sentence
-from pipeline.corpus.wrapping import find_wrap, line_breaks
+from pipeline.corpus.wrapping import find_breaks, find_wrap
 from pipeline.errors import UserError
 from pipeline.params.prepare import PrepareParams
 
 TEXT_ENDINGS = (".txt", ".md")
 ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".csv", ".parquet")
 DATA_CARD = "README.md"
-"""At the top of the data folder: describes the data and is no part of it."""
+"""The file at the top of the data folder that describes the data, and is not part of it."""
 
 BLOCK_CHARACTERS = 1_000_000
-"""Running text is handed on in blocks of about this size, so that one huge file fits in memory and keeps all cores
-busy."""
+"""The approximate size of the blocks of running text, so that one huge file fits in memory and keeps all cores busy."""
 
-_MAX_FIELD_CHARACTERS = 2**31 - 1  # the csv module refuses fields above 131,072 unless told; a C long at most
+_MAX_FIELD_CHARACTERS = 2**31 - 1  # by default, csv refuses fields above 131,072; the limit is a C long
 _NOTICE_START = re.compile(r"\s*\*{3}\s*START OF\b.*", re.IGNORECASE)
 _NOTICE_END = re.compile(r"\s*\*{3}\s*END OF\b.*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A stretch of a file."""
+    """A part of a file."""
 
     text: str
     title: str = ""
     running: bool = False
-    """Part of a text without separators, still to be cut into pieces."""
+    """Whether it is part of a text without separators, which is still to be cut into pieces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file, and what a first pass over it found."""
+    """A file, and the findings of a first pass over it."""
 
     path: Path
     name: str
-    """Path relative to the data folder, with `/`."""
+    """The path relative to the data folder, with `/`."""
     encoding: str | None
-    """Codec; None for Parquet, which states its own."""
+    """The codec; None for Parquet, which states its own."""
     form: Literal["separated", "running", "rows"]
-    """Text with separators, text without, or rows of JSON lines, CSV and Parquet."""
+    """The kind of file: text with separators, text without, or rows of JSON lines, CSV and Parquet."""
     has_start_line: bool
-    """Whether there is a line `*** START OF …`: what stands before it is a notice."""
+    """Whether there is a line `*** START OF …`; the lines before it are a notice."""
     notices: int
-    """Stretches before a START or after an END line."""
+    """The number of notices, before a START or after an END line."""
     notice_lines: int
-    """Lines of these stretches, markers included."""
+    """The number of lines of these notices, markers included."""
     wrap_columns: int | None = None
-    """Column at which the file's lines are wrapped; None where they are not."""
+    """The column at which the file's lines are wrapped; None if they are not."""
     characters: int = 0
-    """Of all its sections."""
+    """The number of characters of all its sections."""
 
 
 def find_files(data: Path) -> list[Path]:
-    """The files of a folder and its subfolders, ordered by relative path; hidden ones and the data card left out.
+    """Return the files of a folder and its subfolders, ordered by relative path, except hidden ones and the data card.
 
-    Raises `UserError` when there are none, or one has an ending that no reader knows.
+    Raises `UserError` if there are none, or one has an ending that no reader knows.
     """
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; put text files there and run `dvc add {data}`")
@@ -81,25 +80,25 @@ def find_files(data: Path) -> list[Path]:
             if name.startswith(".") or path == data / DATA_CARD:
                 continue
             if not path.is_file():
-                raise UserError(f"{path}: not a file; put a copy there in place of the link")
+                raise UserError(f"{path}: not a file; replace the link by a copy")
             if path.suffix.lower() not in ENDINGS:
-                raise UserError(f"{path}: cannot be read; files ending in {', '.join(ENDINGS)} can, so remove it")
+                raise UserError(f"{path}: not an input format ({', '.join(ENDINGS)}); convert or remove it")
             files.append(path)
     if not files:
-        raise UserError(f"{data}: holds no text; put files ({', '.join(ENDINGS)}) there and run `dvc add {data}`")
+        raise UserError(f"{data}: contains no text; put files ({', '.join(ENDINGS)}) there and run `dvc add {data}`")
     return sorted(files, key=lambda path: path.relative_to(data).as_posix())
 
 
 def survey(path: Path, name: str, params: PrepareParams) -> Source:
-    """Read a file once, check it whole, and find what reading its sections needs. Raises `UserError` on bad files."""
+    """Read a file once, check all of it, and find what reading its sections needs. Raises `UserError` for bad files."""
     is_text = path.suffix.lower() in TEXT_ENDINGS
     encoding = None if path.suffix.lower() == ".parquet" else detect_encoding(path)
     has_start_line = separated = False
     notices = notice_lines = 0
     if is_text:
-        has_start_line = any(_NOTICE_START.fullmatch(line) for line in _lines(path, encoding))
+        has_start_line = any(_NOTICE_START.fullmatch(line) for line in _read_lines(path, encoding))
         was_body = True
-        for line, is_body in _marked_lines(_lines(path, encoding), has_start_line):
+        for line, is_body in _mark_lines(_read_lines(path, encoding), has_start_line):
             notices += was_body and not is_body
             notice_lines += not is_body
             was_body = is_body
@@ -117,17 +116,17 @@ def survey(path: Path, name: str, params: PrepareParams) -> Source:
     breaks: Counter[tuple[int, int]] = Counter()
     for section in read_sections(source, params):
         characters += len(section.text)
-        breaks.update(line_breaks(section.text))
+        breaks.update(find_breaks(section.text))
     return replace(source, wrap_columns=find_wrap(breaks), characters=characters)
 
 
 def read_sections(source: Source, params: PrepareParams) -> Iterator[Section]:
-    """Yield a file's sections in order. Raises `UserError` naming file and line of what cannot be read."""
+    """Yield a file's sections in order. Raises `UserError` naming the file and line that cannot be read."""
     match source.form, source.path.suffix.lower():
         case "separated", _:
-            yield from _separated(_body_lines(source), params.separator)
+            yield from _split_at_separators(_read_body(source), params.separator)
         case "running", _:
-            yield from _blocks(_body_lines(source))
+            yield from _cut_blocks(_read_body(source))
         case _, ".jsonl":
             yield from _read_jsonl(source, params)
         case _, ".csv":
@@ -140,14 +139,14 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _lines(path: Path, encoding: str | None) -> Iterator[str]:
+def _read_lines(path: Path, encoding: str | None) -> Iterator[str]:
     with path.open(encoding=encoding) as file:
         for line in file:
             yield line.removesuffix("\n")
 
 
-def _marked_lines(lines: Iterable[str], has_start_line: bool) -> Iterator[tuple[str, bool]]:
-    """Each line, and whether it belongs to the body rather than to a notice."""
+def _mark_lines(lines: Iterable[str], has_start_line: bool) -> Iterator[tuple[str, bool]]:
+    """Yield each line, and whether it belongs to the body rather than to a notice."""
     inside = not has_start_line
     for line in lines:
         if _NOTICE_START.fullmatch(line):
@@ -158,16 +157,16 @@ def _marked_lines(lines: Iterable[str], has_start_line: bool) -> Iterator[tuple[
             yield line, inside
 
 
-def _body_lines(source: Source) -> Iterator[str]:
-    lines = _lines(source.path, source.encoding)
-    return (line for line, is_body in _marked_lines(lines, source.has_start_line) if is_body)
+def _read_body(source: Source) -> Iterator[str]:
+    lines = _read_lines(source.path, source.encoding)
+    return (line for line, is_body in _mark_lines(lines, source.has_start_line) if is_body)
 
 
 def _is_separator(line: str, separator: str) -> bool:
     return re.fullmatch(separator, line.strip()) is not None
 
 
-def _separated(lines: Iterable[str], separator: str) -> Iterator[Section]:
+def _split_at_separators(lines: Iterable[str], separator: str) -> Iterator[Section]:
     part: list[str] = []
     for line in lines:
         if _is_separator(line, separator):
@@ -178,13 +177,13 @@ def _separated(lines: Iterable[str], separator: str) -> Iterator[Section]:
     yield Section("\n".join(part))
 
 
-def _blocks(lines: Iterable[str]) -> Iterator[Section]:
+def _cut_blocks(lines: Iterable[str]) -> Iterator[Section]:
     block: list[str] = []
     characters = 0
     before = ""  # the last line that is not blank
     for line in lines:
-        # A paragraph torn by a page mark has to stay in one block, hence the sentence's end; a text without
-        # paragraphs has to end somewhere.
+        # A paragraph split by a page mark has to stay in one block, so a block ends only after a sentence; a text
+        # without paragraphs is cut anyway, at twice the size.
         is_full = characters >= BLOCK_CHARACTERS and not line.strip() and ends_sentence(before)
         if is_full or characters >= 2 * BLOCK_CHARACTERS:
             yield Section("\n".join(block), running=True)
@@ -196,7 +195,7 @@ def _blocks(lines: Iterable[str]) -> Iterator[Section]:
 
 
 def _read_jsonl(source: Source, params: PrepareParams) -> Iterator[Section]:
-    for number, line in enumerate(_lines(source.path, source.encoding), start=1):
+    for number, line in enumerate(_read_lines(source.path, source.encoding), start=1):
         if not line.strip():
             continue
         place = f"{source.path}:{number}"
@@ -205,9 +204,9 @@ def _read_jsonl(source: Source, params: PrepareParams) -> Iterator[Section]:
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); repair the line") from error
         if not isinstance(row, dict):
-            raise UserError(f"{place}: holds {row!r:.40}, must be an object with the key {params.text_column!r}")
+            raise UserError(f"{place}: contains {row!r:.40}, must be an object with the key {params.text_column!r}")
         _check_column(place, list(row), params)
-        yield _row(place, row[params.text_column], row.get(params.title_column), params)
+        yield _make_section(place, row[params.text_column], row.get(params.title_column), params)
 
 
 def _read_csv(source: Source, params: PrepareParams) -> Iterator[Section]:
@@ -226,7 +225,7 @@ def _read_csv(source: Source, params: PrepareParams) -> Iterator[Section]:
                         f"{place}: {len(values)} fields where the header has {len(columns)}; quote fields with commas"
                     )
                 row = dict(zip(columns, values, strict=True))
-                yield _row(place, row[params.text_column], row.get(params.title_column), params)
+                yield _make_section(place, row[params.text_column], row.get(params.title_column), params)
         except csv.Error as error:
             raise UserError(f"{source.path}:{reader.line_num}: not CSV ({error}); repair the quotes") from error
 
@@ -242,10 +241,10 @@ def _read_parquet(source: Source, params: PrepareParams) -> Iterator[Section]:
                 for row in batch.to_pylist():
                     number += 1
                     place = f"{source.path}: row {number}"
-                    yield _row(place, row[params.text_column], row.get(params.title_column), params)
+                    yield _make_section(place, row[params.text_column], row.get(params.title_column), params)
     except pa.ArrowException as error:
         message = str(error).splitlines()[0]
-        raise UserError(f"{source.path}: not a Parquet file that can be read ({message}); write it again") from error
+        raise UserError(f"{source.path}: not a readable Parquet file ({message}); write it again") from error
 
 
 def _check_column(place: str, columns: list[str], params: PrepareParams) -> None:
@@ -256,7 +255,7 @@ def _check_column(place: str, columns: list[str], params: PrepareParams) -> None
         )
 
 
-def _row(place: str, text: Any, title: Any, params: PrepareParams) -> Section:
+def _make_section(place: str, text: Any, title: Any, params: PrepareParams) -> Section:
     for column, value in ((params.text_column, text), (params.title_column, title)):
         if value is not None and not isinstance(value, str):
             raise UserError(f"{place}: {column} is {value!r:.40}, must be text")

@@ -1,4 +1,4 @@
-"""What `prepare` counts: every row that came in has exactly one outcome."""
+"""The report of `prepare`: every input row has exactly one outcome."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ DROPPED = tuple(outcome for outcome in get_args(Outcome) if outcome != "kept")
 
 @dataclass(slots=True)
 class FileReport:
-    """One file's counts. Its rows are the sum of their outcomes, so none is lost on the way."""
+    """The counts of one file. Its rows are the sum of the outcomes, so none is lost."""
 
     source: Source
     outcomes: Counter[Outcome] = field(default_factory=Counter)
@@ -23,11 +23,11 @@ class FileReport:
     joined_breaks: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in report.json."""
+        """Return the entry for report.json."""
         return {
             "encoding": self.source.encoding,
             "form": self.source.form,
-            **_counts(self.outcomes),
+            **_count_rows(self.outcomes),
             "notices": self.source.notices + self.notices,
             "notice_lines": self.source.notice_lines,
             "page_marks": self.page_marks,
@@ -38,12 +38,12 @@ class FileReport:
 
 @dataclass(slots=True)
 class SplitReport:
-    """Size of a split."""
+    """The size of a split."""
 
     documents: int = 0
     words: int = 0
     bytes: int = 0
-    """Of the texts, in UTF-8."""
+    """The size of the texts in UTF-8."""
 
     def add(self, text: str) -> None:
         """Count a document."""
@@ -52,33 +52,33 @@ class SplitReport:
         self.bytes += len(text.encode())
 
     def to_json(self) -> dict[str, int]:
-        """As it stands in report.json."""
+        """Return the entry for report.json."""
         return {"documents": self.documents, "words": self.words, "bytes": self.bytes}
 
 
 @dataclass(slots=True)
 class Report:
-    """The whole of report.json; sums over files are made from the files' counts."""
+    """The whole report.json; totals are sums of the files' counts."""
 
     files: list[FileReport]
     splits: dict[Split, SplitReport] = field(default_factory=lambda: {split: SplitReport() for split in SPLITS})
     duplicates: list[dict[str, Any]] = field(default_factory=list)
 
-    def drop_duplicate(self, source: str, repeat: Repeat) -> None:
-        """Name a dropped document and the one that it repeats."""
+    def add_duplicate(self, source: str, repeat: Repeat) -> None:
+        """Add a dropped document and the one that it repeats."""
         entry = {"source": source, "repeats": repeat.source, "reason": repeat.reason}
         self.duplicates.append({**entry, "jaccard": round(repeat.jaccard, 4)})
 
     @property
     def outcomes(self) -> Counter[Outcome]:
-        """Of all rows of all files."""
+        """The outcomes of all rows of all files."""
         return sum((file.outcomes for file in self.files), Counter[Outcome]())
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in report.json."""
+        """Return the entry for report.json."""
         files = {file.source.name: file.to_json() for file in self.files}
         return {
-            **_counts(self.outcomes),
+            **_count_rows(self.outcomes),
             **{name: sum(file[name] for file in files.values()) for name in ("notices", "page_marks")},
             "splits": {split: size.to_json() for split, size in self.splits.items()},
             "files": files,
@@ -86,6 +86,6 @@ class Report:
         }
 
 
-def _counts(outcomes: Counter[Outcome]) -> dict[str, Any]:
+def _count_rows(outcomes: Counter[Outcome]) -> dict[str, Any]:
     dropped = {outcome: outcomes[outcome] for outcome in DROPPED}
     return {"rows": outcomes.total(), "kept": outcomes["kept"], "dropped": dropped}

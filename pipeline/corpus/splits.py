@@ -1,4 +1,4 @@
-"""Documents to splits, by hash of their content."""
+"""Assign documents to splits by the hash of their content."""
 
 from typing import Literal
 
@@ -6,11 +6,11 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-def split_of(digest: bytes, *, validation_share: float, test_share: float) -> Split:
-    """The split of a document with this digest of its words (`words.digest`).
+def choose_split(digest: bytes, *, validation_share: float, test_share: float) -> Split:
+    """Choose the split of a document from the digest of its words (`words.digest`).
 
-    It depends on nothing else, so documents added or removed never move another, and one that stands in two corpora is
-    in the same split of both.
+    The split depends on nothing else, so adding or removing documents never moves another one, and a document that
+    occurs in two corpora is in the same split of both.
     """
     position = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1]
     if position < test_share:

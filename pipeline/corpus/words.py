@@ -1,4 +1,4 @@
-"""The words of a text, and the digest by which texts count as the same."""
+"""The words of a text, and their digest: texts with equal digests count as the same."""
 
 import hashlib
 import re
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 _WORD = re.compile(r"[^\W_]+")
 
 
-def normalized_words(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case: what remains equal when spacing, case and punctuation differ."""
+def normalize_words(text: str) -> list[str]:
+    """Return the runs of letters and digits in lower case, which do not depend on spacing, case and punctuation."""
     return _WORD.findall(text.lower())
 
 
 def digest(words: Sequence[str]) -> bytes:
-    """SHA-256 of normalized words."""
+    """Return the SHA-256 of normalized words."""
     return hashlib.sha256(" ".join(words).encode()).digest()

@@ -1,4 +1,4 @@
-"""Lines wrapped at a fixed column are joined; verse, lists and headings keep theirs."""
+"""Join lines that are wrapped at a fixed column; verse, lists and headings keep their lines."""
 
 import re
 from collections import Counter
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 WRAP_COLUMNS = range(50, 121)
-"""Where lines of prose are wrapped. Below are verse (a pentameter has about 42 columns) and tables."""
+"""The columns at which prose may be wrapped. Verse (a pentameter has about 42 columns) and tables are narrower."""
 MIN_BREAKS = 10
-"""Fewer line breaks are no evidence of a wrap."""
+"""The fewest line breaks that are evidence of a wrap."""
 MIN_FILE_SHARE = 0.6
-"""Share of a file's line breaks that the wrap has to explain: under 0.55 in verse and plays, over 0.65 in prose."""
+"""The share of a file's line breaks that a wrap has to explain: verse and plays have under 0.55, prose over 0.65."""
 MIN_PARAGRAPH_SHARE = 0.5
-"""Share of a paragraph's line breaks that the wrap has to explain, exclusive."""
+"""The share of a paragraph's line breaks of which the wrap has to explain more."""
 
 _OWN_LINE = re.compile(r"\s*(?:#{1,6}\s|[-*+•]\s|\d{1,3}[.)]\s|>|\|)")  # heading, list item, quotation, table row
 _HEADING = re.compile(r"#{1,6}\s")
@@ -20,8 +20,8 @@ _PARAGRAPH_BREAK = re.compile(r"(\n{2,})")
 _OPEN_END = re.compile(r"[^\s\-–—][\-–—]+$")
 
 
-def line_breaks(text: str) -> Iterator[tuple[int, int]]:
-    """For each line break inside a paragraph: characters of the line, and of the next line's first word."""
+def find_breaks(text: str) -> Iterator[tuple[int, int]]:
+    """Yield for each line break inside a paragraph the characters of the line and of the next line's first word."""
     before = ""
     for line in text.split("\n"):
         line = line.rstrip()
@@ -31,10 +31,10 @@ def line_breaks(text: str) -> Iterator[tuple[int, int]]:
 
 
 def find_wrap(breaks: Counter[tuple[int, int]]) -> int | None:
-    """The column at which a file's lines are wrapped, or None.
+    """Return the column at which a file's lines are wrapped, or None.
 
     A wrap at W explains the break after a line of L columns when L <= W and the next word, of w columns, would not have
-    fit: L + 1 + w > W. The W that explains most breaks is the file's, if it explains `MIN_FILE_SHARE` of them.
+    fit: L + 1 + w > W. The W that explains most breaks is the file's, if it explains at least `MIN_FILE_SHARE`.
     """
     total = breaks.total()
     explained: Counter[int] = Counter()
@@ -48,20 +48,20 @@ def find_wrap(breaks: Counter[tuple[int, int]]) -> int | None:
 
 
 def join_wrapped(text: str, wrap_columns: int) -> tuple[str, int]:
-    """Join the lines of each paragraph most of whose breaks the wrap explains; also says how many breaks it undid."""
+    """Join the lines of paragraphs if the wrap explains most of their breaks; return the text and the joined breaks."""
     parts = _PARAGRAPH_BREAK.split(text)
     joined = [part if part.startswith("\n") else _join_paragraph(part, wrap_columns) for part in parts]
     result = "".join(joined)
     return result, text.count("\n") - result.count("\n")
 
 
-def joint(line: str) -> str:
-    """What stands between a line and its continuation: a space, but nothing after a hyphen that touches its word."""
+def find_joint(line: str) -> str:
+    """Return what joins a line to its continuation: a space, but nothing after a hyphen that touches its word."""
     return "" if _OPEN_END.search(line[-4:]) else " "
 
 
 def _join_paragraph(paragraph: str, wrap_columns: int) -> str:
-    breaks = list(line_breaks(paragraph))
+    breaks = list(find_breaks(paragraph))
     explained = sum(columns <= wrap_columns < columns + 1 + word_columns for columns, word_columns in breaks)
     if explained <= MIN_PARAGRAPH_SHARE * len(breaks):
         return paragraph
@@ -71,5 +71,5 @@ def _join_paragraph(paragraph: str, wrap_columns: int) -> str:
         if _OWN_LINE.match(line) or _HEADING.match(before):
             joined += "\n" + line
         else:
-            joined += joint(before) + line.lstrip()
+            joined += find_joint(before) + line.lstrip()
     return joined

@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: GPT-2 on ONNX Runtime with our own sampling. Needs no torch at run time."""
+"""Token ids in, token ids out: run GPT-2 on ONNX Runtime with our own sampling. Needs no torch."""
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine.generator import Completion, Engine, Reading

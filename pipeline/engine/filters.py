@@ -1,6 +1,6 @@
 """From logits to a token: the readable reference of sampling, one row at a time, in NumPy.
 
-The order is fixed; each filter sees the distribution that the earlier ones left, and a neutral value turns it off:
+The order is fixed. Each filter sees the distribution that the earlier ones left. A neutral value turns a filter off:
 
 1. bias, bans and allowed tokens
 2. repetition penalty, over prompt and output
@@ -15,15 +15,14 @@ The order is fixed; each filter sees the distribution that the earlier ones left
 11. typical-p
 12. draw
 
-Filters and order are those of `transformers` where it has them, but for one thing: of equally likely tokens at the edge
-of a filter all are kept, so that the outcome hangs on no sorting order.
+Filters and order are those of `transformers` where it has them, with one exception: if several tokens at the edge of a
+filter are equally likely, all are kept, so that the result does not depend on a sorting order.
 
-`pipeline.engine.sampler` says the same in less time, and is what runs; where it cannot, this is asked. Both
-compute logits in float32, so that ties and thresholds fall alike, and sum probabilities in float64.
+`pipeline.engine.sampler` gives the same tokens in less time, and is what runs; what it does not support is drawn here.
+Both compute logits in float32, so that ties and thresholds agree, and sum probabilities in float64.
 
-A row of logits is float32 [vocabulary]. A removed token has the logit -inf. No function changes its input; one that
-has nothing to do returns it as it is. Token ids are taken to lie in the vocabulary: `check_token_ids` sees to those of
-a request.
+A row of logits is float32 `[vocabulary]`. A removed token has the logit -inf. No function changes its input; one that
+has nothing to do returns it. Token ids must be in the vocabulary: `check_token_ids` checks those of a request.
 """
 
 import math
@@ -39,7 +38,7 @@ Logits = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 TokenIds = Sequence[int] | npt.NDArray[np.integer]
 Followers = Callable[[list[int]], Iterable[int]]
-"""The tokens that follow a run of tokens in the training text, wherever it stands there."""
+"""A lookup of the tokens that follow a run of tokens anywhere in the training text."""
 
 REMOVED = np.float32(-np.inf)
 LARGEST_PENALTY = 1e30
@@ -55,9 +54,9 @@ def sample(
     choice: int,
     followers: Followers | None = None,
 ) -> int:
-    """The next token of a continuation that so far holds `output_ids`.
+    """Draw the next token of a continuation that so far holds `output_ids`.
 
-    `seed` stands in for `params.seed`, which may be null; `choice` is the index among the request's `n` continuations;
+    `seed` replaces `params.seed`, which may be null. `choice` is the index among the request's `n` continuations.
     `max_verbatim_tokens` needs the `followers`. Raises what `filter_logits` raises.
     """
     filtered = filter_logits(logits, params, prompt_ids, output_ids, end_of_text_id, followers)
@@ -74,7 +73,7 @@ def filter_logits(
 ) -> Logits:
     """Apply every filter in the module's order.
 
-    Raises `UserError` when no token is left, and `ArithmeticError` when the model gave NaN or infinity.
+    Raises `UserError` if no token is left, and `ArithmeticError` if the model gave NaN or infinity.
     """
     history_ids = np.concatenate([_array(prompt_ids), _array(output_ids)])
     ending_ids = (end_of_text_id, *params.stop_token_ids)
@@ -107,7 +106,7 @@ def apply_bias(logits: Logits, logit_bias: Mapping[int, float]) -> Logits:
 
 
 def apply_bans(logits: Logits, banned_token_ids: TokenIds, allowed_token_ids: TokenIds, ending_ids: TokenIds) -> Logits:
-    """Remove the banned tokens and, where any are allowed, all that are neither allowed nor end the continuation."""
+    """Remove the banned tokens and, if any are allowed, all that are neither allowed nor end the continuation."""
     if len(allowed_token_ids) > 0:
         logits = _only(logits, np.concatenate([_array(allowed_token_ids), _array(ending_ids)]))
     return _remove(logits, banned_token_ids)
@@ -116,7 +115,7 @@ def apply_bans(logits: Logits, banned_token_ids: TokenIds, allowed_token_ids: To
 def apply_repetition_penalty(logits: Logits, token_ids: TokenIds, penalty: float) -> Logits:
     """Divide positive logits of the tokens by `penalty` and multiply the others (CTRL, Keskar et al. 2019).
 
-    How often a token occurs makes no difference. The paper divides all logits; the sign is heeded as in
+    How often a token occurs makes no difference. The paper divides all logits. Here the sign matters, as in
     `transformers`, so that a penalty above 1 always makes a token less likely.
     """
     if penalty == 1 or len(token_ids) == 0:
@@ -129,16 +128,16 @@ def apply_repetition_penalty(logits: Logits, token_ids: TokenIds, penalty: float
 
 
 def penalty_factor(penalty: float) -> np.float32:
-    """The repetition penalty in float32; beyond 1e30 either way, products would overflow."""
+    """Return the repetition penalty in float32, at most 1e30 and at least its inverse, or products would overflow."""
     return np.float32(min(max(penalty, 1 / LARGEST_PENALTY), LARGEST_PENALTY))
 
 
 def apply_output_penalties(
     logits: Logits, output_ids: TokenIds, presence_penalty: float, frequency_penalty: float
 ) -> Logits:
-    """Subtract from the logit of each token in the output the first penalty once, the second for each occurrence.
+    """Subtract the first penalty once, and the second per occurrence, from the logit of each token in the output.
 
-    As OpenAI's API defines them.
+    OpenAI's API defines them so.
     """
     if (presence_penalty == 0 and frequency_penalty == 0) or len(output_ids) == 0:
         return logits
@@ -149,7 +148,7 @@ def apply_output_penalties(
 
 
 def apply_no_repeat_ngram(logits: Logits, token_ids: TokenIds, ngram_size: int) -> Logits:
-    """Remove each token that would complete an n-gram standing in `token_ids` already (Paulus et al. 2017)."""
+    """Remove each token that would complete an n-gram that `token_ids` already holds (Paulus et al. 2017)."""
     if ngram_size == 0 or len(token_ids) < ngram_size:
         return logits
     ids = _array(token_ids)
@@ -168,7 +167,7 @@ def apply_verbatim_limit(
 ) -> Logits:
     """Remove each token with which the output would end in more than `max_verbatim_tokens` training tokens in a row.
 
-    What ends the continuation copies nothing and stays. Only the output counts: what the prompt quotes, its author has.
+    Ending ids copy nothing and stay. The prompt does not count: its author already has what it quotes.
     """
     return _remove(logits, verbatim_ids(output_ids, max_verbatim_tokens, followers, ending_ids))
 
@@ -176,15 +175,15 @@ def apply_verbatim_limit(
 def verbatim_ids(
     output_ids: TokenIds, max_verbatim_tokens: int, followers: Followers | None, ending_ids: TokenIds
 ) -> list[int]:
-    """The tokens that `apply_verbatim_limit` removes."""
+    """Return the tokens that `apply_verbatim_limit` removes."""
     if max_verbatim_tokens == 0 or len(output_ids) < max_verbatim_tokens:
         return []
     run = [int(token_id) for token_id in output_ids[len(output_ids) - max_verbatim_tokens :]]
-    return [token_id for token_id in known(followers)(run) if token_id not in ending_ids]
+    return [token_id for token_id in require_followers(followers)(run) if token_id not in ending_ids]
 
 
-def known(followers: Followers | None) -> Followers:
-    """Raises `ValueError` where nobody knows the training text."""
+def require_followers(followers: Followers | None) -> Followers:
+    """Return `followers`. Raises `ValueError` if there are none."""
     if followers is None:
         raise ValueError("max_verbatim_tokens needs to know what follows a run in the training text")
     return followers
@@ -196,21 +195,21 @@ def apply_minimum_length(logits: Logits, output_tokens: int, min_new_tokens: int
 
 
 def apply_temperature(logits: Logits, temperature: float) -> Logits:
-    """Divide by the temperature; 0 keeps only the likeliest token, the lowest id among equals.
+    """Divide by the temperature; 0 keeps only the likeliest token, the lowest id of several.
 
-    The largest logit is taken from all first: no probability changes, and no temperature is too small to divide by.
+    The largest logit is subtracted first: it changes no probability, and then no temperature is too small to divide by.
     """
     if temperature == 1:
         return logits
     if temperature == 0:
         return _only(logits, [int(np.argmax(logits))])
     with np.errstate(over="ignore"):  # to -inf, where the probability is 0 as well
-        cooled: Logits = (logits - logits.max()) / cooling(temperature)
+        cooled: Logits = (logits - logits.max()) / temperature_divisor(temperature)
     return cooled
 
 
-def cooling(temperature: float) -> np.float32:
-    """A temperature above 0 in float32, where the smallest of all would be 0."""
+def temperature_divisor(temperature: float) -> np.float32:
+    """Return a temperature above 0 in float32, in which the smallest must not become 0."""
     return max(np.float32(temperature), np.finfo(np.float32).tiny)
 
 
@@ -222,7 +221,7 @@ def apply_top_k(logits: Logits, top_k: int) -> Logits:
 
 
 def apply_top_p(logits: Logits, top_p: float) -> Logits:
-    """Keep the smallest set of likeliest tokens whose probability reaches `top_p` (nucleus, Holtzman et al. 2020).
+    """Keep the fewest likeliest tokens that together reach the probability `top_p` (nucleus, Holtzman et al. 2020).
 
     Tokens as likely as the last of the set are kept too.
     """
@@ -243,7 +242,7 @@ def apply_min_p(logits: Logits, min_p: float) -> Logits:
 
 
 def apply_typical_p(logits: Logits, typical_p: float) -> Logits:
-    """Keep the tokens whose surprise -ln p is nearest the entropy, until their probability reaches `typical_p`.
+    """Keep the tokens with surprise -ln p nearest the entropy, until their probability reaches `typical_p`.
 
     Tokens as near as the last of them are kept too (locally typical sampling, Meister et al. 2023).
     """
@@ -261,9 +260,9 @@ def apply_typical_p(logits: Logits, typical_p: float) -> Logits:
 
 
 def draw(logits: Logits, u: float) -> int:
-    """The token at which the CDF in vocabulary order first exceeds `u`, a float64 in [0, 1).
+    """Return the token at which the CDF in vocabulary order first exceeds `u`, a float64 in [0, 1).
 
-    The CDF is summed in float64 over the tokens that are left; one of probability 0 is never drawn.
+    The CDF is summed in float64 over the tokens that are left. A token of probability 0 is never drawn.
     """
     candidates = np.flatnonzero(logits > REMOVED)
     cdf = np.cumsum(np.exp(_shifted(logits[candidates])))
@@ -272,7 +271,7 @@ def draw(logits: Logits, u: float) -> int:
 
 
 def uniform(seed: int, choice: int, step: int) -> float:
-    """A float64 in [0, 1) that depends on its arguments alone, not on what was drawn before.
+    """Return a float64 in [0, 1) that depends only on the arguments, not on earlier draws.
 
     Philox4x64-10 (Salmon et al. 2011) with the key (seed, choice) is applied to the counter (step + 1, 0, 0, 0), all
     words of 64 bits, the first the least significant; the upper 53 bits of the first word of its output, divided by
@@ -282,7 +281,10 @@ def uniform(seed: int, choice: int, step: int) -> float:
 
 
 def uniforms(seed: int, choice: int, first_step: int, count: int) -> Float64s:
-    """`uniform` of `count` steps in a row, float64 [count]: the counter goes up by one a step, four words each."""
+    """Return `uniform` of `count` consecutive steps, float64 `[count]`.
+
+    The counter rises by one per step, which takes four words.
+    """
     key = np.array([seed, choice], dtype=np.uint64)
     counter = np.array([first_step, 0, 0, 0], dtype=np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw(4 * count)[::4]
@@ -290,23 +292,29 @@ def uniforms(seed: int, choice: int, first_step: int, count: int) -> Float64s:
 
 
 def softmax(logits: Logits) -> Float64s:
-    """Probabilities over the last axis, float64 [..., vocabulary]; 0 for a removed token."""
+    """Return probabilities over the last axis, float64 `[..., vocabulary]`; 0 for a removed token."""
     weights = np.exp(_shifted(logits))
     probabilities: Float64s = weights / weights.sum(axis=-1, keepdims=True)
     return probabilities
 
 
 def log_softmax(logits: Logits) -> Float64s:
-    """Natural-log probabilities over the last axis, float64 [..., vocabulary]."""
+    """Return natural log-probabilities over the last axis, float64 `[..., vocabulary]`."""
     shifted = _shifted(logits)
     logprobs: Float64s = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return logprobs
 
 
-def token_logprobs(logits: Logits, token_id: int, top_count: int) -> tuple[float, dict[int, float]]:
-    """The natural-log probability of a token and those of the `top_count` likeliest, likeliest first, ties by id.
+def gather_logprobs(logits: Logits, token_ids: TokenIds) -> Float64s:
+    """Return the natural log-probability of one token per row of `logits` `[rows, vocabulary]`, float64 `[rows]`."""
+    logprobs: Float64s = log_softmax(logits)[np.arange(len(token_ids)), _array(token_ids)]
+    return logprobs
 
-    `logits` are the model's own: what is reported is what the model says, before any filter or temperature.
+
+def token_logprobs(logits: Logits, token_id: int, top_count: int) -> tuple[float, dict[int, float]]:
+    """Return the natural log-probability of a token, and those of the `top_count` likeliest in order, ties by id.
+
+    `logits` are the model's own, before any filter or temperature.
     """
     logprobs = log_softmax(logits)
     if top_count == 0:
@@ -317,7 +325,7 @@ def token_logprobs(logits: Logits, token_id: int, top_count: int) -> tuple[float
 
 
 def check_token_ids(params: SamplingParams, vocabulary_size: int) -> None:
-    """Raise `UserError`, naming the field, when a request names a token that the vocabulary lacks."""
+    """Raise `UserError`, naming the field, if a request names a token that the vocabulary lacks."""
     for name in ("logit_bias", "banned_token_ids", "allowed_token_ids", "stop_token_ids"):
         for token_id in getattr(params, name):
             if token_id >= vocabulary_size:
@@ -331,7 +339,7 @@ def _array(token_ids: TokenIds) -> npt.NDArray[np.int64]:
 
 
 def _at_least(logits: Logits, edge: float) -> Logits:
-    """Keep the logits from `edge` on, which is rounded to float32 as they are."""
+    """Keep the logits that are at least `edge`, which is rounded to float32 as they are."""
     return np.where(logits >= np.float32(edge), logits, REMOVED)
 
 
@@ -355,19 +363,19 @@ def _kth_largest(logits: Logits, k: int) -> float:
 
 
 def _shifted(logits: Logits) -> Float64s:
-    """The logits less the largest of their row, so that `exp` cannot overflow."""
+    """Subtract the largest logit of each row, so that `exp` cannot overflow."""
     wide = logits.astype(np.float64)
     shifted: Float64s = wide - wide.max(axis=-1, keepdims=True)
     return shifted
 
 
 def _sufficient(probabilities: Float64s, mass: float) -> npt.NDArray[np.bool_]:
-    """Tokens that together hold more than `mass`, as the others hold less than half the rest: far fewer to sort."""
+    """Return which tokens suffice for `mass`: the others hold less than half the rest. Far fewer are left to sort."""
     return probabilities >= (1 - mass) / (2 * probabilities.size)
 
 
 def _reach(probabilities: Float64s, mass: float) -> int:
-    """Index at which the running sum reaches `mass`, or the last one where rounding keeps the sum below it."""
+    """Return the index at which the running sum reaches `mass`, or the last one if rounding keeps the sum below it."""
     return min(int(np.searchsorted(np.cumsum(probabilities), mass)), probabilities.size - 1)
 
 

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.filters import check_token_ids, log_softmax, token_logprobs
+from pipeline.engine.filters import check_token_ids, gather_logprobs, token_logprobs
 from pipeline.engine.scheduler import FinishReason, Request, Scheduler, Token
 from pipeline.engine.session import Session, load_session
 from pipeline.errors import UserError
 
 SLOTS = 8
-"""Continuations that run at once by default. The memory of a slot is taken when it is first used."""
+"""The default number of continuations that run at once. The memory of a slot is taken when it is first used."""
 SCORING_CHUNK_TOKENS = 256
-"""Tokens scored at a time: their logits over GPT-2's vocabulary take 51 MB."""
+"""The number of tokens scored at a time: their logits over GPT-2's vocabulary take 51 MB."""
 
 
 @dataclass(slots=True)
@@ -33,18 +33,20 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a model makes of a text that it is given."""
+    """What a model computes for a given text."""
 
     logprobs: NDArray[np.float64]
-    """Natural log-probability of each token but the first, float64 `[tokens - 1]`."""
+    """The natural log-probability of each token except the first, float64 `[tokens - 1]`."""
     mean_state: NDArray[np.float64]
-    """The last hidden states, which the logits are made of, on average over the tokens: float64 `[width]`."""
+    """The mean over the tokens of the last hidden state, from which the logits are computed: float64 `[width]`; `[0]`
+    if it was not asked for."""
 
 
 class Engine:
     """GPT-2 on ONNX Runtime. `Engine.load` makes one.
 
-    Not safe to use from two threads at once; on a GPU, use it from the thread that loaded it, whose captures it runs.
+    Not safe to use from two threads at once. On a GPU, use it from the thread that loaded it, as that captured its
+    graphs.
     """
 
     def __init__(self, session: Session) -> None:
@@ -64,9 +66,9 @@ class Engine:
     ) -> "Engine":
         """Load an exported engine.
 
-        `precision` is one that the folder holds; `provider` is `auto`, `cpu` or `cuda`, and one that cannot run is an
-        error; `threads` is how many cores one operator may use, all of them by default; `slots` is how many
-        continuations run at once, others wait. Raises `UserError`.
+        `precision` is one that the folder holds, or `auto`. `provider` is `auto`, `cpu` or `cuda`; one that cannot run
+        is an error. `threads` is how many cores an operator may use, by default all. `slots` is how many continuations
+        run at once; others wait. Raises `UserError`.
         """
         if slots < 1:
             raise UserError(f"slots: {slots} is out of range, must be at least 1")
@@ -84,12 +86,12 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """Continue every prompt, as many at once as there are slots; choice j of prompt i stands at `i * n + j`.
+        """Continue every prompt, as many at once as there are slots; choice j of prompt i is element `i * n + j`.
 
-        `params` is for all prompts, or one for each. An empty prompt starts from end-of-text. A prompt's opening
-        end-of-text is context: penalties and n-grams do not count it. What is drawn for a prompt does not depend on
-        its neighbours but through rounding of their shared computation. Raises `UserError` for a prompt that leaves
-        no room in the context, or ids outside the vocabulary.
+        `params` is for all prompts, or one per prompt. An empty prompt starts from end-of-text. A prompt's opening
+        end-of-text is context: penalties and n-grams do not count it. What is drawn for a prompt depends on its
+        neighbours only through rounding in their shared computation. Raises `UserError` for a prompt that leaves no
+        room in the context, or ids outside the vocabulary.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         requests = self.submit_all(zip(prompts, each, strict=True))
@@ -97,13 +99,13 @@ class Engine:
         return [_completion(request) for request in requests]
 
     def run(self, requests: Sequence[Request], is_done: Callable[[Request], bool]) -> None:
-        """Run requests to their end, or until `is_done`, asked of each after every step, says that it has enough.
+        """Run requests to their end, or until `is_done`, which is called for each after every step, returns true.
 
-        Raises the error of the first that fails; none of them runs on then.
+        Raises the error of the first that fails, and cancels the others.
         """
         try:
             while any(request.finish_reason is None for request in requests):
-                # Nobody waits for the first of them: prompts are read as slots come free.
+                # No caller waits for a first token: read each prompt as soon as it has a slot.
                 self.scheduler.step(prefill_tokens=math.inf)
                 for request in requests:
                     if request.error is not None:
@@ -115,77 +117,66 @@ class Engine:
                 self.scheduler.cancel(request)
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Token]:
-        """Continue one prompt, a token at a time; closing the iterator cancels. `params.n` must be 1.
+        """Continue one prompt, and yield each token as it comes; closing the iterator cancels. `params.n` must be 1.
 
         Several streams may be read in turn: they share the batch.
         """
         if params.n != 1:
             raise UserError(f"n: a stream is one continuation, got {params.n}")
-        # Refused at once, but queued only when it is read: an iterator that nobody begins cannot clean up.
+        # Checked now, but queued only when it is read: an iterator that is never started cannot clean up.
         return self._stream(self._context(prompt, params), params)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
-        """Queue the continuations of a prompt, to be run by `scheduler.step`. Raises `UserError` as `generate` does."""
+        """Queue the continuations of a prompt; `scheduler.step` runs them. Raises `UserError` as `generate` does."""
         return self.submit_all([(prompt, params)])
 
     def submit_all(self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
-        """Queue the continuations of prompts in their order; none where one of them is refused."""
+        """Queue the continuations of prompts in their order. If one prompt is refused, none is queued."""
         checked = [(self._context(prompt, params), params) for prompt, params in prompts]
         return [
             request for context, params in checked for request in self.scheduler.submit(context, params, _seed(params))
         ]
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
-        """Natural log-probability of each token of each text but its first: float64 `[tokens - 1]` a text.
+        """Return the natural log-probability of each token except the first, float64 `[tokens - 1]` per text.
 
         Raises `UserError` for a text without tokens, longer than the context, or with ids outside the vocabulary.
         """
-        for ids in texts:
-            self.check_text(ids)
-        scores = []
-        for ids in texts:
-            parts = [_logprobs_of_next(logits, ids, start) for start, logits in self._logits(ids)]
-            scores.append(np.concatenate(parts))
-        return scores
+        return [reading.logprobs for reading in self.read(texts, states=False)]
 
-    def read(self, texts: Sequence[Sequence[int]]) -> list[Reading]:
-        """Score texts, and tell where each lies among the model's hidden states. Raises `UserError` as `score` does."""
+    def read(self, texts: Sequence[Sequence[int]], *, states: bool = True) -> list[Reading]:
+        """Score texts and, with `states`, average each text's hidden states. Raises `UserError` as `score` does."""
         for ids in texts:
             self.check_text(ids)
         readings = []
         for ids in texts:
-            logprobs, total = [], np.zeros(self.manifest.width)
-            for start in range(0, len(ids), SCORING_CHUNK_TOKENS):
-                logits, states = self.session.read(ids[start : start + SCORING_CHUNK_TOKENS], start)
-                logprobs.append(_logprobs_of_next(logits, ids, start))
-                total += states.sum(axis=0, dtype=np.float64)
+            logprobs, total = [], np.zeros(self.manifest.width if states else 0)
+            for logits, found, followers in self._read_chunks(ids, states=states):
+                logprobs.append(gather_logprobs(logits[: len(followers)], followers))
+                total += found.sum(axis=0, dtype=np.float64)
             readings.append(Reading(np.concatenate(logprobs), total / len(ids)))
         return readings
 
-    def echo(self, text: Sequence[int], top_count: int) -> list[Token]:
-        """The tokens of a text, each with its log-probability and the `top_count` likeliest in its place.
-
-        The first token has neither: nothing stands before it. Raises `UserError` as `score` does.
-        """
-        return [token for tokens in self.echo_chunks(text, top_count) for token in tokens]
-
     def echo_chunks(self, text: Sequence[int], top_count: int) -> Iterator[list[Token]]:
-        """`echo` in parts, between which other requests may go on; only one text is scored at a time."""
+        """Yield the tokens of a text in parts, each token with its log-probability and the `top_count` likeliest.
+
+        The first token has neither, as nothing precedes it. Other requests may run between the parts, but only one text
+        is scored at a time. Raises `UserError` as `score` does.
+        """
         self.check_text(text)
         yield [Token(text[0])]
-        for start, logits in self._logits(text):
-            followers = text[start + 1 : start + 1 + len(logits)]
+        for logits, _, followers in self._read_chunks(text):
             yield [
                 Token(token_id, *token_logprobs(row, token_id, top_count))
                 for row, token_id in zip(logits, followers, strict=False)
             ]
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raises the `UserError` for which a prompt would be refused. Safe to call from any thread."""
+        """Raise `UserError` if `submit` would refuse a prompt. Safe to call from any thread."""
         self._context(prompt, params)
 
     def check_text(self, text: Sequence[int], name: str = "text") -> None:
-        """Raises the `UserError` for which a text would not be scored. Safe to call from any thread."""
+        """Raise `UserError` if `score` would refuse a text. Safe to call from any thread."""
         self.check_ids(name, text)
         if len(text) == 0:
             raise UserError(f"{name}: has no tokens; give at least one, such as end-of-text")
@@ -205,17 +196,23 @@ class Engine:
         finally:
             self.scheduler.cancel(request)
 
-    def _logits(self, ids: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """The logits of each token of a text in parts, float32 `[tokens, vocabulary]`, with where each part begins."""
+    def _read_chunks(
+        self, ids: Sequence[int], *, states: bool = False
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.floating], Sequence[int]]]:
+        """Read a text in parts: what `Session.read` returns for each, and the tokens that follow those of the part.
+
+        The last token of the text has no follower.
+        """
         for start in range(0, len(ids), SCORING_CHUNK_TOKENS):
-            yield start, self.session.score(ids[start : start + SCORING_CHUNK_TOKENS], start)
+            end = start + SCORING_CHUNK_TOKENS
+            yield *self.session.read(ids[start:end], start, states=states), ids[start + 1 : end + 1]
 
     def _context(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
-        """The context that a prompt gives. Raises `UserError` where either will not do."""
+        """Return the context of a prompt. Raises `UserError` if the prompt or its parameters do not fit."""
         self.check_ids("prompt", prompt)
         check_token_ids(params, self.manifest.vocabulary_size)
         if params.stop:
-            raise UserError("stop: holds texts, and the engine reads token ids; pipeline.engine.text knows both")
+            raise UserError("stop: holds texts, but the engine reads token ids; use pipeline.engine.text")
         if params.max_verbatim_tokens and self.session.followers is None:
             raise UserError(
                 "max_verbatim_tokens: this engine holds no index of its training text; export it again with "
@@ -232,16 +229,10 @@ class Engine:
         )
 
     def check_ids(self, name: str, ids: Sequence[int]) -> None:
+        """Raise `UserError` if a token id is outside the vocabulary. Safe to call from any thread."""
         for token_id in ids:
             if not 0 <= token_id < self.manifest.vocabulary_size:
                 raise UserError(f"{name}: token id {token_id} is not in [0, {self.manifest.vocabulary_size})")
-
-
-def _logprobs_of_next(logits: NDArray[np.float32], ids: Sequence[int], start: int) -> NDArray[np.float64]:
-    """Natural log-probability of the token that follows each of those from `start` on, as far as one does."""
-    followers = np.asarray(ids[start + 1 : start + 1 + len(logits)], np.int64)
-    rows = log_softmax(logits[: len(followers)])
-    return np.asarray(rows[np.arange(len(followers)), followers])
 
 
 def _seed(params: SamplingParams) -> int:

@@ -1,6 +1,6 @@
-"""`engine.json`: what an engine folder holds, and the digest of every file in it. Nothing about decoding."""
+"""`engine.json`: what an engine folder holds, and the digest of each file in it. Nothing about decoding."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -11,18 +11,19 @@ FORMAT_VERSION = 3
 MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
 INDEX_FOLDER = "verbatim"
-"""Where an engine holds the index of its training text, if it does: `pipeline.engine.verbatim`."""
+"""The folder of the index of the training text, if the engine has one: `pipeline.engine.verbatim`."""
 STATES = "states"
-"""The output of a graph that is the last hidden state; those exported before it was there lack it."""
+"""The graph's output for the last hidden state. Graphs of older exports lack it."""
 CUDA_PRECISIONS = ("float16", "int8_float16")
-"""Those that run on CUDA: activations and cache in float16, and no list of the likeliest tokens, as the GPU draws."""
+"""The precisions for CUDA: activations and cache in float16, and no list of the likeliest tokens, as the GPU draws."""
 LISTED_TOKENS = 128
-"""How many of the likeliest tokens the graph lists beside the logits: room for a top-k and what penalties change."""
+"""The number of likeliest tokens that the graph lists next to the logits: enough for a top-k and what penalties
+change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Shape and limits of the model, the precisions it is there in, and SHA-256 digests by relative path."""
+    """The model's shape and limits, its precisions, and the SHA-256 digest of each file by relative path."""
 
     context_length: int
     vocabulary_size: int
@@ -31,10 +32,10 @@ class Manifest:
     width: int
     end_of_text_id: int
     precisions: tuple[str, ...]
-    """The first is the default; each is a folder that holds `GRAPH_FILE`."""
+    """The precisions, the default first; each has a folder that holds `GRAPH_FILE`."""
     cache_bits: dict[str, int]
-    """Of a number in the cache, a precision."""
-    files: dict[str, str]
+    """The bits per number in the cache, by precision."""
+    files: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -45,46 +46,28 @@ class Manifest:
     def holds_index(self) -> bool:
         return any(name.startswith(f"{INDEX_FOLDER}/") for name in self.files)
 
+    def precisions_for(self, provider: str) -> list[str]:
+        """Return the precisions that run on `cpu` or `cuda`; the first is the default there."""
+        return [name for name in self.precisions if provider == "cpu" or name in CUDA_PRECISIONS]
+
 
 def listed_tokens(vocabulary_size: int) -> int:
-    """How many tokens a row of the list holds: all of a small vocabulary."""
+    """Return how many tokens the graph lists per row: at most all of a small vocabulary."""
     return min(LISTED_TOKENS, vocabulary_size)
 
 
-def write_manifest(
-    folder: Path,
-    *,
-    context_length: int,
-    vocabulary_size: int,
-    layers: int,
-    heads: int,
-    width: int,
-    end_of_text_id: int,
-    precisions: tuple[str, ...],
-    cache_bits: dict[str, int],
-) -> None:
-    """Describe the engine whose files stand in `folder`."""
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of an engine, with the digests of the files in `folder`."""
     files = {
         path.relative_to(folder).as_posix(): sha256_file(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST_FILE
     }
-    manifest = Manifest(
-        context_length=context_length,
-        vocabulary_size=vocabulary_size,
-        layers=layers,
-        heads=heads,
-        width=width,
-        end_of_text_id=end_of_text_id,
-        precisions=precisions,
-        cache_bits=cache_bits,
-        files=files,
-    )
-    write_json(folder / MANIFEST_FILE, asdict(manifest))
+    write_json(folder / MANIFEST_FILE, asdict(replace(manifest, files=files)))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises `UserError` where `folder` holds no engine, or one of another format."""
+    """Read the manifest of an engine. Raises `UserError` if `folder` holds no engine, or one of another format."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise UserError(f"{folder}: holds no engine ({MANIFEST_FILE} is missing); `dvc repro export` makes one")
@@ -101,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest, precision: str) -> None:
-    """Raises `UserError` where a file that this precision needs is missing or not what was exported."""
+    """Raise `UserError` if a file that this precision needs is missing or not what was exported."""
     for name, digest in manifest.files.items():
         if not name.startswith((f"{precision}/", f"{INDEX_FOLDER}/")) and name != TOKENIZER_FILE:
             continue

@@ -1,7 +1,7 @@
-"""Memory at fixed places, on the host or on a GPU, as bindings of ONNX Runtime take it; and how it is moved.
+"""Memory at fixed addresses, on the host or on a GPU, for bindings of ONNX Runtime; and its copies.
 
-What is done to a GPU's memory is queued on one stream, on which the graphs run too: it comes in the order in which it
-was asked for, and the host does not wait for it.
+Work on a GPU's memory is queued on one stream, on which the graphs run, too. It happens in the order of the calls, and
+the host does not wait for it.
 """
 
 import ctypes
@@ -18,31 +18,31 @@ from pipeline.errors import UserError
 
 OUT_OF_MEMORY = 2
 KEPT_SOURCES = 128
-"""Arrays that were written to a GPU are kept until so many more were: their copies have long left them by then."""
+"""The number of latest arrays written to a GPU that are kept alive: older ones have been copied long ago."""
 TO_DEVICE, TO_HOST, ON_DEVICE = 1, 2, 3
 NON_BLOCKING = 1
 
 Place = tuple[str, int, type[np.generic], list[int], int]
-"""Device, its number, dtype, shape and address: memory as a binding takes it."""
+"""Memory as a binding takes it: device, device number, dtype, shape and address."""
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """An array at a fixed place."""
+    """An array at a fixed address."""
 
     device: str
     dtype: type[np.generic]
     shape: tuple[int, ...]
     address: int
     array: NDArray[Any] | None
-    """The host's own; none where it lies on a GPU."""
+    """The array itself if it is on the host; None if it is on a GPU."""
 
     @property
     def row_bytes(self) -> int:
         return int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
     def rows(self, start: int, count: int) -> Place:
-        """Rows of the first dimension, as a binding takes them."""
+        """Return rows of the first dimension as a binding takes them."""
         return self.device, 0, self.dtype, [count, *self.shape[1:]], self.address + start * self.row_bytes
 
 
@@ -50,26 +50,26 @@ class Memory(Protocol):
     """A device's memory."""
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
-        """Memory that holds zeros; it lasts as long as this object does."""
+        """Allocate memory that holds zeros; it lives as long as this object."""
 
     def write(self, buffer: Buffer, row: int, values: NDArray[Any]) -> None:
-        """Write rows of a buffer from `row` on."""
+        """Write rows of a buffer, beginning at `row`."""
 
     def read(self, buffer: Buffer, row: int, count: int) -> NDArray[Any]:
-        """Rows of a buffer once all that was queued before is done."""
+        """Return rows of a buffer after everything queued before is done."""
 
     def peek(self, buffer: Buffer, row: int, count: int) -> NDArray[Any]:
-        """Rows of a buffer as they are by now, whatever is still queued."""
+        """Return rows of a buffer as they are now, whatever is still queued."""
 
     def copy_row(self, buffer: Buffer, source: int, target: int) -> None:
-        """Give a row another's values."""
+        """Copy a row to another."""
 
     def copy_tokens(self, cache: Buffer, source: int, target: int, tokens: int) -> None:
-        """Give a slot of a cache, `[slots, heads, context, head width]`, the first tokens of another's."""
+        """Copy the first tokens of a slot of a cache, `[slots, heads, context, head width]`, to another slot."""
 
 
 class HostMemory:
-    """The memory of the processor. Zeros take room only once they are written to."""
+    """The memory of the processor. Zeros take up memory only once they are written to."""
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
         array = np.zeros(shape, dtype)
@@ -97,12 +97,12 @@ class CudaMemory:
     def __init__(self) -> None:
         self._runtime = ctypes.CDLL(RUNTIME)
         self._runtime.cudaGetErrorString.restype = ctypes.c_char_p
-        # As ONNX Runtime does, whatever else in the process has chosen.
+        # ONNX Runtime uses device 0, too, whatever else in the process has chosen.
         self._call("cudaSetDevice", 0)
         self._written: deque[NDArray[Any]] = deque(maxlen=KEPT_SOURCES)
         self.stream = self._new_stream()
         """The address of the stream on which everything runs, in the order in which it is queued."""
-        # What is peeked at must not wait for what is queued.
+        # A peek must not wait for what is queued.
         self._peeking = self._new_stream()
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
@@ -116,7 +116,7 @@ class CudaMemory:
     def write(self, buffer: Buffer, row: int, values: NDArray[Any]) -> None:
         source = np.ascontiguousarray(values, buffer.dtype)
         target = buffer.address + row * buffer.row_bytes
-        # As a rule the copy has left the array when the call returns; nothing promises it.
+        # Usually the array has been copied when the call returns, but that is not guaranteed.
         self._written.append(source)
         self._copy(target, source.ctypes.data, source.nbytes, TO_DEVICE, self.stream)
 
@@ -148,7 +148,7 @@ class CudaMemory:
         )
 
     def room(self) -> tuple[int, int]:
-        """Bytes that are free on the GPU, and all that it has."""
+        """Return the GPU's free and total memory in bytes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
@@ -175,15 +175,15 @@ class CudaMemory:
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._runtime, name)(*arguments)
         if code:
-            # Else the next to ask for the last error, as ONNX Runtime does after a launch, would take it for its own.
+            # Clear the error, or ONNX Runtime, which asks for the last error after a launch, would take it for its own.
             self._runtime.cudaGetLastError()
         if code == OUT_OF_MEMORY and name == "cudaMalloc":
-            raise UserError("slots: the GPU's memory does not hold so many; ask for fewer")
+            raise UserError("slots: the GPU's memory does not hold this many; ask for fewer")
         if code:
             raise RuntimeError(f"{name}: {self._runtime.cudaGetErrorString(code).decode()}")
 
 
 def _array(buffer: Buffer) -> NDArray[Any]:
     if buffer.array is None:
-        raise ValueError("the buffer lies on a GPU")
+        raise ValueError("the buffer is on a GPU")
     return buffer.array

@@ -1,16 +1,17 @@
-"""Draws the next token of a continuation as `pipeline.engine.filters` says, without sorting the vocabulary.
+"""Draw the next token of a continuation as `pipeline.engine.filters` defines it, without sorting the vocabulary.
 
-The reference in `filters` is written to be read; this is written to be small beside a step, whose weights have pushed
-all else out of the caches: to read few numbers and to call few operations is what counts. Penalties and bans change the
-logits of few tokens, which a continuation keeps as it goes on: a token more a step. The graph lists the likeliest
-tokens. Every other has at most the logit of the last of them, so a token above that which the changes leave alone is in
-the list, and top-k is decided by the list and the changes, if what it keeps is above it.
+The reference in `filters` is written to be read. This is written to take little time next to a model step, which has
+just pushed everything else out of the caches: read few numbers and call few operations.
 
-Where it is not, and for a nucleus of the whole vocabulary, the row is read. The k-th largest of the largest logits of
-parts of the vocabulary is a bound that at least k tokens reach, so all tokens that top-k keeps are at or above it, and
-in parts whose largest logit is. A nucleus is looked for among few such tokens first; where it is wider, among all but
-those that together weigh too little to be in it. Where none of this decides, the reference draws from the same logits
-with the same uniform.
+Penalties and bans change the logits of few tokens. A continuation keeps these changes and adds one token per step. The
+graph lists the likeliest tokens. Every unlisted token's logit is at most the last listed one. So if everything that
+top-k keeps lies above that, the list and the changed tokens decide.
+
+Otherwise, and for top-p without top-k, the row is read. Split the vocabulary into parts: at least k tokens reach the
+k-th largest of the parts' maxima. So every token that top-k keeps is at or above this bound, in a part whose maximum
+is, too. A nucleus is first looked for among a few such tokens, and if it is wider, among all tokens but those that
+together weigh too little to be in it. If none of this decides, the reference draws from the same logits with the same
+uniform.
 """
 
 import math
@@ -23,25 +24,111 @@ from numpy.typing import NDArray
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import filters
-from pipeline.engine.loops import Loops
-from pipeline.engine.verbatim import Copies
+from pipeline.engine.loops import LoopDetector
+from pipeline.engine.verbatim import CopyLimiter
 
+OUTSIDE_THE_DRAW = frozenset(
+    {
+        *("max_new_tokens", "context_overflow", "repetition_detection", "stop", "ignore_eos"),
+        *("seed", "n", "logprobs"),
+    }
+)
+"""The fields of `SamplingParams` that change no logit: they end a continuation, key its random numbers or report on
+it."""
+FAST_FIELDS = OUTSIDE_THE_DRAW | {
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens", "stop_token_ids"),
+    *("logit_bias", "banned_token_ids"),
+}
+"""The fields that the fast path supports. If any other is set, as a new one would be, the reference draws."""
 UNIFORMS_AHEAD = 64
-"""Random numbers are made for so many steps at a time."""
+"""The number of steps for which random numbers are made at a time."""
 PART = 64
-"""Tokens of the vocabulary whose largest logit is taken together: every n-th, as those are compared side by side."""
+"""The number of tokens per part of the vocabulary. A part is every n-th token, so that NumPy compares contiguous
+rows."""
 NUCLEUS_CANDIDATES = 256
-"""Where top-k does not say how many tokens may be kept, a nucleus is looked for among at least so many first."""
+"""The least number of candidates among which a nucleus is first looked for if top-k does not limit it."""
 ROUNDING = np.float32(1e-6)
-"""Relative; the temperature's division may round two logits to one, which then are both kept."""
+"""The relative margin for the temperature's division, which may round two logits to one; then both are kept."""
+LEAST_CHANGES = 256
+"""The number of changed tokens for which there is room at first."""
 
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
 AnyLogits = TypeVar("AnyLogits", NDArray[np.float32], np.float32)
 
 
+class LogitChanges:
+    """What bias, penalties and bans do to single tokens: add the bias, apply the factor, subtract the offset.
+
+    The factor divides a positive logit and multiplies others. A bias of -inf or an offset of inf removes the token.
+    """
+
+    def __init__(self, vocabulary_size: int) -> None:
+        self.is_changed = np.zeros(vocabulary_size, np.bool_)
+        """Whether each token of the vocabulary is changed, `[vocabulary]`."""
+        self._places: dict[int, int] = {}
+        self._ids = np.zeros(min(vocabulary_size, LEAST_CHANGES), np.int64)
+        self._bias, self._factor, self._offset = (np.zeros(len(self._ids), np.float32) for _ in range(3))
+        self._has_bias = self._has_factors = self._has_offsets = False
+
+    @property
+    def ids(self) -> TokenIds:
+        """The changed tokens, in the order in which they were first changed."""
+        return self._ids[: len(self._places)]
+
+    def set_bias(self, token_id: int, bias: float) -> None:
+        place = self._place(token_id)
+        self._has_bias = True
+        self._bias[place] = bias
+
+    def set_factor(self, token_id: int, factor: np.float32) -> None:
+        place = self._place(token_id)
+        self._has_factors = True
+        self._factor[place] = factor
+
+    def set_offset(self, token_id: int, offset: float) -> None:
+        if offset or token_id in self._places:
+            place = self._place(token_id)
+            self._has_offsets = self._has_offsets or offset != 0
+            self._offset[place] = offset
+
+    def apply(self, own: Logits) -> Logits:
+        """Return the changed logits of `ids`, of which the model's own logits are `own`."""
+        used = len(own)
+        values = own + self._bias[:used] if self._has_bias else own
+        if self._has_factors:
+            factor = self._factor[:used]
+            values = np.where(values > 0, values / factor, values * factor)
+        return values - self._offset[:used] if self._has_offsets else values
+
+    def expand(self) -> tuple[Logits, Logits, Logits]:
+        """Return bias, factor and offset of every token, `[vocabulary]` each."""
+        bias, offset = (np.zeros(len(self.is_changed), np.float32) for _ in range(2))
+        factor = np.ones(len(self.is_changed), np.float32)
+        ids, used = self.ids, len(self._places)
+        bias[ids], factor[ids], offset[ids] = self._bias[:used], self._factor[:used], self._offset[:used]
+        return bias, factor, offset
+
+    def _place(self, token_id: int) -> int:
+        """Return the place of a token in the arrays, which may be new ones then; a new token is not changed yet."""
+        place = self._places.get(token_id)
+        if place is not None:
+            return place
+        place = self._places[token_id] = len(self._places)
+        if place == len(self._ids):
+            self._ids, self._bias, self._factor, self._offset = (
+                np.concatenate([values, np.zeros_like(values)])
+                for values in (self._ids, self._bias, self._factor, self._offset)
+            )
+        self.is_changed[token_id] = True
+        self._ids[place], self._factor[place] = token_id, 1
+        return place
+
+
 class Continuation:
-    """What one continuation has said so far, as the filters see it, and what comes next."""
+    """One continuation: its parameters, its tokens so far as the filters see them, and the draw of its next token."""
 
     def __init__(
         self,
@@ -53,37 +140,35 @@ class Continuation:
         vocabulary_size: int,
         followers: filters.Followers | None = None,
     ) -> None:
-        """`seed` stands in for `params.seed`, which may be null; `choice` is the index among the `n`.
+        """Start a continuation of a prompt.
 
-        `max_verbatim_tokens` needs the `followers` of a run in the training text.
+        `seed` replaces `params.seed`, which may be null. `choice` is the index among the `n`. `max_verbatim_tokens`
+        needs the `followers` of a run in the training text.
         """
         self.params = params
+        self.active_fields = frozenset(params.active_fields())
+        """The names of the parameters that are not neutral."""
         self.prompt_ids = prompt_ids
         self.end_of_text_id = end_of_text_id
         self.output_ids: list[int] = []
+        self._is_fast = self.active_fields <= FAST_FIELDS
         self._seed, self._choice = seed, choice
         self._uniforms, self._first_uniform = np.zeros(0), 0
         self._training_followers = followers
-        limit = params.max_verbatim_tokens
-        self._copies = Copies(limit, filters.known(followers)) if limit else None
-        self._followers: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
+        limit, detection = params.max_verbatim_tokens, params.repetition_detection
+        self._copies = CopyLimiter(limit, filters.require_followers(followers)) if limit else None
+        self._loops = LoopDetector(*detection) if any(detection[:1]) else None
+        self._ends_in_loop = False
+        self._ngram_followers: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
         self._latest: tuple[int, ...] = ()
         self._counts: Counter[int] = Counter()
         self._removed: set[int] = set()
-        self._loops = Loops(*params.repetition_detection) if any(params.repetition_detection[:1]) else None
-        self._ends_in_loop = False
-        # The tokens whose logits are changed, and by what: logit + bias, then the penalty, then less the offset.
-        self._changes: dict[int, int] = {}
-        self._is_changed = np.zeros(vocabulary_size, np.bool_)
-        self._has_offsets = False
-        self._ids = np.zeros(min(vocabulary_size, 256), np.int64)
-        self._bias, self._factor, self._offset = (np.zeros(len(self._ids), np.float32) for _ in range(3))
+        self._penalty = None if params.repetition_penalty == 1 else filters.penalty_factor(params.repetition_penalty)
+        self._changes = LogitChanges(vocabulary_size)
         for token_id, bias in params.logit_bias.items():
-            place = self._change(token_id)
-            self._bias[place] = bias
+            self._changes.set_bias(token_id, bias)
         for token_id in params.banned_token_ids:
-            place = self._change(token_id)
-            self._bias[place] = -np.inf
+            self._changes.set_bias(token_id, -np.inf)
         for token_id in prompt_ids:
             self._see(token_id)
         self._update_removed()
@@ -101,35 +186,17 @@ class Continuation:
 
     @np.errstate(over="ignore")  # of cooled logits to -inf, where the probability is 0 as well
     def draw(self, logits: Logits, top_logits: Logits, top_ids: TokenIds) -> int:
-        """The next token after these logits, float32 `[vocabulary]`, which are left as they are.
+        """Draw the next token from these logits, float32 `[vocabulary]`, which are left as they are.
 
-        `top_logits` and `top_ids` are the largest of them in descending order, any number, and whose they are.
-        Raises what `filters.sample` raises.
+        `top_logits` are any number of the largest of them in descending order, `top_ids` their tokens. Raises what
+        `filters.sample` raises.
         """
-        params = self.params
-        if params.typical_p == 1 and not params.allowed_token_ids:
-            ids = self._ids[: len(self._changes)]
-            own = logits.take(ids)
-            changed = self._changed(own)
-            if len(top_ids) > 0:
-                others = ~self._is_changed.take(top_ids)
-                token_id = draw_listed(
-                    np.concatenate([ids, top_ids[others]]),
-                    np.concatenate([changed, top_logits[others]]),
-                    top_logits[-1] if len(top_ids) < len(logits) else np.float32(-np.inf),
-                    params,
-                    self._uniform(),
-                )
-                if token_id is not None:
-                    return token_id
-            logits[ids] = changed
-            token_id = draw_fast(logits, params, self._uniform())
-            logits[ids] = own
-            if token_id is not None:
-                return token_id
+        token_id = self._draw_fast(logits, top_logits, top_ids) if self._is_fast else None
+        if token_id is not None:
+            return token_id
         return filters.sample(
             logits,
-            params,
+            self.params,
             self.prompt_ids,
             self.output_ids,
             self.end_of_text_id,
@@ -139,7 +206,7 @@ class Continuation:
         )
 
     def append(self, token_id: int) -> None:
-        """Go on with this token."""
+        """Add a drawn token to the output."""
         self.output_ids.append(token_id)
         self._counts[token_id] += 1
         if self._loops is not None:
@@ -148,53 +215,56 @@ class Continuation:
         self._set_offset(token_id)
         self._update_removed()
 
-    def dense_changes(self) -> tuple[Logits, Logits, Logits, NDArray[np.float64]]:
-        """What becomes of every logit, `[vocabulary]` each: bias, then penalty, then offset; and what was drawn.
+    def expand_changes(self) -> tuple[Logits, Logits, Logits, NDArray[np.float64]]:
+        """Return what changes each logit, `[vocabulary]` each: bias, factor, offset, and how often it was drawn.
 
-        A bias of -inf removes a token. The penalty divides a logit above 0, and multiplies one below.
+        They act as in `LogitChanges`.
         """
-        vocabulary_size = len(self._is_changed)
-        ids = self._ids[: len(self._changes)]
-        rows = []
-        for kept, unchanged in ((self._bias, 0), (self._factor, 1), (self._offset, 0)):
-            row = np.full(vocabulary_size, unchanged, np.float32)
-            row[ids] = kept[: len(ids)]
-            rows.append(row)
-        bias, penalty, offset = rows
+        bias, factor, offset = self._changes.expand()
+        every_id = np.arange(len(bias))
         if self.params.allowed_token_ids:
             kept_ids = (*self.params.allowed_token_ids, self.end_of_text_id, *self.params.stop_token_ids)
-            is_allowed = np.isin(np.arange(vocabulary_size), kept_ids)
-            bias[~is_allowed] = -np.inf
-        counts = np.zeros(vocabulary_size)
+            bias[~np.isin(every_id, kept_ids)] = -np.inf
+        counts = np.zeros(len(bias))
         counts[list(self._counts.keys())] = list(self._counts.values())
-        return bias, penalty, offset, counts
+        return bias, factor, offset, counts
 
     def uniforms(self, count: int) -> NDArray[np.float64]:
-        """The uniforms of the next `count` draws."""
+        """Return the uniforms of the next `count` draws."""
         return filters.uniforms(self._seed, self._choice, len(self.output_ids), count)
 
-    def _changed(self, own: Logits) -> Logits:
-        """What becomes of the logits of the tokens that are changed."""
-        params, used = self.params, len(own)
-        values = own + self._bias[:used] if params.logit_bias or params.banned_token_ids else own
-        if params.repetition_penalty != 1:
-            factor = self._factor[:used]
-            values = np.where(values > 0, values / factor, values * factor)
-        return values - self._offset[:used] if self._has_offsets else values
+    def _draw_fast(self, logits: Logits, top_logits: Logits, top_ids: TokenIds) -> int | None:
+        """Draw from the list, else from the row; None if neither decides."""
+        ids = self._changes.ids
+        own = logits.take(ids)
+        changed = self._changes.apply(own)
+        if len(top_ids) > 0:
+            others = ~self._changes.is_changed.take(top_ids)
+            token_id = draw_listed(
+                np.concatenate([ids, top_ids[others]]),
+                np.concatenate([changed, top_logits[others]]),
+                top_logits[-1] if len(top_ids) < len(logits) else np.float32(-np.inf),
+                self.params,
+                self._uniform(),
+            )
+            if token_id is not None:
+                return token_id
+        logits[ids] = changed
+        token_id = draw_fast(logits, self.params, self._uniform())
+        logits[ids] = own
+        return token_id
 
     def _see(self, token_id: int) -> None:
-        """Note a token of prompt or output."""
-        params = self.params
-        if params.repetition_penalty != 1:
-            place = self._change(token_id)
-            self._factor[place] = filters.penalty_factor(params.repetition_penalty)
-        if size := params.no_repeat_ngram_size:
+        """Take note of a token of prompt or output."""
+        if self._penalty is not None:
+            self._changes.set_factor(token_id, self._penalty)
+        if size := self.params.no_repeat_ngram_size:
             if len(self._latest) == size - 1:
-                self._followers[self._latest].add(token_id)
+                self._ngram_followers[self._latest].add(token_id)
             self._latest = (*self._latest, token_id)[1 - size :] if size > 1 else ()
 
     def _update_removed(self) -> None:
-        """What may not come next: the last of a repeated n-gram or of too long a copy, and an early end."""
+        """Find the tokens that must not come next: those that repeat an n-gram, copy too much, or end too early."""
         params = self.params
         if not params.no_repeat_ngram_size and not params.max_verbatim_tokens and not params.min_new_tokens:
             return
@@ -203,7 +273,7 @@ class Continuation:
         if self._copies is not None:
             removed |= set(self._copies.ids(self.output_ids)) - ending_ids
         if params.no_repeat_ngram_size:
-            removed |= self._followers.get(self._latest, set())
+            removed |= self._ngram_followers.get(self._latest, set())
         if len(self.output_ids) < params.min_new_tokens:
             removed |= ending_ids
         changed, self._removed = removed ^ self._removed, removed
@@ -215,25 +285,7 @@ class Continuation:
         offset = np.inf if token_id in self._removed else 0.0
         if count and (params.presence_penalty or params.frequency_penalty):
             offset += params.presence_penalty + params.frequency_penalty * count
-        if offset or token_id in self._changes:
-            self._has_offsets = self._has_offsets or offset != 0
-            place = self._change(token_id)
-            self._offset[place] = offset
-
-    def _change(self, token_id: int) -> int:
-        """The place of a token among the changes; a new one changes nothing yet."""
-        if token_id in self._changes:
-            return self._changes[token_id]
-        place = len(self._changes)
-        if place == len(self._ids):
-            self._ids, self._bias, self._factor, self._offset = (
-                np.concatenate([values, np.zeros_like(values)])
-                for values in (self._ids, self._bias, self._factor, self._offset)
-            )
-        self._changes[token_id] = place
-        self._is_changed[token_id] = True
-        self._ids[place], self._factor[place] = token_id, 1
-        return place
+        self._changes.set_offset(token_id, offset)
 
     def _uniform(self) -> float:
         step = len(self.output_ids) - self._first_uniform
@@ -244,9 +296,9 @@ class Continuation:
 
 
 def draw_listed(ids: TokenIds, logits: Logits, floor: np.float32, params: SamplingParams, u: float) -> int | None:
-    """The token that temperature, top-k, top-p and min-p leave to the uniform `u`; None where the list does not say.
+    """Draw by temperature, top-k, top-p and min-p with the uniform `u`; None if the list does not decide.
 
-    `logits` are those of the tokens `ids`, every other token has at most `floor`.
+    `logits` are those of the tokens `ids`; every other token's logit is at most `floor`.
     """
     if params.top_k == 0 and (params.top_p < 1 or params.min_p == 0) and params.temperature != 0:
         return None
@@ -265,9 +317,9 @@ def draw_listed(ids: TokenIds, logits: Logits, floor: np.float32, params: Sampli
 
 
 def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
-    """The token that temperature, top-k, top-p and min-p leave to the uniform `u`; None where the reference is needed.
+    """Draw by temperature, top-k, top-p and min-p with the uniform `u`; None if the reference is needed.
 
-    That is where no token is left, the logits are not finite, or rounding hides the end of the nucleus.
+    That is the case if no token is left, the logits are not finite, or rounding hides the end of the nucleus.
     """
     peaks = logits[: logits.size // PART * PART].reshape(PART, -1).max(axis=0)
     peak = np.maximum(peaks.max(initial=-np.inf), logits[len(peaks) * PART :].max(initial=-np.inf))
@@ -288,7 +340,7 @@ def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
         token_id = _draw_from_nucleus(ids, cooled.take(ids), mass, params, u)
         if token_id is not None:
             return token_id
-    # What is left out holds less than half of what the nucleus may lack.
+    # What is left out weighs less than half of what the nucleus may lack.
     ids = np.flatnonzero(weights >= mass * (1 - params.top_p) / (2 * logits.size))
     return _draw_from_nucleus(ids, cooled.take(ids), mass, params, u)
 
@@ -296,9 +348,9 @@ def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
 def _draw_among(
     ids: TokenIds, logits: Logits, params: SamplingParams, u: float, *, floor: np.float32 | None = None
 ) -> int | None:
-    """The token that top-k, top-p and min-p leave of candidates with these cooled logits.
+    """Draw by top-k, top-p and min-p among candidates with these cooled logits.
 
-    None where a token at or below `floor` would be kept, as others than the candidates may be there.
+    Return None if a token at or below `floor` would be kept, where there may be tokens that are not candidates.
     """
     order = logits.argsort()[::-1]
     ordered = logits[order]
@@ -306,7 +358,7 @@ def _draw_among(
     least = np.float32(math.log(params.min_p)) if params.min_p else np.float32(-np.inf)
     if floor is not None:
         edge = ordered[kept - 1] if 0 < params.top_k <= len(ordered) else np.float32(-np.inf)
-        # A nucleus is one of what top-k keeps.
+        # The nucleus is taken from what top-k keeps.
         if not floor < (edge if params.top_p < 1 else max(edge, least)):
             return None
     weights = np.exp(ordered[:kept], dtype=np.float64)
@@ -315,7 +367,7 @@ def _draw_among(
         kept = _with_equals(ordered[:kept], int(reached.searchsorted(params.top_p)) + 1)
     if params.min_p:
         kept = int(np.count_nonzero(ordered[:kept] >= least))
-    # The CDF goes through the vocabulary, not from the likeliest down.
+    # The CDF is in vocabulary order, not from the likeliest down.
     chosen = ids[order[:kept]]
     rising = chosen.argsort()
     cdf = weights[rising].cumsum()
@@ -323,12 +375,12 @@ def _draw_among(
 
 
 def _draw_from_nucleus(ids: TokenIds, logits: Logits, mass: np.float64, params: SamplingParams, u: float) -> int | None:
-    """The token that top-p of the whole vocabulary, and min-p, leave of candidates, rising, with these cooled logits.
+    """Draw by top-p of the whole vocabulary and by min-p among candidates, in rising order, with these cooled logits.
 
-    None where the nucleus holds more than the candidates; `mass` is what the weights of the vocabulary sum to, relative
-    to the likeliest's.
+    Return None if the nucleus is wider than the candidates. `mass` is the sum of the vocabulary's weights, relative to
+    the likeliest token's.
     """
-    # There may be thousands: values alone sort many times faster than their places.
+    # There may be thousands: sorting the values alone is many times faster than sorting their places.
     ordered = np.sort(logits)[::-1]
     reached = np.cumsum(np.exp(ordered, dtype=np.float64) / mass)
     if reached[-1] < params.top_p:
@@ -342,12 +394,12 @@ def _draw_from_nucleus(ids: TokenIds, logits: Logits, mass: np.float64, params: 
 
 
 def _cool(logits: AnyLogits, peak: np.float32, temperature: float) -> AnyLogits:
-    """The largest of all, `peak`, taken off, and divided by the temperature, as the reference does it."""
-    return (logits - peak) / filters.cooling(temperature)
+    """Subtract the largest logit, `peak`, and divide by the temperature, as the reference does."""
+    return (logits - peak) / filters.temperature_divisor(temperature)
 
 
 def _with_equals(ordered: Logits, count: int) -> int:
-    """How many logits are among the first `count`, or equal to the last of those."""
+    """Return how many logits are among the first `count` or equal to the last of them."""
     if count >= len(ordered):
         return len(ordered)
     while count < len(ordered) and ordered[count] == ordered[count - 1]:
@@ -356,7 +408,7 @@ def _with_equals(ordered: Logits, count: int) -> int:
 
 
 def _draw_from_all(values: Logits, min_p: float, u: float) -> int:
-    """The draw from a whole row: the CDF of its weights in float64."""
+    """Draw from a whole row, by the CDF of its weights in float64."""
     weights = np.exp(values)
     if min_p:
         weights[values < np.float32(math.log(min_p))] = 0
@@ -365,9 +417,9 @@ def _draw_from_all(values: Logits, min_p: float, u: float) -> int:
 
 
 def _candidates(logits: Logits, peaks: Logits, peak: np.float32, count: int) -> TokenIds:
-    """The ids of the `count` largest logits and of what equals the least of them, and it may be of some more; rising.
+    """Return the ids, in rising order, of the `count` largest logits, of any that equal the least, and maybe of more.
 
-    `peaks` are the largest logits of the parts, `peak` of all.
+    `peaks` are the parts' largest logits, `peak` is the largest of all.
     """
     if len(peaks) <= count:
         return np.flatnonzero(logits > -np.inf)

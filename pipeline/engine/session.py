@@ -1,9 +1,10 @@
-"""A loaded engine: the model's graph with its KV cache, a slot a continuation, updated in place.
+"""A loaded engine: the model's graph and its KV cache, one slot per continuation, updated in place.
 
-The cache is one buffer a layer for keys and one for values, `[slots, heads, context, head width]`. Past and present of
-the graph are bound to the same memory, so a step writes what is new and copies nothing. Decoding runs the first rows of
-the buffers, prefill a single slot; each has a binding that is made once. On the processor only numbers in fixed places
-change from step to step; on CUDA, where `DeviceLoop` takes the steps, what the host feeds is bound, and copied, anew.
+The cache has one buffer per layer for keys and one for values, `[slots, heads, context, head width]`. Past and present
+of the graph are bound to the same memory, so a step writes what is new and copies nothing. Decoding runs the first rows
+of the buffers, prefill a single slot; each has a binding that is made once. On the processor only numbers at fixed
+addresses change from step to step. On CUDA, where `DeviceLoop` takes most steps, what the host feeds is bound and
+copied again for each step.
 """
 
 import logging
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.engine.cuda import driver
 from pipeline.engine.cuda.kernel import Kernel, Rows
+from pipeline.engine.cuda.rows import round_up_rows
 from pipeline.engine.filters import Followers
 from pipeline.engine.manifest import (
     CUDA_PRECISIONS,
@@ -35,7 +37,8 @@ from pipeline.errors import UserError
 
 PROVIDERS = ("cpu", "cuda")
 CPU_PASS_TOKENS = 128
-"""Tokens of a prompt that the processor reads in a pass. More gain nothing, and cost where the cache is in 8 bits."""
+"""The number of prompt tokens that the processor reads per pass. More gain nothing, and an 8-bit cache makes them
+slower."""
 CACHE_TYPES: dict[int, type[np.generic]] = {8: np.int8, 16: np.float16, 32: np.float32}
 
 Draw = Callable[[Rows, int], None]
@@ -64,19 +67,19 @@ class Session:
         self.memory = memory
         self.slots = slots
         self.draw = draw
-        """Draws the next token of so many rows on the device; none where the host draws."""
+        """The function that draws the next token of the first rows on the device; None if the host draws."""
         self.followers = followers
-        """What follows a run in the training text; none where the engine holds no index of that."""
+        """The lookup of what follows a run in the training text; None if the engine holds no index of it."""
         self.lists_tokens = precision not in CUDA_PRECISIONS
         self.logits = np.zeros((slots, manifest.vocabulary_size), np.float32)
-        """Row i: the logits of what slot i was fed last, float32 `[slots, vocabulary]`."""
+        """The logits of what each slot was fed last, float32 `[slots, vocabulary]`."""
         listed = listed_tokens(manifest.vocabulary_size) if self.lists_tokens else 0
         self.top_logits = np.zeros((slots, listed), np.float32)
-        """The largest of each row of `logits`, in descending order, float32 `[slots, listed]`."""
+        """The largest of each row of `logits` in descending order, float32 `[slots, listed]`."""
         self.top_ids = np.zeros(self.top_logits.shape, np.int64)
-        """Whose they are."""
+        """The token ids of `top_logits`, int64 `[slots, listed]`."""
         cache_type = CACHE_TYPES[manifest.cache_bits[precision]]
-        # One more, in which texts are scored.
+        # One more slot, in which texts are read.
         shape = (slots + 1, manifest.heads, manifest.context_length, manifest.head_width)
         self._cache = {
             f"{layer}.{part}": memory.zeros(shape, cache_type)
@@ -92,12 +95,12 @@ class Session:
         self._captures = 0
         self._decoding: dict[int, ort.IOBinding] = {}
         self._filling: dict[tuple[int, bool], ort.IOBinding] = {}
-        """By slot, and whether the states are read too: what was bound once, stays so."""
+        """The bindings by slot and by whether states are read: an output that is bound once stays bound."""
 
     def decode(self, token_ids: Sequence[int], positions: Sequence[int]) -> None:
-        """Feed one token to each of the first slots; their logits then stand in the first rows of `logits`.
+        """Feed one token to each of the first slots; their logits are then in the first rows of `logits`.
 
-        `positions` are where the tokens stand, that is how many their slots hold before them.
+        The position of a token is the number of tokens that its slot holds before it.
         """
         count = len(token_ids)
         self._input_ids[:count, 0] = token_ids
@@ -111,7 +114,7 @@ class Session:
         self.graph.run_with_iobinding(self._decoding[count], self._uncaptured)
 
     def prefill(self, slot: int, token_ids: Sequence[int], past_tokens: int) -> None:
-        """Feed tokens to a slot that holds `past_tokens`; `logits[slot]` are then those of the last."""
+        """Feed tokens to a slot that holds `past_tokens`; `logits[slot]` are then those of the last token."""
         pass_tokens = CPU_PASS_TOKENS if self.provider == "cpu" else len(token_ids)
         for start in range(0, len(token_ids), pass_tokens):
             fed = token_ids[start : start + pass_tokens]
@@ -119,50 +122,45 @@ class Session:
             self._bind_logits(binding, slot, 1)
             self.graph.run_with_iobinding(binding, self._uncaptured)
 
-    def score(self, token_ids: Sequence[int], past_tokens: int) -> NDArray[np.float32]:
-        """Feed tokens of a text after its first `past_tokens`; the logits of each, float32 `[tokens, vocabulary]`.
+    def read(
+        self, token_ids: Sequence[int], past_tokens: int, *, states: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.floating]]:
+        """Feed tokens of a text after its first `past_tokens`, and return what the model makes of each.
 
-        The text has a slot to itself, so that no continuation is disturbed.
+        These are its logits, float32 `[tokens, vocabulary]`, and its last hidden state in the graph's own floats,
+        `[tokens, width]`, or `[tokens, 0]` without `states`, which then costs nothing. The text has a slot of its own,
+        so that no continuation is disturbed. Raises `UserError` if the graph has no output for the states.
         """
-        logits = np.empty((len(token_ids), self.manifest.vocabulary_size), np.float32)
-        binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(len(token_ids)))
+        if states and STATES not in (output.name for output in self.graph.get_outputs()):
+            raise UserError("engine: its graph was exported without hidden states; export the checkpoint again")
+        tokens, half = len(token_ids), self.precision in CUDA_PRECISIONS
+        logits = np.empty((tokens, self.manifest.vocabulary_size), np.float32)
+        found = np.empty((tokens, self.manifest.width if states else 0), np.float16 if half else np.float32)
+        binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(tokens), reads_states=states)
         bind(binding.bind_output, "logits", place(logits))
+        if states:
+            bind(binding.bind_output, STATES, place(found))
         self.graph.run_with_iobinding(binding, self._uncaptured)
-        return logits
-
-    def read(self, token_ids: Sequence[int], past_tokens: int) -> tuple[NDArray[np.float32], NDArray[np.floating]]:
-        """What `score` gives, and the last hidden state of each token, `[tokens, width]` in the graph's own floats.
-
-        Raises `UserError` where the graph does not tell it.
-        """
-        if STATES not in (output.name for output in self.graph.get_outputs()):
-            raise UserError("the engine was exported before it told its hidden states; export the checkpoint again")
-        logits = np.empty((len(token_ids), self.manifest.vocabulary_size), np.float32)
-        half = self.precision in CUDA_PRECISIONS
-        states = np.empty((len(token_ids), self.manifest.width), np.float16 if half else np.float32)
-        binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(len(token_ids)), reads_states=True)
-        bind(binding.bind_output, "logits", place(logits))
-        bind(binding.bind_output, STATES, place(states))
-        self.graph.run_with_iobinding(binding, self._uncaptured)
-        return logits, states
+        return logits, found
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Give a slot the first `tokens` of another's."""
+        """Copy the first `tokens` of a slot to another."""
         if tokens == 0:
             return
         for buffer in self._cache.values():
             self.memory.copy_tokens(buffer, source, target, tokens)
 
     def capture_options(self) -> ort.RunOptions:
-        """How to run a binding of device memory alone: on CUDA it is captured when it first runs, and not waited for.
+        """Return the options to run a binding that uses only device memory.
 
-        A capture holds the binding's addresses: the options belong to it alone.
+        On CUDA its first run is captured, and no run is waited for. A capture holds the binding's addresses, so the
+        options belong to this binding alone.
         """
         self._captures += 1
         return _run_options(self.provider, capture=self._captures)
 
     def bind_cache(self, binding: ort.IOBinding, start: int, count: int) -> None:
-        """Bind the cache of some slots, as what is read and what is written."""
+        """Bind the cache of some slots, both to be read and to be written."""
         for name, buffer in self._cache.items():
             bind(binding.bind_input, f"past.{name}", buffer.rows(start, count))
             bind(binding.bind_output, f"present.{name}", buffer.rows(start, count))
@@ -189,7 +187,7 @@ class Session:
             self.bind_cache(self._filling[key], slot, 1)
         binding = self._filling[key]
         end = past_tokens + len(token_ids)
-        # ONNX Runtime copies what is bound so.
+        # ONNX Runtime copies an input that is bound like this.
         binding.bind_cpu_input("input_ids", np.array([token_ids], np.int64))
         binding.bind_cpu_input("position_ids", np.arange(past_tokens, end, dtype=np.int64)[None])
         binding.bind_cpu_input("last_positions", np.array([end - 1], np.int32))
@@ -198,7 +196,7 @@ class Session:
         return binding
 
     def _bind_fed(self, binding: ort.IOBinding, count: int) -> None:
-        """Bind what the first rows are fed. On CUDA that copies it to the device: it is bound anew for each step."""
+        """Bind what the first rows are fed. On CUDA this copies it to the device, so it is done for each step."""
         bind(binding.bind_input, "input_ids", place(self._input_ids[:count]))
         bind(binding.bind_input, "position_ids", place(self._position_ids[:count]))
         bind(binding.bind_input, "last_positions", place(self._last_positions[:count]))
@@ -211,21 +209,21 @@ class Session:
 
 
 def place(array: NDArray[Any]) -> Place:
-    """Where an array of the host lies. Whoever binds it keeps it alive."""
+    """Return the place of an array of the host. The caller keeps the array alive."""
     return "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data
 
 
 def bind(bind_to: Callable[..., None], name: str, where: Place) -> None:
-    """Bind an input or output, `bind_to` being the binding's method for it, to memory."""
+    """Bind an input or output to memory; `bind_to` is the binding's method for it."""
     bind_to(name, *where)
 
 
 def load_session(folder: Path, *, precision: str, provider: str, threads: int | None, slots: int) -> Session:
     """Load a precision of the engine in `folder`.
 
-    `provider` `auto` takes CUDA where it runs and the folder holds the precision for it. `precision` `auto` takes that
-    on CUDA, on the processor the first that the folder lists. Raises `UserError` where files are missing or changed,
-    or where the provider asked for does not run.
+    `provider="auto"` takes CUDA if it runs and the folder holds a precision for it, else the processor.
+    `precision="auto"` takes the first precision for the provider. Raises `UserError` if files are missing or changed,
+    or if the provider does not run.
     """
     manifest = read_manifest(folder)
     if provider not in ("auto", *PROVIDERS):
@@ -239,10 +237,9 @@ def load_session(folder: Path, *, precision: str, provider: str, threads: int | 
             if provider == "cuda":
                 raise
             logger.info("provider: cpu (%s)", str(error).removeprefix("provider: "))
-    if precision == "auto":
-        precision = manifest.precisions[0]
+    precision = manifest.precisions_for("cpu")[0] if precision == "auto" else precision
     options = session_options(threads)
-    # The graph is fused as it is to run: beyond this level, what is faster apart on the processor would be joined.
+    # The graph is already fused as it should run: a higher level would join what is faster apart on the processor.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     graph = _open(folder, manifest, precision, options, [driver.PROCESSOR])
     return Session(manifest, precision, "cpu", graph, HostMemory(), slots, followers=_followers(folder, manifest))
@@ -257,9 +254,9 @@ def _followers(folder: Path, manifest: Manifest) -> Followers | None:
 def _open(
     folder: Path, manifest: Manifest, precision: str, options: ort.SessionOptions, providers: list[Any]
 ) -> ort.InferenceSession:
-    """Open the graph while the digests of its files are taken: both read all of them, and either takes a second.
+    """Open the graph while its files are checked: both read all of them, and each takes a second.
 
-    Raises `UserError` where a file is not what the manifest says, whatever the graph came to.
+    Raises `UserError` if a file is not what the manifest says, even if opening the graph failed, too.
     """
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check_files, folder, manifest, precision)
@@ -280,7 +277,7 @@ def session_options(threads: int | None) -> ort.SessionOptions:
 def _load_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int | None, slots: int) -> Session:
     if found := driver.obstacles():
         raise UserError(f"provider: CUDA does not run here: {found[0]}")
-    held = [name for name in manifest.precisions if name in CUDA_PRECISIONS]
+    held = manifest.precisions_for("cuda")
     if not held or precision not in ("auto", *held):
         raise UserError(
             f"provider: CUDA runs {' or '.join(CUDA_PRECISIONS)}, and {folder} "
@@ -299,18 +296,18 @@ def _open_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int
     options = session_options(threads)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    # One stream for the graph, the draw and all copies: their order is that of the calls. Memory that grows in powers
-    # of two would take twice what the weights need.
+    # The graph, the draw and all copies share one stream, so they run in the order of the calls. Memory that grows in
+    # powers of two would take twice what the weights need.
     settings = {
         "enable_cuda_graph": "1",
         "user_compute_stream": str(memory.stream),
         "arena_extend_strategy": "kSameAsRequested",
     }
-    with driver.quiet() as said:
-        # The processor stays on the list for what is read from its memory.
+    with driver.mute_onnxruntime() as output:
+        # The processor stays on the list because some inputs are read from its memory.
         graph = _open(folder, manifest, precision, options, [(driver.PROVIDER, settings), driver.PROCESSOR])
     if graph.get_providers()[0] != driver.PROVIDER:
-        reason = driver.reason_in(said.getvalue())
+        reason = driver.reason_in(output.getvalue())
         raise UserError(f"provider: CUDA does not run here: {reason}; `python -m pipeline doctor` says what is missing")
     if elsewhere := driver.nodes_elsewhere(graph):
         raise UserError(
@@ -318,13 +315,12 @@ def _open_on_cuda(folder: Path, manifest: Manifest, precision: str, threads: int
             "export the checkpoint again with this version, or report it"
         )
     logger.info("provider: cuda (%s)", precision)
-    # Captured steps run as many rows as the next power of two.
-    rows, draw = 1 << (slots - 1).bit_length(), Kernel(memory.stream)
+    rows, draw = round_up_rows(slots), Kernel(memory.stream)
     return Session(manifest, precision, "cuda", graph, memory, rows, draw, _followers(folder, manifest))
 
 
 def _run_options(provider: str, *, capture: int | None) -> ort.RunOptions:
-    """How a graph runs: as the CUDA graph of this number, without waiting for it, or by itself."""
+    """Return the options to run a graph: as the CUDA graph with this number, without waiting for it, or uncaptured."""
     options = ort.RunOptions()
     if provider == "cuda":
         options.add_run_config_entry("gpu_graph_id", str(-1 if capture is None else capture))

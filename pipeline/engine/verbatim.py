@@ -1,9 +1,9 @@
-"""The training text beside an engine, indexed so that what follows a run of its tokens is found in no time.
+"""An index of the training text in an engine, to look up quickly which tokens follow a run of tokens in it.
 
-The index is a suffix array (Manber and Myers 1993): the positions of the text in the order of what stands from each
-on, so that all places of a run lie side by side and bisection finds them. It takes 4 bytes a token, the text itself 2
-(4 where the vocabulary exceeds 65536), and both are mapped into memory. Nothing rests on hashes, and any length of run
-may be asked for. **It holds the training text**: whoever has the engine can read it.
+The index is a suffix array (Manber and Myers 1993): the positions of the text, sorted by the text that begins at each.
+So all occurrences of a run are adjacent, and bisection finds them. It takes 4 bytes per token, the text itself 2 (4 if
+the vocabulary exceeds 65536), and both are mapped into memory. It uses no hashes, and a run may have any length. **It
+holds the training text**: anyone who has the engine can read it.
 """
 
 from bisect import bisect_left, bisect_right
@@ -21,26 +21,26 @@ from pipeline.tokens import Tokens
 TEXT_FILE, SUFFIXES_FILE = "tokens.npy", "suffixes.npy"
 MOST_TOKENS = 2**31
 SHORT_RUN = 5
-"""Tokens in a row that a text of one's own seldom shares with others."""
+"""The length of a run, in tokens, that an original text seldom shares with others."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerbatimIndex:
-    """A text `[tokens]` as `pipeline.tokens` has it, and its suffix array `[tokens]`."""
+    """A text `[tokens]` in the format of `pipeline.tokens`, and its suffix array `[tokens]`."""
 
     text: NDArray[np.unsignedinteger]
-    """Most significant byte first, so that bytes compare as the tokens do."""
+    """The token ids, most significant byte first, so that bytes compare as the ids do."""
     suffixes: NDArray[np.uint32]
 
     def save(self, folder: Path) -> None:
-        """Write the index to `folder`, which is made. The same text gives the same bytes."""
+        """Write the index to `folder`, which must not exist. The same text gives the same bytes."""
         folder.mkdir()
         np.save(folder / TEXT_FILE, self.text)
         np.save(folder / SUFFIXES_FILE, self.suffixes)
 
 
 class VerbatimText:
-    """The lookup in an index."""
+    """A lookup in an index."""
 
     def __init__(self, index: VerbatimIndex, end_of_text_id: int) -> None:
         self._type, self._width = index.text.dtype, index.text.dtype.itemsize
@@ -49,9 +49,9 @@ class VerbatimText:
         self._end_of_text_id = end_of_text_id
 
     def followers(self, run: list[int]) -> Iterator[int]:
-        """The tokens that follow a run, of at least one token, wherever it stands in a document; rising.
+        """Yield, in rising order, the tokens that follow a run of at least one token anywhere in a document.
 
-        An end-of-text parts documents: it is neither a follower nor in any run.
+        An end-of-text separates documents: it is neither a follower nor part of a run.
         """
         if self._end_of_text_id in run:
             return
@@ -62,7 +62,7 @@ class VerbatimText:
             return bytes(self._bytes[position * width : position * width + longer])
 
         suffixes, count = self._suffixes, len(self._suffixes)
-        # What begins with the run lies side by side, ordered by what follows.
+        # The suffixes that begin with the run are adjacent, ordered by what follows it.
         place = bisect_left(suffixes, begun, key=beginning)
         while place < count:
             continued = beginning(suffixes[place])
@@ -71,18 +71,19 @@ class VerbatimText:
             follower = int.from_bytes(continued[len(begun) :], "big")
             if follower != self._end_of_text_id:
                 yield follower
-            # On to the next follower, in leaps that double: most stand there once or twice.
+            # Skip to the next follower in leaps that double: most followers occur once or twice.
             leap = 1
             while place + leap < count and beginning(suffixes[place + leap]) == continued:
                 leap *= 2
             place = bisect_right(suffixes, continued, place + leap // 2, min(place + leap, count), key=beginning)
 
 
-class Copies:
-    """The tokens with which an output would copy too much, told as it grows: `filters.verbatim_ids` defines them.
+class CopyLimiter:
+    """Finds the tokens with which a growing output would copy too much; `filters.verbatim_ids` defines them.
 
-    A copy grows by a token a step. Where nothing follows the last k tokens, what holds these and one more is no copy:
-    it takes limit + 1 - k tokens until the output can end in one of that length, and so long nothing is looked up.
+    A copy grows by one token per step. If the last k tokens never occur in the training text followed by anything, no
+    copy can include them and continue. The next possible copy of full length is limit + 1 - k tokens away, so lookups
+    are skipped until then.
     """
 
     def __init__(self, limit: int, followers: Followers) -> None:
@@ -92,7 +93,7 @@ class Copies:
         self._next_length = limit
 
     def ids(self, output_ids: list[int]) -> list[int]:
-        """The tokens that may not come next, endings of a continuation among them. To be asked as the output grows."""
+        """Return the tokens that must not come next, including ending ids. Call it at each step of the output."""
         length = len(output_ids)
         if length < self._next_length:
             return []
@@ -103,9 +104,9 @@ class Copies:
 
 
 def index_text(tokens: Tokens) -> VerbatimIndex:
-    """Index a training text, whose documents are each followed by an end-of-text.
+    """Index a training text in which an end-of-text follows each document.
 
-    Takes about 50 bytes of memory a token, and 12 s for ten million. Raises `UserError` for a text that is too long.
+    Takes about 50 bytes of memory per token, and 12 s for ten million. Raises `UserError` if the text is too long.
     """
     if len(tokens) >= MOST_TOKENS:
         raise UserError(
@@ -116,9 +117,9 @@ def index_text(tokens: Tokens) -> VerbatimIndex:
 
 
 def sort_suffixes(tokens: Tokens) -> NDArray[np.uint32]:
-    """The positions of a text, not empty, in the order of what stands from each on; a text that has ended comes first.
+    """Return the positions of a non-empty text, sorted by the text that begins at each; a prefix sorts first.
 
-    By doubling: ranks by the first k tokens, taken in pairs, are ranks by the first 2 k.
+    By doubling: pairs of ranks by the first k tokens give ranks by the first 2 k.
     """
     ranks = tokens.astype(np.int64)
     length = 1
@@ -134,6 +135,6 @@ def sort_suffixes(tokens: Tokens) -> NDArray[np.uint32]:
 
 
 def open_index(folder: Path) -> VerbatimIndex:
-    """Map the index that stands in `folder`."""
+    """Map the index in `folder` into memory."""
     text, suffixes = (np.load(folder / name, mmap_mode="r") for name in (TEXT_FILE, SUFFIXES_FILE))
     return VerbatimIndex(text, suffixes)

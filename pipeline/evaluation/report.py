@@ -1,7 +1,6 @@
-"""What a fine-tuning came to, as one HTML page that needs neither scripts nor a network.
+"""The report of a fine-tuning: one HTML page that needs neither scripts nor a network.
 
-`report.html` beside this module is its template, and escapes whatever it is given; what is not to be escaped are the
-charts.
+The template is `report.html` in this folder. It escapes everything but the charts.
 """
 
 import json
@@ -19,114 +18,116 @@ from pipeline.quality.distance import LEAST_SCALE, LOGARITHMS, PENALTIES, SHARE_
 
 TEMPLATE = Path(__file__).with_name("report.html")
 NONE = "–"
+MEANING = "base → fine-tuned"
 NEAR_STEPS, OFF_STEPS = 1.0, 3.0
-"""Up to which a figure counts as near people's, and as off; beyond, it is far."""
+"""The largest gaps from people's figure that count as near, and as off; a larger gap is far."""
 WALL = ("human", "untuned_base", "hand_set", "tuned")
-"""Systems whose samples stand side by side."""
+"""The systems whose samples are shown side by side."""
 OPEN_PROMPTS = 6
-"""Prompts whose samples are unfolded."""
+"""The number of prompts whose samples are unfolded."""
 FRONT_MARGIN = 2.0
-"""The plot of trials ends at so many times the worst of the front: one trial that babbles would press all others into
-a corner."""
+"""The plot of trials ends at this multiple of the front's worst trial: one trial that babbles would otherwise squeeze
+all others into a corner."""
 LABEL_POINTS = 13
-"""Height of a label in that plot."""
+"""The height of a label in that plot."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a page is made of."""
+    """The contents of the page."""
 
-    metrics: Mapping[str, Any]
-    """`metrics.json` of the evaluation."""
+    details: Mapping[str, Any]
+    """The contents of `details.json`."""
     samples: Sequence[Mapping[str, Any]]
-    """Rows of its `samples.jsonl`: each system's in the order of the prompts."""
+    """The rows of `samples.jsonl`, each system's in the order of the prompts."""
     trials: Sequence[Mapping[str, Any]]
-    """Of the search of decoding parameters; empty where there was none."""
+    """The rows of the search's `trials.json`."""
     train_losses: Sequence[tuple[int, float]]
-    """Optimizer step, nats a token."""
+    """The optimizer step and the loss, in nats per token, of each point."""
     validation_losses: Sequence[tuple[int, float]]
-    lineage: Mapping[str, str]
-    """`tracking.lineage()`, and as `run` the id of the run in MLflow."""
+    data_md5: str | None
+    """DVC's hash of the text; None if DVC does not track it."""
+    base_md5: str | None
 
 
-class System(NamedTuple):
+class Label(NamedTuple):
     label: str
     meaning: str
 
 
-SYSTEMS = {
-    "human": System("People", "what the authors wrote"),
-    "hand_set": System("Hand-set", "decoding set by hand"),
-    "tuned": System("Tuned", "decoding found by the search"),
-    "guarded": System("Guarded", "tuned; copies ≤ {guard_tokens} tokens"),
-    "greedy": System("Greedy", "always the likeliest token"),
-    "sampling": System("Sampling", "pure, without filters"),
-    "untuned_base": System("Base", "not fine-tuned; hand-set"),
+LABELS = {
+    "human": Label("People", "what the authors wrote"),
+    "hand_set": Label("Hand-set", "decoding set by hand"),
+    "tuned": Label("Tuned", "decoding found by the search"),
+    "guarded": Label("Guarded", "tuned; copies ≤ {guard_tokens} tokens"),
+    "greedy": Label("Greedy", "always the likeliest token"),
+    "sampling": Label("Sampling", "pure, without filters"),
+    "untuned_base": Label("Base", "not fine-tuned; hand-set"),
 }
 
 
 class Column(NamedTuple):
-    """A figure of the table of scores."""
+    """A column of the table of scores."""
 
     name: str
     label: str
     decimals: int
     meaning: str
     term: str | None = None
-    """The figure of the distance that it is compared as, where that has another name."""
+    """The name of the figure in the distance, if that is another."""
 
 
 DISTANCE = Column(
     "distance",
     "distance",
     2,
-    "From people's texts: the sum of how far off the other figures are. The smaller, the nearer. Below it stands the "
-    "95 % interval over prompts.",
+    "Distance from people's texts: the sum of how far off the other figures are; smaller is nearer. Below it, the 95 % "
+    "interval over prompts.",
 )
 COLUMNS = {
     "": [DISTANCE],
     "repetition": [
-        Column("rep_2", "rep-2", 3, "Share of a sample's 2-grams of tokens that stand in it before."),
-        Column("rep_3", "rep-3", 3, "Of its 3-grams."),
-        Column("rep_4", "rep-4", 3, "Of its 4-grams."),
+        Column("rep_2", "rep-2", 3, "Share of a sample's 2-grams of tokens that occur earlier in it."),
+        Column("rep_3", "rep-3", 3, "The same for 3-grams."),
+        Column("rep_4", "rep-4", 3, "The same for 4-grams."),
         Column("looping_share", "loops", 3, "Share of samples that end in a loop."),
     ],
     "variety": [
-        Column("distinct_1", "dist-1", 3, "Different tokens over all tokens, of all samples together."),
-        Column("distinct_2", "dist-2", 3, "The same of 2-grams."),
-        Column("distinct_3", "dist-3", 3, "Of 3-grams."),
-        Column("zipf", "Zipf", 3, "Zipf's coefficient: higher where the same few words are said."),
+        Column("distinct_1", "dist-1", 3, "Different tokens divided by all tokens, over all samples together."),
+        Column("distinct_2", "dist-2", 3, "The same for 2-grams."),
+        Column("distinct_3", "dist-3", 3, "The same for 3-grams."),
+        Column("zipf", "Zipf", 3, "Zipf's coefficient: higher if few words do most of the work."),
         Column("self_bleu", "self-BLEU", 3, "How much the samples resemble each other."),
     ],
     "likeness": [
-        Column("base_perplexity", "perplexity", 1, "Of the samples under the base: how hard to predict.", "perplexity"),
+        Column("base_perplexity", "perplexity", 1, "Of the samples, computed by the base.", "perplexity"),
         Column("mauve", "MAUVE", 3, "How alike samples and people's texts are to a model; 1 is alike."),
     ],
     "copies": [
-        Column("mean_copy_tokens", "mean", 1, "Longest verbatim run of the training text in a sample, in tokens, on "
+        Column("mean_copy_tokens", "mean", 1, "Longest verbatim run of the training text in a sample, in tokens; the "
                "average."),
-        Column("longest_copy_tokens", "longest", 0, "Of all samples, in tokens.", "mean_copy_tokens"),
+        Column("longest_copy_tokens", "longest", 0, "The longest of all samples, in tokens.", "mean_copy_tokens"),
     ],
     "shape": [
-        Column("mean_tokens", "tokens", 1, "Length of a sample, on average."),
-        Column("finished_share", "ended", 3, "Share of samples that ended by themselves, not at the limit of tokens."),
-        Column("form_share", "form", 3, "Share of samples in the form of a text of the data."),
+        Column("mean_tokens", "tokens", 1, "Average length of a sample."),
+        Column("finished_share", "ended", 3, "Share of samples that ended by themselves, not at the token limit."),
+        Column("form_share", "form", 3, "Share of samples that have the form of a text of the data."),
     ],
 }  # fmt: skip
-"""By what they tell."""
+"""The columns, by group."""
 
 
 class Cell(NamedTuple):
     text: str
     verdict: str = ""
-    """`near`, `off` or `far` from people's; empty where there is nothing to compare."""
+    """`near`, `off` or `far` from people's figure; empty if there is nothing to compare with."""
     mark: str = ""
-    """The same without colour: arrows to the side on which it lies."""
+    """The verdict without colour: arrows that point to the side on which the figure is."""
     interval: str = ""
 
 
 class Part(NamedTuple):
-    """A piece of a sample that is marked in one way."""
+    """A piece of a sample with one kind of mark."""
 
     text: str
     copied: bool
@@ -134,66 +135,59 @@ class Part(NamedTuple):
 
 
 def render_report(report: Report) -> str:
-    """The page as HTML; the same report gives the same text."""
+    """Return the page as HTML; the same report gives the same text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    metrics, protocol = report.metrics, report.metrics["protocol"]
+    details, protocol = report.details, report.details["protocol"]
+    systems, choice = details["systems"], details["choice"]
     decodings = _decodings(report.samples)
     return page.render(
-        learnt=_learnt_told(metrics),
-        decoding=decoding_told(metrics.get("choice")),
-        facts=_facts(metrics),
-        systems={name: System(label, meaning.format_map(protocol)) for name, (label, meaning) in _shown(metrics)},
-        kept=_kept(metrics),
+        learned=_describe_learning(details["documents"]),
+        decoding=describe_choice(choice),
+        facts=_facts(details),
+        systems={name: Label(label, meaning.format_map(protocol)) for name, (label, meaning) in _shown(systems)},
+        kept=choice["kept"],
         columns=COLUMNS,
-        scores={name: _cells(metrics, name) for name, _ in _shown(metrics)},
+        scores={name: _cells(systems, name, details["scales"]) for name, _ in _shown(systems)},
         protocol={name: _value(value) for name, value in protocol.items()},
         losses=_loss_chart(report.train_losses, report.validation_losses),
-        best=_best_told(report.validation_losses),
-        search=_search_chart(report.trials) if report.trials else None,
-        searched=_searched_told(report.trials) if report.trials else None,
+        best=_describe_best(report.validation_losses),
+        search=_search_chart(report.trials),
+        searched=_describe_search(report.trials),
         decodings=decodings,
         parameters=_parameters(decodings),
         prompts=_prompts(report.samples),
         open_prompts=OPEN_PROMPTS,
-        lineage=_lineage(report.lineage),
+        hashes=[(label, md5) for label, md5 in (("data", report.data_md5), ("base", report.base_md5)) if md5],
     )
 
 
-def _shown(metrics: Mapping[str, Any]) -> list[tuple[str, System]]:
-    return [(name, system) for name, system in SYSTEMS.items() if name in metrics]
+def _shown(systems: Mapping[str, Any]) -> list[tuple[str, Label]]:
+    return [(name, label) for name, label in LABELS.items() if name in systems]
 
 
-def _kept(metrics: Mapping[str, Any]) -> str:
-    """The system whose decoding goes with the model."""
-    choice = metrics.get("choice")
-    return str(choice["kept"]) if choice else "hand_set"
-
-
-def _learnt_told(metrics: Mapping[str, Any]) -> str:
-    before, after = (metrics[name]["bits_per_byte"] for name in ("base", "finetuned"))
-    figures = f"from {before:.3f} to {after:.3f} bits a byte of text that it has not seen"
+def _describe_learning(documents: Mapping[str, Mapping[str, float]]) -> str:
+    before, after = (documents[name]["bits_per_byte"] for name in ("base", "finetuned"))
     change = after / before - 1
+    figures = f"{before:.3f} to {after:.3f} bits per byte of unseen text, {100 * abs(change):.1f}\u00a0%"
     if change < 0:
-        return f"Fine-tuning took the model {figures}: {-100 * change:.1f}\u00a0% less."
-    return f"Fine-tuning did not help: it took the model {figures}, {100 * change:.1f}\u00a0% more."
+        return f"Fine-tuning improved the model from {figures} less."
+    return f"Fine-tuning did not help: the model went from {figures} more."
 
 
-def decoding_told(choice: Mapping[str, Any] | None) -> str:
-    """Which decoding goes with the model, and why, in a sentence; `choice` is that of `metrics.json`."""
-    if choice is None:
-        return "Its samples are drawn with the decoding set by hand; no other was searched for."
-    difference, low, high = choice["difference"], choice.get("difference_low"), choice.get("difference_high")
+def describe_choice(choice: Mapping[str, Any]) -> str:
+    """Return a sentence that says which decoding goes with the model, and why; `choice` is that of `details.json`."""
+    difference, low, high = choice["difference"], choice["difference_low"], choice["difference_high"]
     gap = f"{abs(difference):.2f} {'nearer to' if difference < 0 else 'farther from'} people’s texts"
-    interval = "" if low is None or high is None else f" (95\u00a0% interval: {_range_told(low, high)})"
+    interval = f" (95\u00a0% interval: {_describe_range(low, high)})"
     if choice["kept"] == "tuned":
-        return f"The tuned decoding is kept: its samples are {gap} than those of the one set by hand{interval}."
+        return f"The tuned decoding is kept: its samples are {gap} than those of the hand-set decoding{interval}."
     chance = ", which may be chance" if difference < 0 else ""
-    return f"The decoding set by hand is kept: samples of the tuned one are {gap}{chance}{interval}."
+    return f"The hand-set decoding is kept: samples of the tuned one are {gap}{chance}{interval}."
 
 
-def _range_told(low: float, high: float) -> str:
-    """An interval of differences, of which those below 0 are nearer to people."""
+def _describe_range(low: float, high: float) -> str:
+    """Describe an interval of differences; below 0 is nearer to people."""
     if high <= 0:
         return f"{-high:.2f} to {-low:.2f} nearer"
     if low >= 0:
@@ -201,33 +195,29 @@ def _range_told(low: float, high: float) -> str:
     return f"{-low:.2f} nearer to {high:.2f} farther"
 
 
-def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What it is, the figures, and what they are of."""
-    before, after, kept = metrics["base"], metrics["finetuned"], _kept(metrics)
+def _facts(details: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return label, figures and meaning of each headline figure."""
+    documents, systems, kept = details["documents"], details["systems"], details["choice"]["kept"]
     facts = [
-        (label, f"{before[name]:.{decimals}f} → {after[name]:.{decimals}f}", "base → fine-tuned")
+        (label, f"{documents['base'][name]:.{decimals}f} → {documents['finetuned'][name]:.{decimals}f}", MEANING)
         for name, label, decimals in (
-            ("bits_per_byte", "bits a byte, test split", 3),
-            ("perplexity", "perplexity a token, test split", 1),
+            ("bits_per_byte", "bits per byte, test split", 3),
+            ("perplexity", "perplexity per token, test split", 1),
         )
     ]
-    if "untuned_base" in metrics and kept in metrics:
-        gaps = " → ".join(_distance_cell(metrics[name]).text for name in ("untuned_base", kept))
-        facts.append(("distance from people’s texts", gaps, f"base → fine-tuned, {SYSTEMS[kept].label.lower()}"))
-    if "human" in metrics and kept in metrics:
-        own, human = (metrics[name]["longest_copy_tokens"] for name in (kept, "human"))
-        facts.append(("longest verbatim copy", f"{own} tokens", f"in people’s texts: {human}"))
-    return facts
+    gaps = " → ".join(_distance_cell(systems[name]).text for name in ("untuned_base", kept))
+    facts.append(("distance from people’s texts", gaps, f"{MEANING}, {LABELS[kept].label.lower()}"))
+    own, human = (systems[name]["longest_copy_tokens"] for name in (kept, "human"))
+    return [*facts, ("longest verbatim copy", f"{own} tokens", f"in people’s texts: {human}")]
 
 
-def _cells(metrics: Mapping[str, Any], system: str) -> dict[str, Cell]:
-    """A system's row of the table, by the name of the figure."""
-    own, scales = metrics[system], metrics["human_scales"]
-    # What is taken against people's texts they have not themselves: there they are 0 apart, and as alike as 1.
+def _cells(systems: Mapping[str, Any], system: str, scales: Mapping[str, float]) -> dict[str, Cell]:
+    """Return a system's row of the table, by name of the figure."""
+    # People's texts have distance 0 from themselves and MAUVE 1 with themselves; neither is in their figures.
     if system == "human":
-        own, human = {**own, "distance": 0.0}, {}
+        own, human = {**systems[system], "distance": 0.0}, {}
     else:
-        human = {**metrics.get("human", {}), "mauve": 1.0}
+        own, human = systems[system], {**systems["human"], "mauve": 1.0}
     return {
         column.name: _cell(column, own.get(column.name), human.get(column.name), scales)
         for group in COLUMNS.values()
@@ -258,9 +248,9 @@ def _distance_cell(own: Mapping[str, Any]) -> Cell:
 
 
 def steps_off(column: Column, own: float, human: float, scales: Mapping[str, float]) -> float:
-    """How far a figure lies above people's (below it: negative), in the scale that the distance has for it.
+    """Return how far a figure is above people's (negative if below), in units of its scale in the distance.
 
-    That of a figure which is no part of the distance is a tenth of people's own.
+    A figure that is not part of the distance has a tenth of people's figure as its scale.
     """
     term = column.term or column.name
     place = LOGARITHMS.get(term, float)
@@ -274,7 +264,7 @@ def steps_off(column: Column, own: float, human: float, scales: Mapping[str, flo
 def _loss_chart(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> str | None:
     if not train and not validation:
         return None
-    figure, axes = new_chart("", "optimizer step", "loss, nats a token", NARROW_INCHES)
+    figure, axes = new_chart("", "optimizer step", "loss, nats per token", NARROW_INCHES)
     if train:
         axes.plot(*zip(*train, strict=True), color=DATA, alpha=0.6, linewidth=1, label="training")
     label = f"Training loss, {len(train)} points"
@@ -288,17 +278,17 @@ def _loss_chart(train: Sequence[tuple[int, float]], validation: Sequence[tuple[i
 
 
 def _best(validation: Sequence[tuple[int, float]]) -> tuple[int, float]:
-    """The first of the lowest, as the checkpoint that is kept."""
+    """Return the first of the lowest points: that checkpoint is kept."""
     return min(validation, key=lambda point: point[1])
 
 
-def _best_told(validation: Sequence[tuple[int, float]]) -> str:
+def _describe_best(validation: Sequence[tuple[int, float]]) -> str:
     if not validation:
         return "No validation losses were recorded."
     (step, loss), last = _best(validation), validation[-1][0]
     if step == 0:
-        return f"The validation loss was never below that of the base, {loss:.3f}: nothing was learnt."
-    end = "the last one taken: it was still falling" if step == last else f"of {last}: more steps made it worse"
+        return f"The validation loss was never below that of the base, {loss:.3f}: the model learned nothing."
+    end = "the last evaluation: it was still falling" if step == last else f"of {last}: more steps made it worse"
     return f"The validation loss is lowest, {loss:.3f}, at step {step}, {end}. The checkpoint of that step is kept."
 
 
@@ -318,7 +308,7 @@ def _search_chart(trials: Sequence[Mapping[str, Any]]) -> str:
         axes.annotate(
             trial["preset"],
             (trial["too_wild"], trial["too_tame"]),
-            # One above the other, for presets may lie close together.
+            # One above the other, because presets may be close together.
             xytext=(12, 6 + LABEL_POINTS * height),
             textcoords="offset points",
             color=MARK,
@@ -326,19 +316,19 @@ def _search_chart(trials: Sequence[Mapping[str, Any]]) -> str:
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=MARK)
-    told = "; ".join(
+    described = "; ".join(
         f"{trial['preset']}: too wild {trial['too_wild']:.2f}, too tame {trial['too_tame']:.2f}" for trial in presets
     )
-    return inline_chart(figure, "search", f"Trials of the search by their two faults. {told}")
+    return inline_chart(figure, "search", f"Trials of the search by their two faults. {described}")
 
 
 def _places(trials: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Of trials in the plot: too wild, too tame."""
+    """Return the places of trials in the plot: too wild, too tame."""
     return [(trial["too_wild"], trial["too_tame"]) for trial in trials]
 
 
 def _limits(trials: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Where the axes of the plot end."""
+    """Return where the axes of the plot end."""
     all_places = _places(trials)
     front = _places(trial for trial in trials if trial["on_front"]) or all_places
     ends = [
@@ -348,21 +338,21 @@ def _limits(trials: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
-def _searched_told(trials: Sequence[Mapping[str, Any]]) -> str:
+def _describe_search(trials: Sequence[Mapping[str, Any]]) -> str:
     pruned = sum(trial["state"] == "pruned" for trial in trials)
     limits = _limits(trials)
     beyond = sum(wild > limits[0] or tame > limits[1] for wild, tame in _places(trials))
-    told = [
-        f"{len(trials)} trials, of which {pruned} pruned, after fewer prompts than the others.",
-        "No trial is better than one of the front in both faults.",
+    sentences = [
+        f"{len(trials)} trials, of which {pruned} were pruned after fewer prompts than the others.",
+        "No trial beats a trial of the front in both faults.",
     ]
     if beyond:
-        told.append(f"Beyond the plot: {beyond}.")
-    return " ".join(told)
+        sentences.append(f"Outside the plot: {beyond}.")
+    return " ".join(sentences)
 
 
 def _decodings(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How each of the two systems that compete was decoded, seeds aside."""
+    """Return the decoding of each of the two competing systems, without seeds."""
     return {
         system: {name: value for name, value in row["decoding"].items() if name != "seed"}
         for system in ("hand_set", "tuned")
@@ -371,7 +361,7 @@ def _decodings(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
 
 
 def _parameters(decodings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """Names of the parameters that any decoding sets; of each, what it is in every decoding, and whether it is set."""
+    """Return the parameters that any decoding sets: name, and per decoding the value and whether it is set."""
     neutral = SamplingParams()
     return [
         (
@@ -395,7 +385,7 @@ def _value(value: Any) -> str:
 
 
 def _prompts(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Prompt by prompt, the samples that stand side by side. Raises `ValueError` where systems had other prompts."""
+    """Return the samples side by side, prompt by prompt. Raises `ValueError` if the systems had different prompts."""
     rows = {name: [row for row in samples if row["system"] == name] for name in WALL}
     rows = {name: own for name, own in rows.items() if own}
     prompts = []
@@ -417,7 +407,7 @@ def _prompts(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mark_spans(text: str, copied: Sequence[Sequence[int]], repeated: Sequence[Sequence[int]]) -> list[Part]:
-    """The text in pieces, cut wherever one of the half-open ranges of its characters starts or ends."""
+    """Return the text in pieces, cut wherever one of the half-open ranges of its characters starts or ends."""
     ends = sorted({0, len(text), *(end for span in (*copied, *repeated) for end in span)})
     return [
         Part(
@@ -427,26 +417,3 @@ def mark_spans(text: str, copied: Sequence[Sequence[int]], repeated: Sequence[Se
         )
         for start, end in pairwise(ends)
     ]
-
-
-LINEAGE_LABELS = {
-    "git.commit": "commit",
-    "git.dirty": "uncommitted changes",
-    "dvc.experiment": "experiment",
-    "dvc.data_md5": "data, md5",
-    "dvc.base_md5": "base, md5",
-    "run": "run in MLflow",
-    "machine.cpu": "processor",
-    "machine.gpu": "GPU",
-    "machine.platform": "operating system",
-    "machine.python": "Python",
-}
-LIBRARY = "library."
-
-
-def _lineage(lineage: Mapping[str, str]) -> list[tuple[str, str]]:
-    shown = [(label, lineage[name]) for name, label in LINEAGE_LABELS.items() if name in lineage]
-    libraries = [
-        f"{name.removeprefix(LIBRARY)} {version}" for name, version in lineage.items() if name.startswith(LIBRARY)
-    ]
-    return [*shown, ("libraries", ", ".join(libraries))] if libraries else shown

@@ -1,10 +1,9 @@
-"""Continuations of the beginnings of documents, by their authors and by models, and the figures of them.
+"""Samples: continuations of the beginnings of documents, by their authors and by models, and their figures.
 
-`tune` and `evaluate` see to it in the same way, so that what one finds is what the other measures.
+`tune` and `evaluate` both use this module, so that one measures what the other found.
 """
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,73 +12,73 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Reading
 from pipeline.engine.text import TextGenerator
 from pipeline.files import read_jsonl
-from pipeline.quality.comparison import Measured, measure
+from pipeline.params.samples import SamplesParams
+from pipeline.progress import progress
+from pipeline.quality.comparison import SampleFigures, measure_sample
 from pipeline.quality.memorization import longest_copies
 from pipeline.quality.perplexity import plan_windows
 from pipeline.tokens import prompt_ids
 
 SLOTS = 16
-"""Samples drawn at once."""
+"""The number of samples drawn at once."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with what a model, or the author, wrote after it."""
+    """A prompt, and the text that a model or the author wrote after it."""
 
     prompt: str
     text: str
     token_ids: list[int]
-    """Of the text alone."""
+    """The tokens of the text, without the prompt."""
     finish_reason: str
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What samples are measured with."""
+class Meter:
+    """Measures samples one by one."""
 
     base: Engine
-    """Whose perplexity and hidden states are taken: it did not write them, unless they are its own."""
+    """The model that gives perplexity and hidden states. It did not write the samples, unless they are the base's."""
     tokenizer: Tokenizer
     training_ids: NDArray[np.unsignedinteger]
-    loop_ngram_tokens: int
-    loop_repeats: int
-    form_pattern: str
+    params: SamplesParams
+    """The definitions of a loop and of the data's form."""
 
-    def take(self, samples: Sequence[Sample]) -> list[Measured]:
-        """The figures of each sample alone."""
-        copies = longest_copies([sample.token_ids for sample in samples], self.training_ids).lengths_tokens
-        return [self._measured(sample, int(copy)) for sample, copy in zip(samples, copies, strict=True)]
+    def measure(self, samples: Sequence[Sample]) -> list[SampleFigures]:
+        """Return the figures of each sample."""
+        copies = longest_copies([sample.token_ids for sample in samples], self.training_ids)
+        return [self._measure(sample, int(copy)) for sample, copy in zip(samples, copies, strict=True)]
 
-    def _measured(self, sample: Sample, copy_tokens: int) -> Measured:
+    def _measure(self, sample: Sample, copy_tokens: int) -> SampleFigures:
         reading = read_long(self.base, [*prompt_ids(self.tokenizer, sample.prompt), *sample.token_ids])
         own = reading.logprobs[len(reading.logprobs) - len(sample.token_ids) :]
-        return measure(
+        return measure_sample(
             sample.token_ids,
             copy_tokens=copy_tokens,
-            loop_ngram_tokens=self.loop_ngram_tokens,
-            loop_repeats=self.loop_repeats,
-            in_form=re.search(self.form_pattern, sample.prompt + sample.text) is not None,
+            loop_ngram_tokens=self.params.loop_ngram_tokens,
+            loop_repeats=self.params.loop_repeats,
+            in_form=re.search(self.params.form_pattern, sample.prompt + sample.text) is not None,
             logprob=float(own.sum()),
             state=reading.mean_state,
         )
 
 
 def read_long(engine: Engine, ids: Sequence[int]) -> Reading:
-    """Read a text of any length: beyond the context in windows that move on by half of it.
+    """Read a text of any length; one longer than the context in windows that advance by half of it.
 
-    The mean state is that of the windows, each as often as it has tokens.
+    The mean state is the mean over the windows, weighted by their tokens.
     """
     if len(ids) <= engine.context_length:
         return engine.read([ids])[0]
     windows = plan_windows(len(ids), engine.context_length, engine.context_length // 2)
     readings = engine.read([ids[window.start : window.end] for window in windows])
-    logprobs = [window.scored(reading.logprobs) for window, reading in zip(windows, readings, strict=True)]
+    logprobs = [window.select_scored(reading.logprobs) for window, reading in zip(windows, readings, strict=True)]
     tokens = [window.end - window.start for window in windows]
     return Reading(np.concatenate(logprobs), np.average([own.mean_state for own in readings], axis=0, weights=tokens))
 
@@ -87,9 +86,9 @@ def read_long(engine: Engine, ids: Sequence[int]) -> Reading:
 def human_samples(
     documents: Path, tokenizer: Tokenizer, *, samples: int, prompt_words: int, max_new_tokens: int
 ) -> list[Sample]:
-    """The first documents of a split, each cut in prompt and continuation as the models' samples are.
+    """Return the first documents of a split, each cut into prompt and continuation like the models' samples.
 
-    As many as are asked for, or as there are: none comes twice, which would make its author repeat himself.
+    Returns as many as asked for, or fewer if the split has fewer: a document that came twice would count as repetition.
     """
     found = []
     for row in islice(read_jsonl(documents), samples):
@@ -100,18 +99,18 @@ def human_samples(
 
 
 def character_spans(tokenizer: Tokenizer, sample: Sample, marked: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """The parts of a sample's text that its marked tokens spell, as ranges of characters, their ends excluded.
+    """Return the parts of a sample's text that its marked tokens spell, as half-open ranges of characters.
 
     `marked` is bool [tokens].
     """
     edges = np.flatnonzero(np.diff(marked.astype(np.int8), prepend=0, append=0))
-    # A stop text is no part of the text, though its tokens were drawn.
+    # A stop text is not part of the text, although its tokens were drawn.
     ends = [min(len(tokenizer.decode(sample.token_ids[:edge])), len(sample.text)) for edge in edges.tolist()]
     return [(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if start < end]
 
 
 def leading_words(text: str, count: int) -> str:
-    """The first words of a text with what stands between them, but no space after the last."""
+    """Return the first `count` words of a text with the space between them, but none after the last."""
     found = re.match(rf"(?:\s*\S+){{0,{count}}}", text)
     return found.group() if found else ""
 
@@ -124,13 +123,12 @@ def draw_samples(
     seed: int,
     description: str | None = None,
 ) -> list[Sample]:
-    """A continuation of every prompt; sample i is keyed by `seed + i`, and does not depend on the others.
+    """Return a continuation of every prompt; sample i is keyed by `seed + i`, and does not depend on the others.
 
-    With a `description`, a terminal shows how far it is.
+    With a `description`, a terminal shows the progress.
     """
     samples: list[Sample] = []
-    hides_progress = description is None or not sys.stderr.isatty()
-    with tqdm(total=len(prompts), desc=description, unit="sample", disable=hides_progress) as progress:
+    with progress(total=len(prompts), description=description, unit="sample") as bar:
         for start in range(0, len(prompts), SLOTS):
             batch = prompts[start : start + SLOTS]
             seeded = [replace(decoding, seed=seed + start + index) for index in range(len(batch))]
@@ -138,5 +136,5 @@ def draw_samples(
                 Sample(prompt, done.text, done.token_ids, done.finish_reason)
                 for prompt, done in zip(batch, generator.complete(batch, seeded), strict=True)
             ]
-            progress.update(len(batch))
+            bar.update(len(batch))
     return samples

@@ -1,1 +1,1 @@
-"""Making an engine of a checkpoint: the serving graph, quantization, and parity with PyTorch. Needs torch and onnx."""
+"""Make an engine from a checkpoint: the serving graph, quantization, and parity with PyTorch. Needs torch and onnx."""

@@ -1,30 +1,29 @@
-"""An engine folder from a checkpoint: a graph a precision, the tokenizer, and what describes them."""
+"""Build an engine folder from a checkpoint: a graph per precision, the tokenizer, and the manifest."""
 
-import math
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, INDEX_FOLDER, write_manifest
+from pipeline.checkpoint import attention_scale
+from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, INDEX_FOLDER, Manifest, write_manifest
 from pipeline.engine.verbatim import VerbatimIndex
 from pipeline.errors import UserError
 from pipeline.export.graph import QUANTIZATIONS, CacheScales, Floats, Shape, write_graph
 from pipeline.files import whole_folder
+from pipeline.progress import progress
 from pipeline.tokens import TOKENIZER_FILE, end_of_text_id, load_tokenizer
 
 PRECISIONS = ("float32", "float16", *QUANTIZATIONS)
 CACHE_BITS = 8
 CALIBRATION_TEXTS, CALIBRATION_TOKENS = 4, 256
 CACHE_HEADROOM = 1.1
-"""Over the largest key or value that was seen; beyond it, they are clipped."""
+"""The factor over the largest key or value seen; larger ones are clipped."""
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
-"""Both names of the one that `FastGelu` computes."""
+"""The two names of the activation that `FastGelu` computes."""
 
 
 def build_engine(
@@ -36,11 +35,11 @@ def build_engine(
     cache_bits: int = CACHE_BITS,
     index: VerbatimIndex | None = None,
 ) -> None:
-    """Write the engine of a model, in float32 and ready to be asked, to `folder`.
+    """Write the engine of a model, which is in float32 and in evaluation mode, to `folder`.
 
-    The first precision is the default. `cache_bits`, 8 or 32, are those of a key's or value's number in `int8` and
-    `int4`; the floats keep them as they are. `index` is of the training text, which `max_verbatim_tokens` asks for.
-    Raises `UserError` for a precision that is none, or a GPT-2 that is unlike OpenAI's in what the graph cannot say.
+    The first precision is the default. `cache_bits`, 8 or 32, is the bits per number in the cache of `int8` and `int4`;
+    the others keep floats. `index` is that of the training text, which `max_verbatim_tokens` needs. Raises `UserError`
+    for an unknown precision, or a GPT-2 that the graph cannot express.
     """
     check_precisions(precisions)
     shape = shape_of(model.config)
@@ -49,15 +48,14 @@ def build_engine(
     bits = {precision: _cache_bits(precision, cache_bits) for precision in precisions}
     scales = calibrate_cache(model, end_of_text) if 8 in bits.values() else None
     with whole_folder(folder) as partial:
-        for precision in tqdm(precisions, desc="engine", unit="precision", disable=not sys.stderr.isatty()):
+        for precision in progress(precisions, description="engine", unit="precision"):
             (partial / precision).mkdir()
             cache_scales = scales if bits[precision] == 8 else None
             write_graph(partial / precision, GRAPH_FILE, weights, shape, precision, cache_scales)
         shutil.copy(tokenizer_folder / TOKENIZER_FILE, partial)
         if index is not None:
             index.save(partial / INDEX_FOLDER)
-        write_manifest(
-            partial,
+        manifest = Manifest(
             context_length=shape.context_length,
             vocabulary_size=shape.vocabulary_size,
             layers=shape.layers,
@@ -67,6 +65,7 @@ def build_engine(
             precisions=tuple(precisions),
             cache_bits=bits,
         )
+        write_manifest(partial, manifest)
 
 
 def _cache_bits(precision: str, quantized: int) -> int:
@@ -76,7 +75,7 @@ def _cache_bits(precision: str, quantized: int) -> int:
 
 
 def check_precisions(precisions: Sequence[str]) -> None:
-    """Raises `UserError` where one is unknown or stands there twice, or there is none."""
+    """Raise `UserError` if a precision is unknown or given twice, or there are none."""
     for precision in precisions:
         if precision not in PRECISIONS:
             raise UserError(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}")
@@ -85,15 +84,13 @@ def check_precisions(precisions: Sequence[str]) -> None:
 
 
 def shape_of(config: GPT2Config) -> Shape:
-    """What the graph needs of a config. Raises `UserError` where it asks for something that the graph cannot do."""
+    """Return what the graph needs of a config. Raises `UserError` if it asks for what the graph cannot do."""
     if config.activation_function not in ACTIVATIONS:
         raise UserError(
             f"config.json: activation_function {config.activation_function!r} is not GPT-2's ({', '.join(ACTIVATIONS)})"
         )
     if config.add_cross_attention:
-        raise UserError("config.json: add_cross_attention is set; the engine runs models of text alone")
-    head_width = config.n_embd // config.n_head
-    scale = 1 / math.sqrt(head_width) if config.scale_attn_weights else 1.0
+        raise UserError("config.json: add_cross_attention is set; the engine runs only models without it")
     return Shape(
         context_length=config.n_positions,
         vocabulary_size=config.vocab_size,
@@ -101,17 +98,15 @@ def shape_of(config: GPT2Config) -> Shape:
         heads=config.n_head,
         width=config.n_embd,
         epsilon=config.layer_norm_epsilon,
-        attention_scales=tuple(
-            scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale for layer in range(config.n_layer)
-        ),
+        attention_scales=tuple(attention_scale(config, layer) for layer in range(config.n_layer)),
     )
 
 
 def calibrate_cache(model: GPT2LMHeadModel, end_of_text: int) -> list[CacheScales]:
-    """The steps of an 8-bit cache, a channel, from keys and values of texts that the model itself writes.
+    """Measure the steps of an 8-bit cache, one per channel, on texts that the model itself writes.
 
-    What it writes is near what it will be asked to read, and there is always some of it. The texts are read once more
-    one after the other, so that later positions are seen.
+    These are close to what it will read, and always available. They are also read joined into one text, so that later
+    positions are seen.
     """
     start = torch.full((CALIBRATION_TEXTS, 1), end_of_text)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
@@ -123,7 +118,7 @@ def calibrate_cache(model: GPT2LMHeadModel, end_of_text: int) -> list[CacheScale
             top_k=0,
             min_new_tokens=min(CALIBRATION_TOKENS, model.config.n_positions) - 1,
             max_new_tokens=min(CALIBRATION_TOKENS, model.config.n_positions) - 1,
-            # Nothing ends early, so nothing is padded; end-of-text as padding would make transformers warn.
+            # No text ends early, so none is padded; with end-of-text as padding, transformers would warn.
             pad_token_id=(end_of_text + 1) % model.config.vocab_size,
             eos_token_id=end_of_text,
             use_cache=True,
@@ -137,13 +132,13 @@ def calibrate_cache(model: GPT2LMHeadModel, end_of_text: int) -> list[CacheScale
 
 
 def _cache_steps(readings: Sequence[torch.Tensor]) -> Floats:
-    """The step of each channel, `[heads, head width]`, of keys or values, `[texts, heads, tokens, head width]` each."""
+    """Return the step of each channel, `[heads, head width]`, from `[texts, heads, tokens, head width]` each."""
     largest = torch.stack([values.abs().amax(dim=(0, 2)) for values in readings]).amax(dim=0)
     return np.asarray(largest.numpy() * CACHE_HEADROOM / 127, np.float32)
 
 
 def weights_of(model: GPT2LMHeadModel) -> dict[str, Floats]:
-    """The weights under their names in the graph; `lm_head.weight` only where it is not the token embedding."""
+    """Return the weights by their names in the graph; `lm_head.weight` only if it is not the token embedding."""
     state = model.state_dict()
     tied = model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
     return {

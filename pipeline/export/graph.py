@@ -1,20 +1,26 @@
-"""GPT-2 as an ONNX graph for serving: one graph for prefill and decode, its KV cache updated in place.
+"""GPT-2 as an ONNX graph for serving: one graph for prefill and decode, with its KV cache updated in place.
 
-Inputs, of `rows` sequences of `tokens` new tokens each:
+Inputs, for `rows` sequences of `tokens` new tokens each:
 
 - `input_ids`, `position_ids`: int64 `[rows, tokens]`;
-- `last_positions`: int32 `[rows]`, the position of each row's last new token, `total_tokens`: int32 scalar, the largest
-  of them plus one. Both bound what attention reads;
-- `logit_rows`: int64 `[wanted]`, which of the `rows * tokens` new tokens logits are wanted of;
+- `last_positions`: int32 `[rows]`, the position of each row's last new token, and `total_tokens`: int32 scalar, the
+  largest of them plus one. Both bound what attention reads;
+- `logit_rows`: int64 `[wanted]`, those of the `rows * tokens` new tokens for which logits are wanted;
 - `past.N.key`, `past.N.value`: `[rows, heads, context, head width]`, the whole buffer of layer N.
 
-Outputs: `logits`, float32 `[wanted, vocabulary]`; `states`, `[wanted, width]` in the graph's own floats, what the
-logits are made of, which costs nothing where nobody binds it; where the host draws, `top_logits` and `top_ids`, float32
-and int64 `[wanted, listed]`, the likeliest of the logits in descending order; and `present.N.key`, `present.N.value`,
-which are bound to the memory of `past`: a step writes its tokens' keys and values into it, and nothing is copied. More
-than one new token after a past takes a single row.
+Outputs:
 
-The operators are ONNX Runtime's own where those fuse what GPT-2 does (`com.microsoft`): CPU and CUDA have each of them.
+- `logits`: float32 `[wanted, vocabulary]`;
+- `states`: `[wanted, width]` in the graph's own floats, the last hidden states, from which the logits are computed; an
+  output that is not bound costs nothing;
+- `top_logits`, `top_ids`: float32 and int64 `[wanted, listed]`, the likeliest tokens in descending order, if the host
+  draws;
+- `present.N.key`, `present.N.value`: bound to the memory of `past`. A step writes its tokens' keys and values into it,
+  and nothing is copied.
+
+With a past, more than one new token is possible only for a single row.
+
+Where ONNX Runtime's own operators (`com.microsoft`) fuse what GPT-2 does, they are used: CPU and CUDA have all of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,9 +41,9 @@ WEIGHTS_FILE = "model.data"
 OPSET = 20
 CONTRIB = "com.microsoft"
 ALIGNMENT = 4096
-"""Weights begin on pages of memory, into which the file is mapped."""
+"""The alignment of weights, in bytes: each begins on a page of memory, into which the file is mapped."""
 INT8_ACTIVATIONS = 4
-"""`accuracy_level` of MatMulNBits: products of whole numbers, activations rounded to 8 bits a block."""
+"""The `accuracy_level` of MatMulNBits that multiplies integers, with activations rounded to 8 bits per block."""
 
 Precision = Literal["float32", "float16", "int8", "int4", "int8_float16"]
 Floats = NDArray[np.float32]
@@ -45,13 +51,14 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Quantization:
-    """Bits and block of the layers' weights, and of the head's; whether it is the token embedding too if tied."""
+    """Bits and block size for the weights of the layers and of the head."""
 
     bits: int
     block: int
     head_bits: int
     head_block: int
     embeds: bool = True
+    """Whether a tied head's bytes are also used as the token embedding."""
 
 
 QUANTIZATIONS: dict[str, Quantization] = {
@@ -59,12 +66,12 @@ QUANTIZATIONS: dict[str, Quantization] = {
     "int4": Quantization(bits=4, block=128, head_bits=8, head_block=256),
     "int8_float16": Quantization(bits=8, block=128, head_bits=8, head_block=128, embeds=False),
 }
-"""Those of the processor chosen by measurement: docs/engine.md has the figures."""
+"""By precision. Those for the processor were chosen by measurement: docs/engine.md has the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a GPT-2's config says of its graph."""
+    """The parts of a GPT-2's config that shape its graph."""
 
     context_length: int
     vocabulary_size: int
@@ -73,7 +80,7 @@ class Shape:
     width: int
     epsilon: float
     attention_scales: tuple[float, ...]
-    """Factor of each layer's attention logits."""
+    """The factor of each layer's attention scores."""
 
     @property
     def head_width(self) -> int:
@@ -82,7 +89,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class CacheScales:
-    """Steps of a layer's keys and values in a cache of 8 bits, float32 `[heads, head width]` each."""
+    """The steps of a layer's keys and values in an 8-bit cache, float32 `[heads, head width]` each."""
 
     key: Floats
     value: Floats
@@ -98,8 +105,8 @@ def write_graph(
 ) -> None:
     """Write the graph and its weights to `folder`.
 
-    `weights` are those of a `GPT2LMHeadModel` in float32 under transformers' names without `transformer.`; a head of
-    its own is `lm_head.weight`. `cache_scales`, one a layer, make the cache one of 8 bits.
+    `weights` are those of a `GPT2LMHeadModel` in float32, by transformers' names without `transformer.`; an untied head
+    is `lm_head.weight`. `cache_scales`, one per layer, make it an 8-bit cache.
     """
     with GraphWriter(folder, precision, QUANTIZATIONS.get(precision), cache_scales) as graph:
         hidden, residual = embed(graph, weights)
@@ -110,7 +117,7 @@ def write_graph(
 
 
 def embed(graph: "GraphWriter", weights: Mapping[str, Floats]) -> tuple[str, str]:
-    """The token's and the position's vector, to be added."""
+    """Add the embeddings, and return the position's and the token's vector, to be summed."""
     token = graph.embedding("wte", weights["wte.weight"], "input_ids")
     return graph.add("Gather", [graph.weight("wpe", weights["wpe.weight"]), "position_ids"], "position"), token
 
@@ -118,7 +125,7 @@ def embed(graph: "GraphWriter", weights: Mapping[str, Floats]) -> tuple[str, str
 def block(
     graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, layer: int, hidden: str, residual: str
 ) -> tuple[str, str]:
-    """One transformer block; what it adds to the residual is returned unadded, for the next normalization to add."""
+    """Add a transformer block, and return its output and the residual, which the next normalization sums."""
     name = f"h.{layer}"
     bias = f"h.{layer - 1}.mlp.c_proj.bias" if layer else None
     normed, residual = graph.normalize(f"{name}.ln_1", weights, shape, hidden, residual, bias)
@@ -132,7 +139,7 @@ def block(
 
 
 def head(graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, hidden: str, residual: str) -> None:
-    """The last normalization, and the logits of the tokens that are asked for."""
+    """Add the last normalization, and the logits of the wanted tokens."""
     normed, _ = graph.normalize("ln_f", weights, shape, hidden, residual, f"h.{shape.layers - 1}.mlp.c_proj.bias")
     flat = graph.add("Reshape", [normed, graph.constant("flat", np.array([-1, shape.width]))], "ln_f.flat")
     states = graph.add("Gather", [flat, "logit_rows"], STATES)
@@ -143,7 +150,7 @@ def head(graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, hidd
 
 
 class GraphWriter:
-    """Collects nodes, and writes each weight to the file of weights as it comes: memory holds one at a time."""
+    """Collects nodes, and writes each weight to the file of weights at once, so that memory holds one at a time."""
 
     def __init__(
         self,
@@ -163,7 +170,7 @@ class GraphWriter:
 
     @property
     def leaves_bias(self) -> bool:
-        """Whether the operator after a linear map adds its bias: on CUDA they are fused, on the processor slower so."""
+        """Whether the operator after a linear map adds its bias: faster on CUDA, slower on the processor."""
         return self.float_type is np.float16
 
     def __enter__(self) -> "GraphWriter":
@@ -175,7 +182,7 @@ class GraphWriter:
         self.file.close()
 
     def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """A node of one output."""
+        """Add a node with one output, and return the output's name."""
         self.nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
         return output
 
@@ -183,7 +190,7 @@ class GraphWriter:
         return self.store(name, values.astype(self.float_type))
 
     def store(self, name: str, values: NDArray[Any], same_as: str | None = None) -> str:
-        """An initializer in the file of weights; `same_as` names one whose bytes it shares."""
+        """Add an initializer in the file of weights, or one that shares the bytes of `same_as`."""
         tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
         tensor.data_location = TensorProto.EXTERNAL
         if same_as is not None:
@@ -198,16 +205,16 @@ class GraphWriter:
         return name
 
     def constant(self, name: str, values: NDArray[Any]) -> str:
-        """An initializer in the graph itself."""
+        """Add an initializer in the graph itself."""
         self.initializers[name] = onnx.numpy_helper.from_array(values, name)
         return name
 
     def embedding(self, name: str, table: Floats, indices: str) -> str:
-        """Rows of the table `[entries, width]`."""
+        """Add a lookup of rows of the table `[entries, width]`."""
         if self.quantization is None or not self.quantization.embeds:
             return self.add("Gather", [self.weight(name, table), indices], f"{name}.rows")
         kept = self.store_quantized(name, table.T, self.quantization.head_bits, self.quantization.head_block)
-        # The same bytes once more in the shape that the embedding wants.
+        # The same bytes, in the shape that the embedding needs.
         flat = self.store(f"{name}.table", kept.values.reshape(len(table), -1), same_as=f"{name}.values")
         scales = self.store(f"{name}.table_scales", kept.scales, same_as=f"{name}.scales")
         return self.add(
@@ -222,7 +229,7 @@ class GraphWriter:
         )
 
     def linear(self, name: str, weights: Mapping[str, Floats], hidden: str, *, with_bias: bool = False) -> str:
-        """`hidden @ weight`, with the bias unless it is left to the next operator, which `with_bias` forbids."""
+        """Add `hidden @ weight`, and the bias unless the next operator adds it; with `with_bias` it does not."""
         weight = weights[f"{name}.weight"]
         bias = None if self.leaves_bias and not with_bias else self.weight(f"{name}.bias", weights[f"{name}.bias"])
         product = f"{name}.product" if bias else name
@@ -236,14 +243,14 @@ class GraphWriter:
         return self.add("Add", [product, bias], name) if bias else product
 
     def store_quantized(self, name: str, weight: Floats, bits: int, largest_block: int) -> Quantized:
-        """Round a weight `[inputs, outputs]`, and store its values and scales."""
+        """Quantize a weight `[inputs, outputs]`, and store its values and scales."""
         kept = quantize(weight, bits, largest_block)
         self.store(f"{name}.values", kept.values)
         self.store(f"{name}.scales", kept.scales.astype(self.float_type))
         return kept
 
     def multiply_quantized(self, name: str, bits: int, hidden: str, output: str, bias: str | None) -> str:
-        """`hidden` times a weight that `store_quantized` has stored."""
+        """Add the product of `hidden` and a weight that `store_quantized` has stored."""
         outputs, blocks, block_bytes = self.initializers[f"{name}.values"].dims
         block = block_bytes * 8 // bits
         operands = [hidden, f"{name}.values", f"{name}.scales", *(["", "", bias] if bias else [])]
@@ -262,9 +269,10 @@ class GraphWriter:
     def normalize(
         self, name: str, weights: Mapping[str, Floats], shape: Shape, hidden: str, residual: str, bias: str | None
     ) -> tuple[str, str]:
-        """Add `hidden` and its `bias` to the residual, and normalize: the normalized sum, and the sum.
+        """Sum `hidden`, its `bias` and the residual, and return the normalized sum and the sum.
 
-        `SkipLayerNormalization` does all of it; on the processor it takes four times as long as the two that it fuses.
+        `SkipLayerNormalization` does all of it, but on the processor it takes four times as long as the two operators
+        that it fuses.
         """
         scale, shift = (self.weight(f"{name}.{part}", weights[f"{name}.{part}"]) for part in ("weight", "bias"))
         total = f"{name}.sum"
@@ -289,14 +297,14 @@ class GraphWriter:
         return self.add("FastGelu", operands, name, domain=CONTRIB)
 
     def attention(self, name: str, shape: Shape, layer: int, qkv: str) -> str:
-        """Causal attention over the cache, to which the new keys and values are written first."""
+        """Add causal attention over the cache, to which the new keys and values are written first."""
         cache = [f"past.{layer}.key", f"past.{layer}.value"]
         present = [f"present.{layer}.key", f"present.{layer}.value"]
         operands = [qkv, "", "", *cache, "last_positions", "total_tokens"]
         kind: dict[str, Any] = {}
         if self.cache_scales is not None:
             scales = self.cache_scales[layer]
-            # Between the positions and the scales lie what GPT-2 does not have: rotation, bias, sinks.
+            # Between the positions and the scales are inputs that GPT-2 does not have: rotation, bias, sinks.
             operands += ["", "", "", "", ""]
             for part, values in (("key", scales.key), ("value", scales.value)):
                 operands.append(self.constant(f"{name}.{part}_scale", values[None, :, None, :].astype(np.float32)))
@@ -318,7 +326,7 @@ class GraphWriter:
         return f"{name}.attention"
 
     def unembed(self, hidden: str, table: Floats, *, tied: bool) -> None:
-        """Logits in float32: the table `[vocabulary, width]` times `hidden`."""
+        """Add the logits in float32: the table `[vocabulary, width]` times `hidden`."""
         is_shared = tied and (self.quantization is None or self.quantization.embeds)
         name = "wte" if is_shared else "lm_head"
         logits = "logits" if self.float_type is np.float32 else "logits.half"

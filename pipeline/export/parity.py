@@ -1,4 +1,4 @@
-"""Whether an engine says what the reference model says: logits, next tokens, distributions, perplexity, greedy text."""
+"""Compare an engine with the reference model: logits, next tokens, distributions, perplexity, greedy text."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,55 +10,55 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.filters import log_softmax
+from pipeline.engine.filters import gather_logprobs, log_softmax
 from pipeline.engine.generator import Engine
 from pipeline.errors import UserError
 from pipeline.params.export import ParityParams
 
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = (3, 17, 40, 64)
-"""Prompts of these lengths make the batches whose rows are unequal."""
+"""The lengths of the prompts that make batches of unequal rows."""
 CONTINUED_TOKENS = 8
-"""Tokens fed one at a time onto a real past."""
+"""The number of tokens fed one at a time after a real past."""
 COMPARED_ROWS = 128
-"""Positions whose whole distributions are compared at a time, in float64."""
+"""The number of positions at a time at which whole distributions are compared, in float64."""
 
 Logits = NDArray[np.float32]
 
 
 class Reference(Protocol):
-    """The model to agree with, in float32, run without padding and without a cache."""
+    """The model to compare with, in float32, run without padding and without a cache."""
 
     def logits(self, ids: Sequence[int]) -> Logits:
-        """Logits `[tokens, vocabulary]` of one text."""
+        """Return the logits of one text, `[tokens, vocabulary]`."""
         ...
 
     def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """The likeliest continuation, on past end-of-text."""
+        """Return the greedy continuation, past any end-of-text."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """What was found of one precision; `broken_promises` judges it."""
+    """The figures of one precision; `broken_promises` judges them."""
 
     max_logit_difference_empty_past: float
     max_logit_difference_real_past: float
     max_batch_difference: float
-    """Of a logit between a row of a batch and the same row alone."""
+    """The largest difference of a logit between a row in a batch and the same row alone."""
     max_cache_difference: float
-    """Of a logit between tokens fed one at a time and the whole text at once."""
+    """The largest difference of a logit between tokens fed one at a time and the whole text at once."""
     positions: int
     next_token_agreement: float
     kl_divergence: float
-    """Of the engine's distribution from the reference's, mean over the positions, in nats."""
+    """The mean over the positions of the engine's divergence from the reference, in nats."""
     perplexity_positions: int
-    """The whole validation split."""
+    """The number of positions of the whole validation split."""
     perplexity_pytorch: float
     perplexity_onnxruntime: float
     greedy_tokens: int
     greedy_agreement_tokens: int
-    """How far the shortest greedy continuation is the reference's."""
+    """The number of tokens for which every greedy continuation is the reference's."""
 
 
 def measure_parity(
@@ -72,12 +72,12 @@ def measure_parity(
 ) -> dict[str, Parity]:
     """Compare each engine on real texts, each of which opens with end-of-text and fits in the context.
 
-    Next tokens, distributions and perplexity are compared over all of `validation`; where it has fewer than
-    `positions`, the first two over texts of `more` too. Logits are compared on unequal prompts, each against the
-    reference run alone: first with an empty past, then token by token in a batch; greedy text on prompts of those
-    lengths in one batch. Raises `UserError` where there are too few positions, or every text is too short for a past.
+    Next tokens, distributions and perplexity are compared over all of `validation`; if it has fewer than `positions`,
+    the first two over texts of `more`, too. Logits are compared on unequal prompts, each with the reference run alone:
+    first with an empty past, then token by token in a batch. Greedy text is compared on prompts of those lengths in one
+    batch. Raises `UserError` if there are too few positions, or every text is too short for a past.
     """
-    texts = _at_least(validation, more, positions)
+    texts = _take_positions(validation, more, positions)
     total, validation_positions = (sum(len(text) - 1 for text in some) for some in (texts, validation))
     tallies = {name: _Tally() for name in engines}
     expected_loss, seen = 0.0, 0
@@ -88,13 +88,13 @@ def measure_parity(
             if of_validation:
                 expected_loss += _loss(expected, text)
             for name, engine in engines.items():
-                tallies[name].add(engine.session.score(text, 0)[:-1], expected, text, of_validation)
+                tallies[name].add(engine.session.read(text, 0)[0][:-1], expected, text, of_validation)
             seen += len(expected)
             bar.update(len(expected))
     prompts = _prompts(texts, min(engine.context_length for engine in engines.values()))
     new_tokens = min(GREEDY_TOKENS, *(engine.context_length - max(map(len, prompts)) for engine in engines.values()))
     greedy = [reference.greedy(prompt, new_tokens) for prompt in prompts]
-    continued = _continued(texts, min(engine.context_length for engine in engines.values()))
+    continued = _split_texts(texts, min(engine.context_length for engine in engines.values()))
     expected_rows = [reference.logits(text) for _, text in continued]
     return {
         name: Parity(
@@ -113,22 +113,22 @@ def measure_parity(
 
 
 def broken_promises(parity: Parity, tolerance: ParityParams) -> list[str]:
-    """Each promise that does not hold, with what was found and what is allowed; none where parity holds."""
+    """Return each promise that does not hold, with what was found and what is allowed; empty if parity holds."""
     broken = [
         f"a logit is off by {found:.2g} {where}; at most {tolerance.max_logit_difference:g} is allowed"
         for where, found in (
             ("with empty past", parity.max_logit_difference_empty_past),
             ("with real past", parity.max_logit_difference_real_past),
-            ("in a batch from the same alone", parity.max_batch_difference),
-            ("with a cache from without", parity.max_cache_difference),
+            ("between a batch and the same text alone", parity.max_batch_difference),
+            ("between a text with and without a cache", parity.max_cache_difference),
         )
-        # Written so that NaN breaks the promise.
+        # Negated so that NaN breaks the promise.
         if not found <= tolerance.max_logit_difference
     ]
     if not parity.next_token_agreement >= tolerance.min_next_token_agreement:
         broken.append(
             f"the next token agrees at {parity.next_token_agreement:.3%} of {parity.positions} positions; "
-            f"at least {tolerance.min_next_token_agreement:.3%} is asked for"
+            f"at least {tolerance.min_next_token_agreement:.3%} is required"
         )
     if not parity.kl_divergence <= tolerance.max_kl_divergence:
         broken.append(
@@ -144,12 +144,12 @@ def broken_promises(parity: Parity, tolerance: ParityParams) -> list[str]:
     wanted = min(tolerance.min_greedy_tokens, parity.greedy_tokens)
     if not parity.greedy_agreement_tokens >= wanted:
         broken.append(f"greedy continuations differ after {parity.greedy_agreement_tokens} tokens; "
-                      f"{wanted} are to be the same")  # fmt: skip
+                      f"the first {wanted} must agree")  # fmt: skip
     return broken
 
 
 class _Tally:
-    """Sums over the positions of the texts."""
+    """An engine's sums over the positions of the texts."""
 
     def __init__(self) -> None:
         self.agreed = 0
@@ -167,24 +167,22 @@ class _Tally:
 
 
 def _loss(logits: Logits, text: Sequence[int]) -> float:
-    """Negative log-likelihood of the text's tokens but the first, in nats, summed."""
-    followers = np.asarray(text[1:])
-    return -sum(
-        float(log_softmax(logits[start : start + COMPARED_ROWS])[np.arange(len(ids)), ids].sum())
-        for start in range(0, len(logits), COMPARED_ROWS)
-        for ids in (followers[start : start + COMPARED_ROWS],)
-    )
+    """Return the negative log-likelihood of the text's tokens after the first, in nats."""
+    followers = text[1:]
+    starts = range(0, len(logits), COMPARED_ROWS)
+    parts = (slice(start, start + COMPARED_ROWS) for start in starts)
+    return -sum(float(gather_logprobs(logits[part], followers[part]).sum()) for part in parts)
 
 
 def _exp(value: float) -> float:
-    """Infinite, where the language's own would raise."""
+    """Return the exponential; infinity where `math.exp` would raise."""
     return float(np.exp(np.float64(min(value, 1e4)))) if not math.isnan(value) else value
 
 
-def _at_least(
+def _take_positions(
     validation: Sequence[Sequence[int]], more: Iterable[Sequence[int]], positions: int
 ) -> list[Sequence[int]]:
-    """All of `validation`, and of `more` so much that there are `positions`."""
+    """Return all of `validation`, and as much of `more` as makes `positions`."""
     texts = list(validation)
     missing = positions - sum(len(text) - 1 for text in texts)
     for text in more:
@@ -195,13 +193,13 @@ def _at_least(
     if missing > 0:
         raise UserError(
             f"parity: the training and validation splits hold {positions - missing} tokens, fewer than the {positions} "
-            "that are compared; add text, or lower export.parity.positions"
+            "to be compared; add text, or lower export.parity.positions"
         )
     return texts
 
 
 def _prompts(texts: Sequence[Sequence[int]], context_length: int) -> list[list[int]]:
-    """Beginnings of the longest texts, of unequal lengths."""
+    """Return beginnings, of unequal lengths, of the longest texts."""
     longest = sorted(texts, key=len, reverse=True)[: len(PROMPT_TOKENS)]
     room = context_length // 2
     return [list(text[: min(tokens, room)]) for tokens, text in zip(PROMPT_TOKENS, longest, strict=False)]
@@ -217,8 +215,8 @@ def _greedy_agreement(engine: Engine, prompts: list[list[int]], expected: list[l
     )  # fmt: skip
 
 
-def _continued(texts: Sequence[Sequence[int]], context_length: int) -> list[tuple[int, list[int]]]:
-    """Texts of unequal lengths, each with how much of it is prompt; the rest is fed a token at a time."""
+def _split_texts(texts: Sequence[Sequence[int]], context_length: int) -> list[tuple[int, list[int]]]:
+    """Return texts of unequal lengths, each with the length of its prompt; the rest is fed a token at a time."""
     room = context_length - CONTINUED_TOKENS
     usable = [list(text) for text in texts if len(text) > CONTINUED_TOKENS + 1]
     if not usable:
@@ -236,18 +234,18 @@ def _continued(texts: Sequence[Sequence[int]], context_length: int) -> list[tupl
 def _logit_differences(
     engine: Engine, continued: list[tuple[int, list[int]]], expected: list[Logits]
 ) -> dict[str, float]:
-    """The largest absolute differences of a logit."""
+    """Return the largest absolute differences of a logit."""
     session = engine.session
     empty_past, real_past, of_batch, of_cache = [], [], [], []
-    at_once = [session.score(text, 0) for _, text in continued]
-    together = _fed_one_at_a_time(engine, continued)
+    at_once = [session.read(text, 0)[0] for _, text in continued]
+    together = _feed_one_at_a_time(engine, continued)
     for row, (prompt, text) in enumerate(continued):
-        (alone,) = _fed_one_at_a_time(engine, [(prompt, text)])
+        (alone,) = _feed_one_at_a_time(engine, [(prompt, text)])
         empty_past.append(np.abs(at_once[row][:prompt] - expected[row][:prompt]).max())
         real_past.append(np.abs(together[row] - expected[row][prompt:]).max())
         of_batch.append(np.abs(together[row] - alone).max())
         of_cache.append(np.abs(alone - at_once[row][prompt:]).max())
-    # NumPy's maximum, unlike the language's, is NaN where any value is.
+    # NumPy's maximum, unlike Python's, is NaN if any value is.
     return {
         "max_logit_difference_empty_past": float(np.max(empty_past)),
         "max_logit_difference_real_past": float(np.max(real_past)),
@@ -256,8 +254,8 @@ def _logit_differences(
     }
 
 
-def _fed_one_at_a_time(engine: Engine, continued: list[tuple[int, list[int]]]) -> list[Logits]:
-    """Logits `[CONTINUED_TOKENS, vocabulary]` of each text after its prompt, the rows of a batch."""
+def _feed_one_at_a_time(engine: Engine, continued: list[tuple[int, list[int]]]) -> list[Logits]:
+    """Feed the texts as rows of a batch, and return their logits after the prompt, `[CONTINUED_TOKENS, vocabulary]`."""
     session = engine.session
     for slot, (prompt, text) in enumerate(continued):
         session.prefill(slot, text[:prompt], 0)

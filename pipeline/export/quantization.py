@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, in blocks along the input, as ONNX Runtime's `MatMulNBits` reads them."""
+"""Quantize weights to 8 or 4 bits, in blocks along the input, as ONNX Runtime's `MatMulNBits` reads them."""
 
 import math
 from typing import NamedTuple
@@ -9,22 +9,23 @@ from numpy.typing import NDArray
 from pipeline.errors import UserError
 
 SCALE_STEPS = 24
-"""Scales tried a block: enough that a finer grid changes the error by under 1 %."""
+"""The number of scales tried per block: a finer grid changes the error by under 1 %."""
 NARROWEST_SCALE = 0.6
-"""Of the scale that just holds the block's largest weight; a smaller one clips it for finer steps elsewhere."""
+"""The smallest scale tried, relative to the one that just holds the block's largest weight: it clips that weight for
+finer steps elsewhere."""
 SMALLEST_BLOCK = 16
-"""Of `MatMulNBits`."""
+"""The smallest block that `MatMulNBits` takes."""
 CHUNK_OUTPUTS = 4096
-"""Rows quantized at a time, to bound memory."""
+"""The number of outputs quantized at a time, to bound memory."""
 
 
 class Quantized(NamedTuple):
     """A weight matrix `[inputs, outputs]` in blocks of inputs."""
 
     values: NDArray[np.uint8]
-    """`[outputs, blocks, block * bits / 8]`: steps from the zero point, two 4-bit ones a byte, the lower first."""
+    """Steps from the zero point, `[outputs, blocks, block * bits / 8]`; two 4-bit ones per byte, the lower first."""
     scales: NDArray[np.float32]
-    """`[outputs, blocks]`: a step."""
+    """The size of a step, `[outputs, blocks]`."""
     bits: int
     block: int
 
@@ -34,13 +35,13 @@ class Quantized(NamedTuple):
 
 
 def quantize(weight: NDArray[np.float32], bits: int, largest_block: int) -> Quantized:
-    """Round `weight` `[inputs, outputs]` to steps of a scale a block, symmetric around zero.
+    """Round `weight` `[inputs, outputs]` to steps, symmetric around zero, with one scale per block.
 
-    A block has `largest_block` inputs, or the largest smaller power of two that divides them. Raises `UserError` where
-    that is below `SMALLEST_BLOCK`.
+    A block has `largest_block` inputs, or the largest smaller power of two that divides the inputs. Raises `UserError`
+    if that is below `SMALLEST_BLOCK`.
 
-    8 bits round to nearest with the scale that holds the largest weight. 4 bits search the scale of least squared
-    error in each block, clipping what it does not hold: see `_search_scales`.
+    With 8 bits, weights are rounded to nearest with the scale that holds the block's largest. With 4 bits, each block
+    has the scale of least squared error, which may clip: see `_search_scales`.
     """
     inputs, outputs = weight.shape
     block = math.gcd(inputs, largest_block)
@@ -57,17 +58,8 @@ def quantize(weight: NDArray[np.float32], bits: int, largest_block: int) -> Quan
     return Quantized(values, scales, bits, block)
 
 
-def dequantize(quantized: Quantized) -> NDArray[np.float32]:
-    """The weights that the steps stand for, `[inputs, outputs]`."""
-    values = quantized.values
-    if quantized.bits == 4:
-        values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:2], -1)
-    weights = (values.astype(np.float32) - quantized.zero_point) * quantized.scales[..., None]
-    return np.ascontiguousarray(weights.reshape(len(values), -1).T)
-
-
 def _round(blocks: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Steps from 0 to 2**bits - 1, and the scale of each block `[..., block]`."""
+    """Return steps from 0 to 2**bits - 1, and the scale of each block `[..., block]`."""
     zero_point = 1 << (bits - 1)
     scales = np.abs(blocks).max(axis=-1) / (zero_point - 1) if bits == 8 else _search_scales(blocks, zero_point)
     scales = scales.astype(np.float32)
@@ -76,18 +68,18 @@ def _round(blocks: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], N
 
 
 def _nearest(blocks: NDArray[np.float32], scales: NDArray[np.float32], zero_point: int) -> NDArray[np.float32]:
-    """Whole numbers of steps, clipped to what the bits hold; a block of zeros has the scale 0."""
+    """Return whole numbers of steps, clipped to what the bits hold; a block of zeros has the scale 0."""
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     steps: NDArray[np.float32] = np.clip(np.rint(blocks * inverse[..., None]), -zero_point, zero_point - 1)
     return steps
 
 
 def _search_scales(blocks: NDArray[np.float32], zero_point: int) -> NDArray[np.float32]:
-    """The scale of each block with the least squared error.
+    """Return the scale of each block with the least squared error.
 
     The range reaches one step further below zero than above, so a block is scaled to have its largest weight there,
-    whichever its sign (as llama.cpp's q4_0 does). From that scale down a grid is tried, each with the least-squares
-    fit of its own rounding.
+    whatever its sign (as llama.cpp's q4_0 does). From that scale down, a grid of scales is tried, each with the
+    least-squares fit of its own rounding.
     """
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
     widest = (largest / -zero_point).astype(np.float32)
@@ -98,7 +90,7 @@ def _search_scales(blocks: NDArray[np.float32], zero_point: int) -> NDArray[np.f
         squares = (steps * steps).sum(axis=-1)
         products = (steps * blocks).sum(axis=-1)
         fitted = np.divide(products, squares, out=np.zeros_like(products), where=squares != 0)
-        # Of the squared error, what depends on the steps once the scale is fitted: |w|^2 - (w.q)^2 / |q|^2.
+        # The squared error with the fitted scale is |w|^2 - (w.q)^2 / |q|^2; its second term depends on the steps.
         error = -products * fitted
         better = error < least
         least = np.where(better, error, least)

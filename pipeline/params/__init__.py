@@ -1,4 +1,1 @@
-"""What each parameter of params.yaml means, with its type and range: one module per section.
-
-params.yaml holds the values; the classes here hold names, types, ranges and meaning.
-"""
+"""The parameters of params.yaml: their names, types, ranges and meaning, in one module per section."""

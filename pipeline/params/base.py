@@ -11,18 +11,18 @@ class ScratchParams(Section):
     """The small GPT-2 that `base.source: scratch` makes."""
 
     vocabulary_size: Annotated[int, Field(ge=257)]
-    """Tokens of the byte-level BPE: 256 bytes, end-of-text, and merges learned from the training split."""
+    """The size of the byte-level BPE, in tokens: 256 bytes, end-of-text, and merges learned from the training split."""
     context_length: Annotated[int, Field(ge=2)]
-    """Positions."""
+    """The number of positions, in tokens."""
     layers: Count
     heads: Count
     width: Count
-    """Size of the residual stream; a multiple of `heads`."""
+    """The size of the residual stream; a multiple of `heads`."""
     seed: Seed
-    """Of the random weights."""
+    """The seed of the random weights."""
 
     @model_validator(mode="after")
-    def _width_divides(self) -> "ScratchParams":
+    def _check_width(self) -> "ScratchParams":
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
@@ -34,5 +34,5 @@ class BaseParams(Section):
     source: Annotated[str, Field(min_length=1)]
     """A folder, the id of a model on the hub, or `scratch`."""
     revision: str | None
-    """For a hub id: the commit hash to fetch, 40 hexadecimal digits."""
+    """The hash of the commit to fetch from the hub, 40 hexadecimal digits; null for a folder or `scratch`."""
     scratch: ScratchParams

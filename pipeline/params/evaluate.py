@@ -8,30 +8,30 @@ from pipeline.decoding import SamplingParams
 from pipeline.params.section import Count, Section, Seed
 
 
-def _one_sample_a_prompt(decoding: SamplingParams) -> SamplingParams:
+def _check_decoding(decoding: SamplingParams) -> SamplingParams:
     if decoding.seed is not None:
         raise ValueError("seed: set evaluate.seed; a registered model draws a fresh seed for each call")
     if decoding.n != 1:
-        raise ValueError(f"n: {decoding.n} is out of range, must be 1: evaluate takes one sample a prompt")
+        raise ValueError(f"n: {decoding.n} is out of range, must be 1: evaluate takes one sample per prompt")
     if decoding.logprobs is not None:
-        raise ValueError("logprobs: set it where you call the engine; evaluate reports none")
+        raise ValueError("logprobs: set it where you call the engine; evaluate does not report them")
     return decoding
 
 
-Decoding = Annotated[SamplingParams, BeforeValidator(SamplingParams.from_mapping), AfterValidator(_one_sample_a_prompt)]
+Decoding = Annotated[SamplingParams, BeforeValidator(SamplingParams.from_mapping), AfterValidator(_check_decoding)]
 
 
 class EvaluateParams(Section):
     """What is measured on the test split."""
 
     stride_tokens: Count
-    """A document longer than the context is scored in windows that move on by this many tokens."""
+    """The step, in tokens, between the windows in which a document longer than the context is scored."""
     samples: Annotated[int, Field(ge=2)]
-    """Continuations of each model and decoding, one a document, as far as there are documents."""
+    """The most continuations per model and decoding; there is one per document."""
     guard_tokens: Count | None
-    """One more set of samples is drawn with this as `max_verbatim_tokens`, to show its effect; null leaves it out."""
+    """The `max_verbatim_tokens` of one more set of samples, drawn to show its effect; null leaves that set out."""
     seed: Seed
     """The random numbers of sample i are keyed by this seed plus i."""
     decoding: Decoding
-    """The hand-set decoding parameters. A registered model uses them where its caller sets nothing, but for those that
-    `tune` found better values of."""
+    """The hand-set decoding parameters. A registered model uses them if its caller sets nothing, except for those with
+    better values from `tune`."""

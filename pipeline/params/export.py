@@ -8,26 +8,26 @@ from pipeline.params.section import Section
 
 
 class ParityParams(Section):
-    """What an engine has to keep of the PyTorch model in float32; the export fails where it does not."""
+    """How far an engine may differ from the PyTorch model in float32; beyond that the export fails."""
 
     max_logit_difference: Annotated[float, Field(gt=0)]
-    """Largest absolute difference of any logit: with empty and with real past, in a batch, with a cache."""
+    """The largest absolute difference of any logit: with empty and with real past, in a batch, with a cache."""
     min_next_token_agreement: Annotated[float, Field(gt=0, le=1)]
-    """Share of positions at which the likeliest next token is the same."""
+    """The smallest share of positions at which the likeliest next token is the same."""
     max_kl_divergence: Annotated[float, Field(gt=0)]
-    """Of the engine's distributions from PyTorch's, in nats, mean over the positions."""
+    """The largest KL divergence of the engine's distributions from PyTorch's, in nats, mean over the positions."""
     max_perplexity_rise: Annotated[float, Field(gt=0)]
-    """Of the validation split's perplexity, relative."""
+    """The largest relative rise of the validation split's perplexity."""
     min_greedy_tokens: Annotated[int, Field(ge=0)]
-    """Tokens of a greedy continuation that are the same, of 64."""
+    """The fewest tokens of a greedy continuation that are the same, of 64."""
 
 
 class PrecisionsParityParams(Section):
     """The tolerances of each precision."""
 
     positions: Annotated[int, Field(ge=1000)]
-    """Positions of real text at which the two models' next tokens are compared at least: all of the validation split,
-    and as much of the training split as it lacks."""
+    """The fewest positions of real text at which the two models are compared: all of the validation split, and text
+    of the training split if that is too short."""
     float32: ParityParams
     float16: ParityParams
     int8: ParityParams
@@ -39,9 +39,9 @@ class ExportParams(Section):
     """How the checkpoint becomes an engine."""
 
     precisions: Annotated[list[Literal["float32", "float16", "int8", "int4", "int8_float16"]], Field(min_length=1)]
-    """What the engine holds; the first is what is evaluated, and what runs where nobody asks for another."""
+    """The precisions that the engine holds; the first is evaluated, and runs by default."""
     cache_bits: Literal[8, 32]
-    """Of a number in the KV cache of int8 and int4; 8 take a quarter of the memory and less time to read."""
+    """The bits per number in the KV cache of int8 and int4; 8 take a quarter of the memory and less time to read."""
     verbatim_index: bool
-    """Whether the engine holds its training text with an index, 6 bytes a token, which `max_verbatim_tokens` needs."""
+    """Whether the engine holds the training text with an index, 6 bytes per token, as `max_verbatim_tokens` needs."""
     parity: PrecisionsParityParams

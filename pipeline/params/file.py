@@ -1,4 +1,4 @@
-"""Reading `params.yaml`: one section for a stage, errors that name each wrong key."""
+"""Read `params.yaml`: the section of a stage, with errors that name each wrong key."""
 
 import importlib
 import re
@@ -37,7 +37,7 @@ def read_yaml(path: Path) -> Any:
     except ReaderError as error:
         raise UserError(f"{path}: not YAML: {error.reason}, character {error.position + 1}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 from byte {error.start + 1} on; save it as UTF-8") from error
+        raise UserError(f"{path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
 
 
 def validate(section: type[AnySection], values: Any, name: str) -> AnySection:

@@ -8,10 +8,10 @@ from pipeline.params.section import Count, Section, Seed
 
 
 class TrainingSamplesParams(Section):
-    """The table of samples written at each evaluation while training."""
+    """The table of samples that is written at each evaluation during training."""
 
     prompts: list[str]
-    """An empty one starts from end-of-text; none at all, and there is no table."""
+    """The prompts; an empty prompt starts from end-of-text, an empty list writes no table."""
     temperature: Annotated[float, Field(gt=0)]
     top_p: Annotated[float, Field(gt=0, le=1)]
     max_new_tokens: Count
@@ -19,15 +19,16 @@ class TrainingSamplesParams(Section):
 
 
 class LoraParams(Section):
-    """Low-rank adaptation (Hu et al., 2021): the product of two thin matrices is added to each of some weights."""
+    """Low-rank adaptation (Hu et al., 2021): add the product of two thin matrices to each of some weights."""
 
     rank: Count
+    """The inner dimension of the two matrices."""
     alpha: Count
-    """The product is scaled by alpha over rank."""
+    """The scale of the product, which is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    """Of what goes into the thin matrices."""
+    """The dropout rate of the input to the thin matrices."""
     modules: Annotated[list[str], Field(min_length=1)]
-    """The layers of a block that have them: `c_attn`, `c_proj`, `c_fc`."""
+    """The layers of a block that get the matrices: `c_attn`, `c_proj`, `c_fc`."""
 
 
 class FinetuneParams(Section):
@@ -35,45 +36,46 @@ class FinetuneParams(Section):
 
     seed: Seed
     context_length: Annotated[int, Field(ge=2)] | None
-    """Tokens of a window; null takes the base's whole context."""
+    """The length of a window, in tokens; null takes the base's whole context."""
     train_share: Annotated[float, Field(gt=0, le=1)]
-    """Of the training documents, drawn by the seed; `python -m pipeline advise` trains on less than all."""
+    """The share of training documents to train on, drawn by the seed; `python -m pipeline advise` uses less."""
     batch_tokens: Count
-    """Tokens of an optimizer step, over all devices; whole windows, so about as many."""
+    """The approximate size of an optimizer step over all devices, in tokens; windows stay whole."""
     device_batch_tokens: Count | None
-    """Tokens that one device takes at a time; null takes what its memory holds. It changes nothing but rounding."""
+    """The tokens that one device takes at a time; null takes what its memory holds. It changes only rounding."""
     gradient_checkpointing: bool
-    """Keep less of a batch in memory, and compute it again on the way back: a third slower."""
+    """Whether the backward pass computes activations again instead of keeping them: less memory, a third slower."""
     epochs: Annotated[float, Field(gt=0)]
-    """Passes over the training split at most."""
+    """The most passes over the training split."""
     optimizer: Literal["adamw", "muon"]
-    """`muon` for the matrices of the blocks, with `adamw` for the rest; it learns more from a token where much is to be
-    learned, and costs more a step."""
+    """The optimizer. `muon` trains the matrices of the blocks, and leaves the rest to `adamw`: it learns more per token
+    if much is to be learned, and costs more per step."""
     learning_rate: Annotated[float, Field(gt=0)]
-    """At its peak, after warm-up; a cosine takes it to zero."""
+    """The learning rate at its peak, after warm-up; it then falls to zero along a cosine."""
     layer_decay: Annotated[float, Field(gt=0, le=1)]
-    """The learning rate of a block is that of the block above it times this (Howard and Ruder, 2018); 1 is off."""
+    """The ratio of a block's learning rate to that of the block above (Howard and Ruder, 2018); 1 is off."""
     frozen_layers: Annotated[int, Field(ge=0)]
-    """Blocks from the bottom up, and with the first of them the embeddings, that stay as they are."""
+    """The number of blocks, counted from the bottom, that are not trained; from 1 on the embeddings are not either."""
     lora: LoraParams | None
-    """Train small matrices beside the model's own, which stay; null trains the model itself."""
+    """The small matrices to train instead of the model's own weights; null trains the model itself."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)]
-    """Of all steps."""
+    """The share of all steps over which the learning rate rises."""
     weight_decay: Annotated[float, Field(ge=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)] | None
-    """Of embeddings and residuals; null keeps the base's own."""
+    """The dropout rate of embeddings and residuals; null keeps the base's own."""
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] | None
-    """Of attention weights; null keeps the base's own. Above 0 it bars the fused kernels and halves the speed."""
+    """The dropout rate of attention weights; null keeps the base's own. Above 0, fused kernels cannot be used, which
+    halves the speed."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    """Share of the target that is spread over the vocabulary."""
+    """The share of the target that is spread over the vocabulary."""
     unlikelihood: Annotated[float, Field(ge=0)]
-    """Weight of the loss that makes what stands in the window already less likely (Welleck et al., 2020)."""
+    """The weight of the loss that makes tokens that are already in the window less likely (Welleck et al., 2020)."""
     max_grad_norm: Annotated[float, Field(gt=0)]
-    """Gradients are scaled down to this L2 norm."""
+    """The L2 norm to which larger gradients are scaled down."""
     fsdp: bool
-    """Share weights, gradients and optimizer among the processes of `torchrun`, instead of a copy to each."""
+    """Whether the processes of `torchrun` share weights, gradients and optimizer, instead of each holding a copy."""
     evaluations: Count
-    """Times that the validation split is scored, evenly spread over training."""
+    """The number of times that the validation split is scored, evenly spread over training."""
     early_stopping_patience: Count
-    """Evaluations without a better validation loss after which training ends."""
+    """The number of evaluations without a better validation loss after which training ends."""
     samples: TrainingSamplesParams

@@ -8,39 +8,39 @@ from pipeline.params.section import Count, Pattern, Section, Share
 
 
 class NearDuplicateParams(Section):
-    """Documents as alike as this are one: the first in file order stays."""
+    """When two documents are near-duplicates; only the first in file order is kept."""
 
     ngram_words: Count
-    """Words of a shingle."""
+    """The length of a shingle, in words."""
     jaccard: Share
-    """Similarity of the two sets of shingles from which on documents count as the same."""
+    """The similarity of their sets of shingles from which documents count as near-duplicates."""
     permutations: Annotated[int, Field(ge=16)]
-    """Hash functions of the MinHash that finds the candidates."""
+    """The number of hash functions of the MinHash that finds candidates."""
 
 
 class PrepareParams(Section):
     """How files become documents."""
 
     separator: Pattern
-    """A line that matches this whole parts two documents of a text file."""
+    """A regular expression. A line that matches it as a whole separates two documents of a text file."""
     piece_words: Count
-    """A text without separators is cut at blank lines into pieces of about this many words."""
+    """The approximate size of the pieces, in words, into which a text without separators is cut at blank lines."""
     minimum_words: Annotated[int, Field(ge=0)]
-    """A separated document of fewer words is a fragment and dropped."""
+    """The fewest words of a separated document; a shorter one is dropped as a fragment."""
     text_column: Annotated[str, Field(min_length=1)]
-    """Column (CSV, Parquet) or key (JSON lines) that holds the text."""
+    """The column (CSV, Parquet) or key (JSON lines) of the text."""
     title_column: Annotated[str, Field(min_length=1)]
-    """Column or key that holds the title, where there is one."""
+    """The column or key of the title; it may be missing."""
     straighten_quotes: bool
-    """Make curly quotes plain."""
+    """Whether curly quotes are replaced by straight ones."""
     near_duplicate: NearDuplicateParams
     validation_share: Share
-    """Of the documents, by hash of their content."""
+    """The share of documents in the validation split, chosen by the hash of their content."""
     test_share: Share
-    """Of the documents, by hash of their content."""
+    """The share of documents in the test split, chosen by the hash of their content."""
 
     @model_validator(mode="after")
-    def _training_share_remains(self) -> "PrepareParams":
+    def _check_shares(self) -> "PrepareParams":
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share and test_share leave nothing to train on")
         return self

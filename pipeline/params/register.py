@@ -1,4 +1,4 @@
-"""The section `register`: under what name the model is registered."""
+"""The section `register`: how the model is registered."""
 
 from typing import Annotated
 
@@ -8,6 +8,7 @@ from pipeline.params.section import Section
 
 
 class RegisterParams(Section):
-    """Under what name the model is registered."""
+    """How the model is registered."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")]
+    """The name of the model in the registry."""

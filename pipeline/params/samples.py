@@ -15,6 +15,6 @@ class SamplesParams(Section):
     form_pattern: Pattern
     """A regular expression. A sample keeps the form of the data if it is found in the prompt plus the sample."""
     loop_ngram_tokens: Count
-    """The longest run, in tokens, whose repetition at the end of a sample counts as a loop."""
+    """The longest run, in tokens, that counts as a loop if it is repeated at the end of a sample."""
     loop_repeats: Annotated[int, Field(ge=2)]
     """Times in a row that the run must occur to count as a loop."""

@@ -1,4 +1,4 @@
-"""What all sections of `params.yaml` share: strict types, and errors that name the key."""
+"""The base class and the common types of all sections of `params.yaml`."""
 
 import re
 from typing import Annotated

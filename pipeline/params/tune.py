@@ -9,14 +9,14 @@ from pipeline.params.section import Count, Section, Seed
 
 
 class RangeParams(Section):
-    """The numbers from `low` to `high`, both of them tried, in steps."""
+    """The numbers from `low` to `high`, both included, in steps."""
 
     low: float
     high: float
     step: Annotated[float, Field(gt=0)]
 
     @model_validator(mode="after")
-    def _rises(self) -> "RangeParams":
+    def _check_order(self) -> "RangeParams":
         if self.low > self.high:
             raise ValueError(f"low {self.low:g} is above high {self.high:g}")
         return self
@@ -29,7 +29,7 @@ Choices = Annotated[list[int], Field(min_length=1)]
 
 
 class SpaceParams(Section):
-    """What values each decoding parameter is tried with."""
+    """The values to try for each decoding parameter."""
 
     temperature: RangeParams
     top_k: Choices
@@ -40,7 +40,7 @@ class SpaceParams(Section):
     no_repeat_ngram_size: Choices
 
     @model_validator(mode="after")
-    def _can_be_decoded_with(self) -> "SpaceParams":
+    def _check_values(self) -> "SpaceParams":
         for name, tried in self:
             for value in tried.ends() if isinstance(tried, RangeParams) else tried:
                 SamplingParams.from_mapping({name: value})
@@ -51,13 +51,13 @@ class TuneParams(Section):
     """How decoding parameters are searched for, on the validation split."""
 
     trials: Count
-    """Sets of parameters that are tried; half of their samples are drawn first, and the worse of them go no further."""
+    """The number of sets of parameters to try. Half of the samples of a set are drawn first; bad sets stop there."""
     finalists: Count
-    """The best of them are drawn anew, with other random numbers, and the best of these is the winner."""
+    """The number of best trials to draw again with other random numbers; the best of these is the winner."""
     seed: Seed
-    """Of the search, and of the samples: the random numbers of sample i are keyed by it plus i."""
+    """The seed of the search and of the samples: the random numbers of sample i are keyed by this seed plus i."""
     samples: Annotated[int, Field(ge=2)]
-    """Continuations of a trial, one a document, as far as there are documents."""
+    """The most continuations per trial; there is one per document."""
     max_new_tokens: Count
-    """Of a continuation; people's texts are cut there too."""
+    """The longest continuation, in tokens; people's texts are cut there too."""
     space: SpaceParams

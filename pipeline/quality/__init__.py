@@ -1,1 +1,1 @@
-"""Measures of text and of models: pure functions, each with its definition and source."""
+"""Figures of text and of models: pure functions, each with its definition and source."""

@@ -1,7 +1,7 @@
-"""Sets of samples beside what people wrote after the same prompts: their figures, and how far the distance may err.
+"""Compare sets of samples with what people wrote after the same prompts: figures, distances and their intervals.
 
-A figure of a set is made of those of its samples, which are taken once: so it costs little to leave each prompt out in
-turn, of the samples and of the people's texts, which is what the intervals are made of (`bootstrap.jackknife`).
+The figures of a set are computed from those of its samples, which are measured once. So it costs little to leave each
+prompt out in turn, of the samples and of the people's texts, as the intervals need (`jackknife`).
 """
 
 import math
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UserError
-from pipeline.quality.distance import BALANCED, Distance, Scores, Weights, distance, human_scales
+from pipeline.quality.distance import BALANCED, Distance, SetFigures, Weights, distance, human_scales
 from pipeline.quality.diversity import distinct_n
-from pipeline.quality.jackknife import Interval, jackknife_interval, left_out
+from pipeline.quality.jackknife import Interval, jackknife_interval, leave_each_out
 from pipeline.quality.mauve import mauve_of_buckets, sort_in_buckets
 from pipeline.quality.ngrams import TokenIds
 from pipeline.quality.repetition import is_looping, rep_n
@@ -22,31 +22,31 @@ from pipeline.quality.self_bleu import self_bleu
 from pipeline.quality.zipf import zipf_coefficient
 
 SELF_BLEU_TOKENS = 4
-"""Of the longest n-gram, as in Zhu et al. 2018."""
+"""The length of the longest n-gram of self-BLEU, as in Zhu et al. 2018."""
 MAUVE_SEEDS = range(5)
-"""MAUVE of few texts moves with the seed of k-means: the mean over these is taken."""
+"""The seeds of k-means over which MAUVE is averaged, because that of few texts moves with the seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A sample, or a person's text, with the figures of it alone."""
+class SampleFigures:
+    """The figures of one sample, or of one person's text."""
 
     token_ids: TokenIds
-    """Without its prompt."""
+    """The tokens without the prompt."""
     rep: tuple[float, float, float]
     """`rep_n` for n of 2, 3 and 4."""
     copy_tokens: int
-    """Of the longest run that stands verbatim in the training text."""
+    """The length of the longest run that occurs verbatim in the training text."""
     looping: bool
     in_form: bool
-    """Whether the form of the data is found in it and its prompt."""
+    """Whether the prompt plus the sample matches the form of the data."""
     logprob: float
-    """Natural log-probability under the base, of all its tokens together."""
+    """The natural log-probability of all its tokens together, under the base."""
     state: npt.NDArray[np.floating]
-    """Its feature for MAUVE, [width]."""
+    """The feature for MAUVE, [width]."""
 
 
-def measure(
+def measure_sample(
     token_ids: TokenIds,
     *,
     copy_tokens: int,
@@ -55,9 +55,9 @@ def measure(
     in_form: bool,
     logprob: float,
     state: npt.NDArray[np.floating],
-) -> Measured:
-    """Take the figures of a sample that are of it alone; `is_looping` says what the two parameters of loops are."""
-    return Measured(
+) -> SampleFigures:
+    """Measure one sample; `is_looping` explains the two parameters of loops."""
+    return SampleFigures(
         token_ids=token_ids,
         rep=(rep_n(token_ids, 2), rep_n(token_ids, 3), rep_n(token_ids, 4)),
         copy_tokens=copy_tokens,
@@ -68,14 +68,16 @@ def measure(
     )
 
 
-def scores_of(samples: Sequence[Measured]) -> Scores:
-    """The figures of a set but MAUVE. Raises `UserError` where there is no token in all of it."""
+def measure_set(samples: Sequence[SampleFigures]) -> SetFigures:
+    """Return the figures of a set, except MAUVE. Raises `UserError` if the samples have no token at all."""
     ids = [sample.token_ids for sample in samples]
     tokens = sum(map(len, ids))
     if tokens == 0:
-        raise UserError("samples: none of them has a token; is max_new_tokens too small, or the split empty?")
+        raise UserError(
+            "samples: none of them has a token; check that max_new_tokens is not too small and the split not empty"
+        )
     rep_2, rep_3, rep_4 = np.mean([sample.rep for sample in samples], axis=0).tolist()
-    return Scores(
+    return SetFigures(
         rep_2=rep_2,
         rep_3=rep_3,
         rep_4=rep_4,
@@ -94,79 +96,82 @@ def scores_of(samples: Sequence[Measured]) -> Scores:
 
 @dataclass(frozen=True)
 class Human:
-    """People's texts, one a prompt, to which samples are held."""
+    """People's texts, one per prompt, with which samples are compared."""
 
-    samples: Sequence[Measured]
-    scores: Scores
-    without: list[Scores]
-    """The figures without each of the texts."""
+    samples: Sequence[SampleFigures]
+    figures: SetFigures
+    without: list[SetFigures]
+    """The figures without each text in turn."""
     scales: dict[str, float]
-    """Of the distance: see `human_scales`."""
+    """The scales of the distance: see `human_scales`."""
 
     def first(self, count: int) -> "Human":
-        """The texts of the first prompts alone."""
-        return human_side(self.samples[:count])
+        """Return the texts of the first prompts only."""
+        return measure_people(self.samples[:count])
 
 
-def human_side(samples: Sequence[Measured]) -> Human:
-    """Take the figures of people's texts. Raises `UserError` for fewer than two of them."""
+def measure_people(samples: Sequence[SampleFigures]) -> Human:
+    """Measure people's texts. Raises `UserError` if there are fewer than two."""
     if len(samples) < 2:
         raise UserError(
-            f"{len(samples)} text of people is too little to compare samples with; take two documents at least "
-            "(prepare.validation_share and prepare.test_share say how many a split has)"
+            f"{len(samples)} text of people is too little to compare samples with; use at least two documents "
+            "(prepare.validation_share and prepare.test_share set how many a split has)"
         )
-    scores, without = scores_of(samples), left_out(samples, scores_of)
-    return Human(samples, scores, without, human_scales(scores, without))
+    figures, without = measure_set(samples), leave_each_out(samples, measure_set)
+    return Human(samples, figures, without, human_scales(figures, without))
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A set of samples beside people's texts."""
+class Comparison:
+    """A set of samples compared with people's texts."""
 
-    scores: Scores
+    figures: SetFigures
     distance: Distance
     without: npt.NDArray[np.float64] | None
-    """The distance without each of the prompts, float64 [prompts], where it was asked for."""
+    """The distance without each prompt in turn, float64 [prompts]; None if compared without intervals."""
 
     def interval(self) -> Interval:
-        """Where the distance could lie with other prompts."""
-        return jackknife_interval(self.distance.total, self._left_out())
+        """Return the range in which the distance could be with other prompts."""
+        return jackknife_interval(self.distance.total, self._require_without())
 
-    def difference(self, other: "Compared") -> Interval:
-        """How much farther off this set is than another of the same prompts; below 0, it is nearer."""
-        return jackknife_interval(self.distance.total - other.distance.total, self._left_out() - other._left_out())
+    def difference(self, other: "Comparison") -> Interval:
+        """Return how much farther from people this set is than another with the same prompts; below 0, it is nearer."""
+        return jackknife_interval(
+            self.distance.total - other.distance.total, self._require_without() - other._require_without()
+        )
 
-    def _left_out(self) -> npt.NDArray[np.float64]:
+    def _require_without(self) -> npt.NDArray[np.float64]:
         if self.without is None:
             raise ValueError("the set was compared without intervals")
         return self.without
 
 
 def compare(
-    samples: Sequence[Measured], human: Human, *, weights: Weights = BALANCED, intervals: bool = False
-) -> Compared:
-    """Hold samples to what people wrote after the same prompts, in the same order.
+    samples: Sequence[SampleFigures], human: Human, *, weights: Weights = BALANCED, intervals: bool = False
+) -> Comparison:
+    """Compare samples with what people wrote after the same prompts, in the same order.
 
-    With `intervals`, each prompt is left out in turn; MAUVE's buckets stay what they were with all of them: found anew,
-    they would move by more than a text is worth. Raises `UserError` where there are not as many of both.
+    With `intervals`, each prompt is left out in turn. MAUVE's buckets stay those of all prompts, because new ones would
+    differ by more than one text is worth. Raises `UserError` unless there are as many samples as people's texts.
     """
     if len(samples) != len(human.samples):
         raise UserError(
-            f"{len(samples)} samples stand against {len(human.samples)} texts of people; take one of both a prompt"
+            f"{len(samples)} samples cannot be compared with {len(human.samples)} texts of people; "
+            "give one of each per prompt"
         )
     every = range(len(samples))
     states = [np.stack([sample.state for sample in side]) for side in (samples, human.samples)]
     buckets = [sort_in_buckets(*states, seed=seed) for seed in MAUVE_SEEDS]
 
-    def scored(kept: Sequence[int]) -> Scores:
+    def measure_kept(kept: Sequence[int]) -> SetFigures:
         rows = np.array(kept)
         parts = [found._replace(own=found.own[rows], human=found.human[rows]) for found in buckets]
-        own = scores_of([samples[index] for index in kept])
+        own = measure_set([samples[index] for index in kept])
         return replace(own, mauve=float(np.mean([mauve_of_buckets(part) for part in parts])))
 
-    scores = scored(every)
+    own_figures = measure_kept(every)
     without = None
     if intervals:
-        figures = zip(left_out(every, scored), human.without, strict=True)
-        without = np.array([distance(own, theirs, human.scales, weights).total for own, theirs in figures])
-    return Compared(scores, distance(scores, human.scores, human.scales, weights), without)
+        pairs = zip(leave_each_out(every, measure_kept), human.without, strict=True)
+        without = np.array([distance(own, theirs, human.scales, weights).total for own, theirs in pairs])
+    return Comparison(own_figures, distance(own_figures, human.figures, human.scales, weights), without)

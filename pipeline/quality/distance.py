@@ -1,14 +1,13 @@
-"""How far samples are from what people wrote: the one number that a search of decoding parameters makes small.
+"""How far samples are from what people wrote: the one number that a search of decoding parameters minimizes.
 
 No figure of samples is good by itself. Cold decoding repeats itself and is too easy to predict, hot decoding babbles;
-what people wrote stands between (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). So the distance
+what people wrote is in between (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). So the distance
 is a sum over figures of weight · |own - human| / scale.
 
-The scale of a figure is a tenth of the people's own, or its standard error over their texts where that is larger: a
-term of 1, at weight 1, is a tenth more or less than people have, and no more than that where other texts of the same
-people would differ by as much. So weights say what matters, and not in which unit a figure comes. Standard errors alone
-would not do: that of a figure that hardly moves among people would drown all others. Lengths and perplexities are
-compared by their logarithms, that twice and half as much are as far off.
+The scale of a figure is a tenth of the people's own, or its standard error over their texts if that is larger: a term
+of 1, at weight 1, is a tenth more or less than people have. So weights say what matters, whatever the unit of a figure.
+Standard errors alone would not do: that of a figure that hardly varies among people would drown all others. Lengths and
+perplexities are compared on a log scale, so twice and half count the same.
 """
 
 import math
@@ -23,8 +22,8 @@ from pipeline.quality.jackknife import jackknife_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """The figures of a set of samples, of which each is a term of the distance."""
+class SetFigures:
+    """The figures of a set of samples; each is a term of the distance."""
 
     rep_2: float
     rep_3: float
@@ -33,26 +32,26 @@ class Scores:
     distinct_2: float
     distinct_3: float
     zipf: float
-    """`zipf_coefficient`."""
+    """The Zipf coefficient: see `zipf_coefficient`."""
     self_bleu: float
-    """For the same n on both sides."""
+    """The self-BLEU, for the same n on both sides."""
     perplexity: float
-    """Of the samples under the base, which did not write them and has not read what the people wrote."""
+    """The perplexity of the samples under the base, which has neither written them nor read what the people wrote."""
     mean_tokens: float
     mean_copy_tokens: float
-    """Of the longest verbatim copy in each sample."""
+    """The mean length of the longest verbatim copy in each sample."""
     looping_share: float
     form_share: float
-    """Of the samples in which the form of the data is found; 1 where no form is asked for."""
+    """The share of samples that have the form of the data; 1 if no form is asked for."""
     mauve: float | None = None
-    """Against the people's texts; of these themselves it is 1, whatever stands here. Where None, it is no term."""
+    """MAUVE against the people's texts; None leaves its term out. For people's own figures it counts as 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What a difference of one scale costs in each figure; 0 leaves it out. Raises `UserError` for what is below 0.
+    """The cost of a difference of one scale in each figure; 0 leaves it out. Raises `UserError` if a weight is below 0.
 
-    Figures that tell one fault at several lengths share a weight of 1.
+    Figures that show one fault at several lengths share a weight of 1.
     """
 
     rep_2: float = 1 / 3
@@ -66,22 +65,22 @@ class Weights:
     distinct_2: float = 1 / 3
     distinct_3: float = 1 / 3
     zipf: float = 0.5
-    """Whether rare words come as often: Holtzman et al. 2020. Half, since distinct-1 tells much of it."""
+    """Whether rare words are as frequent: Holtzman et al. 2020. Half, because distinct-1 shows much of it."""
     self_bleu: float = 1.0
-    """Whether samples are all one sample: Zhu et al. 2018, "Texygen". Not told by repetition within one."""
+    """Whether all samples are alike: Zhu et al. 2018, "Texygen". Repetition within a sample does not show it."""
     perplexity: float = 1.0
-    """Whether the text is as hard to predict as people's: Holtzman et al. 2020, who find it the plainest sign of both
+    """Whether the text is as hard to predict as people's: Holtzman et al. 2020, who find it the clearest sign of both
     faults."""
     mean_tokens: float = 0.5
-    """Whether texts end where people end theirs. Half, since the limit of tokens cuts both short."""
+    """Whether texts are as long as people's. Half, because the limit of tokens cuts both short."""
     mean_copy_tokens: float = 1.0
-    """Only what is above people's: Carlini et al. 2023, "Quantifying Memorization Across Neural Language Models"."""
+    """Counts only above people's: Carlini et al. 2023, "Quantifying Memorization Across Neural Language Models"."""
     looping_share: float = 1.0
-    """Only what is above people's. A loop spoils a sample whole, and is told by rep-n too."""
+    """Counts only above people's. A loop spoils a whole sample; rep-n shows it too."""
     form_share: float = 1.0
-    """Only what is below people's. Ours, not of a paper: penalties on repetition are the first to break a form."""
+    """Counts only below people's. Our own, without a paper: penalties on repetition soon break a form."""
     mauve: float = 1.0
-    """What no count of tokens sees: Pillutla et al. 2021, "MAUVE"."""
+    """Differences that no count of tokens shows: Pillutla et al. 2021, "MAUVE"."""
 
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
@@ -96,42 +95,43 @@ LOGARITHMS: dict[str, Callable[[float], float]] = {
     "mean_tokens": math.log,
     "mean_copy_tokens": math.log1p,
 }
-"""What is compared by its logarithm. One is added to copies, which may have no token."""
+"""The figures that are compared on a log scale. One is added to copies, which may have no token."""
 PENALTIES = {"mean_copy_tokens": 1, "looping_share": 1, "form_share": -1}
-"""Terms of what is above people's only, or below (-1): nobody has copied or looped too little, or kept a form too well.
+"""The figures that count only above people's (1) or only below (-1): nobody copies too little or keeps a form too well.
 """
 SHARE_OF_HUMAN = 0.1
-"""The part of the people's figure that counts as 1, where chance makes no more; a step of 0.1 in a logarithm is nearly
+"""The part of the people's figure that counts as 1, unless chance makes more; a step of 0.1 in a logarithm is nearly
 the same part."""
 DOCUMENTED_SCALES = {"mauve": SHARE_OF_HUMAN}
-"""Where people's texts have no standard error to give: MAUVE takes two sets of texts, and the people's own is 1."""
+"""The scales without a standard error: MAUVE takes two sets of texts, and is always 1 for people's with themselves."""
 LEAST_SCALE = 0.002
-"""Of any figure, as where nobody repeats four tokens: less than that is no difference."""
+"""The smallest scale of any figure, as when nobody repeats four tokens: less than that is no difference."""
 
 
 TAME_ABOVE = ("rep_2", "rep_3", "rep_4", "zipf", "self_bleu", "mean_copy_tokens", "looping_share")
 TAME_BELOW = ("distinct_1", "distinct_2", "distinct_3", "perplexity")
-"""Figures that are above people's, or below them, where decoding is too cold, and the other way where it is too hot.
+"""The figures that are above people's, or below them, if decoding is too cold, and the other way if it is too hot.
 Length, form and MAUVE are off for either reason."""
 
 
 class Distance(NamedTuple):
-    """The distance, and by the name of its figure each term that it is the sum of."""
+    """The distance, and the terms that add up to it, by the name of their figure."""
 
     total: float
     terms: dict[str, float]
     too_tame: float
-    """Sum of the terms that tell of cold decoding, which repeats itself, and of those that tell of neither."""
+    """The sum of the terms that show cold decoding, which repeats itself, and of those that show neither."""
     too_wild: float
-    """Sum of the terms that tell of hot decoding, which babbles, and of those that tell of neither."""
+    """The sum of the terms that show hot decoding, which babbles, and of those that show neither."""
 
 
-def distance(own: Scores, human: Scores, scales: Mapping[str, float], weights: Weights = BALANCED) -> Distance:
-    """How far samples are from people's texts, of which the `human_scales` are.
+def distance(own: SetFigures, human: SetFigures, scales: Mapping[str, float], weights: Weights = BALANCED) -> Distance:
+    """Return how far samples are from people's texts, with `scales` from `human_scales` of these.
 
-    0 for figures that are the people's; other texts of theirs come to less than the sum of the weights, mostly. Of both
-    sides there should be as many samples, for the same prompts, cut at the same length: figures depend on that. Raises
-    `UserError`, naming the term, for a figure or a scale that is not a finite number, or that has no logarithm.
+    The distance is 0 if the figures are equal; other texts by the same people are mostly nearer than the sum of the
+    weights. Both sides should have the same number of samples, for the same prompts, cut at the same length, because
+    figures depend on that. Raises `UserError`, naming the term, for a figure or a scale that is not a finite number, or
+    that has no logarithm.
     """
     here, there = _coordinates(own, "own"), _coordinates(human, "human")
     there["mauve"] = 1.0
@@ -152,11 +152,11 @@ def distance(own: Scores, human: Scores, scales: Mapping[str, float], weights: W
     return Distance(math.fsum(terms.values()), terms, math.fsum(too_tame), math.fsum(too_wild))
 
 
-def human_scales(human: Scores, without: Sequence[Scores]) -> dict[str, float]:
-    """The scale of each term, from the figures of people's texts, and those `without` one text each (see `left_out`).
+def human_scales(human: SetFigures, without: Sequence[SetFigures]) -> dict[str, float]:
+    """Return the scale of each term, from the figures of all texts of people and those `without` each text in turn.
 
-    That of the share of loops is one sample at least. Raises `UserError` for fewer than two texts, and as `distance`
-    does.
+    The scale of the share of loops is at least one sample. Raises `UserError` for fewer than two texts, and as
+    `distance` does.
     """
     rows = [_coordinates(scores, "human") for scores in without]
     names = [name for name in TERMS if name not in DOCUMENTED_SCALES]
@@ -170,16 +170,18 @@ def human_scales(human: Scores, without: Sequence[Scores]) -> dict[str, float]:
     return scales
 
 
-def _coordinates(scores: Scores, whose: str) -> dict[str, float]:
-    """Each figure that is there, on the axis on which its differences are taken."""
+def _coordinates(scores: SetFigures, side: str) -> dict[str, float]:
+    """Return each figure that is not None, on the axis on which differences are taken."""
     places = {}
     for name in TERMS:
         value = getattr(scores, name)
         if value is None:
             continue
         if not math.isfinite(value):
-            raise UserError(f"distance: {name} of the {whose} samples is {value}, must be a finite number")
+            raise UserError(f"distance: {name} of the {side} samples is {value}, must be a finite number")
         if LOGARITHMS.get(name) is math.log and value <= 0:
-            raise UserError(f"distance: {name} of the {whose} samples is {value}, must be above 0; are they empty?")
+            raise UserError(
+                f"distance: {name} of the {side} samples is {value}, must be above 0; check that they are not empty"
+            )
         places[name] = LOGARITHMS[name](value) if name in LOGARITHMS else value
     return places

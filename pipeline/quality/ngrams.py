@@ -9,7 +9,7 @@ TokenIds = Sequence[int] | npt.NDArray[np.integer]
 
 
 def ngrams(token_ids: TokenIds, n: int) -> npt.NDArray[np.int64]:
-    """Every run of `n` tokens in order, int64 [ngrams, n]; none where there are fewer than `n` tokens."""
+    """Return every run of `n` tokens in order, int64 [ngrams, n]; no rows if there are fewer than `n` tokens."""
     ids = np.asarray(token_ids, dtype=np.int64)
     if len(ids) < n:
         return np.empty((0, n), dtype=np.int64)
@@ -17,5 +17,5 @@ def ngrams(token_ids: TokenIds, n: int) -> npt.NDArray[np.int64]:
 
 
 def unique_share(rows: npt.NDArray[np.int64]) -> float:
-    """Different n-grams as a share of all; 1 where there are none."""
+    """Return the share of different n-grams among all; 1 if there are no n-grams."""
     return len(np.unique(rows, axis=0)) / len(rows) if len(rows) else 1.0

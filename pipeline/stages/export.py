@@ -1,4 +1,4 @@
-"""Export checkpoint and base to ONNX, and prove that the graph says what PyTorch says."""
+"""Export checkpoint and base to ONNX, and check the graph against PyTorch."""
 
 import argparse
 import sys
@@ -46,7 +46,7 @@ def main() -> None:
 def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: ExportParams) -> None:
     """Write `portable/`, `engine/`, the same of the base under `base/`, and `parity.json`.
 
-    Raises `UserError` naming the promise that broke; nothing is left under `out` then.
+    Raises `UserError` naming the promise that broke, and then leaves nothing in `out`.
     """
     train = load_tokens(tokens / "train", tokenizer_sha256(checkpoint))
     index = index_text(train.tokens) if params.verbatim_index else None
@@ -54,15 +54,15 @@ def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: Export
         export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits, index)
         parity = certify(checkpoint, partial / "engine", tokens, params)
         write_json(partial / "parity.json", {precision: asdict(found) for precision, found in parity.items()})
-        # The base is there to be compared with, in what is evaluated and as that is decoded.
+        # `evaluate` compares the base with the model, in the precision that it evaluates.
         export_checkpoint(base, partial / "base", params.precisions[:1], params.cache_bits, index)
 
 
 def export_checkpoint(
     checkpoint: Path, out: Path, precisions: Sequence[str], cache_bits: int, index: VerbatimIndex | None = None
 ) -> None:
-    """The standard ONNX graph through Optimum in `portable/`, and the engine in `engine/`."""
-    # The weights are checked first: a graph of NaNs exports without a word.
+    """Write the standard ONNX graph, made by Optimum, to `portable/`, and the engine to `engine/`."""
+    # Loading checks the weights: a graph of NaNs would export without an error.
     model = load_checkpoint(checkpoint)
     build_engine(model, checkpoint, out / "engine", precisions, cache_bits=cache_bits, index=index)
     with warnings.catch_warnings():
@@ -104,7 +104,7 @@ def certify(checkpoint: Path, engine: Path, tokens: Path, params: ExportParams) 
 
 
 def texts_of(arrays: TokenArrays, context_length: int) -> Iterator[list[int]]:
-    """The documents of a split, each opening with end-of-text, cut where they exceed the context."""
+    """Yield the documents of a split, each starting with end-of-text, cut if they exceed the context."""
     documents = (arrays.document(index) for index in range(len(arrays)))
     for document in documents:
         for window in cut_windows([len(document)], context_length):
@@ -112,7 +112,7 @@ def texts_of(arrays: TokenArrays, context_length: int) -> Iterator[list[int]]:
 
 
 class TorchReference:
-    """The checkpoint in PyTorch, as `pipeline.export.parity` asks for it."""
+    """The checkpoint in PyTorch, with the methods that `pipeline.export.parity` needs."""
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
         self.model = model

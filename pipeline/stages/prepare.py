@@ -1,154 +1,31 @@
-"""Files in a folder to clean documents, each once, in three splits."""
+"""Turn the files of a folder into clean documents in three splits, each document once."""
 
 import argparse
-import json
-import os
-import sys
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
-from functools import partial
-from itertools import chain
 from pathlib import Path
 
-from tqdm import tqdm
-
-from pipeline.corpus.deduplication import Deduplicator
-from pipeline.corpus.documents import Candidate, CleanedSection, clean_section
-from pipeline.corpus.parallel import ordered_map
-from pipeline.corpus.readers import Section, Source, find_files, read_sections, survey
-from pipeline.corpus.report import DROPPED, FileReport, Report
-from pipeline.corpus.splits import SPLITS, split_of
-from pipeline.errors import UserError, report_errors
-from pipeline.files import whole_folder, write_json
+from pipeline.corpus.preparation import prepare
+from pipeline.corpus.report import DROPPED, Report
+from pipeline.errors import report_errors
 from pipeline.params.file import load_section
 from pipeline.params.prepare import PrepareParams
 from pipeline.stage_process import stage_process
 
-PARALLEL_CHARACTERS = 2_000_000
-"""From this size of corpus on, cleaning in several processes gains more than starting them costs."""
-CHUNK_CHARACTERS = 200_000
-"""Sections go to a process in chunks of about this size."""
 
-Chunk = list[tuple[int, int | None, Section]]
-"""Sections, each with the position of its file and the column at which the file wraps lines."""
-
-
-def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None = None) -> Report:
-    """Write `{train,validation,test}.jsonl` and `report.json` to the folder `out`.
-
-    A document has `id` (first 16 hexadecimal digits of its words' SHA-256), `title`, `text`, and `source`: file and
-    row, such as `volume-2.jsonl:17`. Rows count from 1 in each file, dropped ones included; the header of a CSV and
-    blank lines of JSON lines are none; a text file's rows are its separated documents or the pieces it was cut into.
-    `workers` is the number of processes, by default one a core for larger corpora; it changes no byte of the result.
-    Raises `UserError` on a file that cannot be read, and where a split would be empty.
-    """
-    sources = [
-        survey(path, path.relative_to(data).as_posix(), params)
-        for path in tqdm(find_files(data), desc="reading", unit="file", disable=not sys.stderr.isatty())
-    ]
-    characters = sum(source.characters for source in sources)
-    if workers is None:
-        workers = (os.cpu_count() or 1) if characters >= PARALLEL_CHARACTERS else 1
-    report = Report([FileReport(source) for source in sources])
-    deduplicator = Deduplicator(params.near_duplicate)
-    with whole_folder(out) as folder:
-        with ExitStack() as stack:
-            files = {
-                split: stack.enter_context((folder / f"{split}.jsonl").open("w", encoding="utf-8")) for split in SPLITS
-            }
-            for file, row_name, candidate in _rows(report, params, workers, characters):
-                if candidate.fault:
-                    file.outcomes[candidate.fault] += 1
-                    continue
-                repeat = deduplicator.admit(row_name, candidate.digest, candidate.shingles, candidate.signature)
-                if repeat:
-                    file.outcomes[repeat.reason] += 1
-                    report.drop_duplicate(row_name, repeat)
-                    continue
-                file.outcomes["kept"] += 1
-                split = split_of(
-                    candidate.digest, validation_share=params.validation_share, test_share=params.test_share
-                )
-                report.splits[split].add(candidate.text)
-                document = {
-                    "id": candidate.digest.hex()[:16],
-                    "title": candidate.title,
-                    "text": candidate.text,
-                    "source": row_name,
-                }
-                files[split].write(json.dumps(document, ensure_ascii=False) + "\n")
-        _check_splits(data, report)
-        write_json(folder / "report.json", report.to_json())
-    return report
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="folder of .txt, .md, .jsonl, .csv and .parquet files")
+    parser.add_argument("out", type=Path, help="folder to write the documents to")
+    arguments = parser.parse_args()
+    with report_errors(), stage_process(arguments.out):
+        print(summarize(prepare(arguments.data, arguments.out, load_section("prepare", PrepareParams))))
 
 
-def _rows(
-    report: Report, params: PrepareParams, workers: int, characters: int
-) -> Iterator[tuple[FileReport, str, Candidate]]:
-    """Every row in order, with its file and its name; adds what cleaning repaired to the file's counts."""
-    sources = [file.source for file in report.files]
-    chunks = ordered_map(partial(_clean_chunk, params), _chunks(sources, params), workers)
-    numbers = Counter[str]()
-    with tqdm(
-        total=characters, desc="cleaning", unit="character", unit_scale=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        for position, section_characters, cleaned in chain.from_iterable(chunks):
-            file = report.files[position]
-            file.page_marks += cleaned.page_marks
-            file.notices += cleaned.notices
-            file.joined_breaks += cleaned.joined_breaks
-            for candidate in cleaned.candidates:
-                numbers[file.source.name] += 1
-                yield file, f"{file.source.name}:{numbers[file.source.name]}", candidate
-            bar.update(section_characters)
-
-
-def _chunks(sources: list[Source], params: PrepareParams) -> Iterator[Chunk]:
-    chunk: Chunk = []
-    characters = 0
-    for position, source in enumerate(sources):
-        for section in read_sections(source, params):
-            chunk.append((position, source.wrap_columns, section))
-            characters += len(section.text)
-            if characters >= CHUNK_CHARACTERS:
-                yield chunk
-                chunk, characters = [], 0
-    yield chunk
-
-
-def _clean_chunk(params: PrepareParams, chunk: Chunk) -> list[tuple[int, int, CleanedSection]]:
-    """For each section the position of its file, its characters before cleaning, and what became of it."""
-    return [
-        (position, len(section.text), clean_section(section, wrap_columns, params))
-        for position, wrap_columns, section in chunk
-    ]
-
-
-def _check_splits(data: Path, report: Report) -> None:
-    empty = [split for split, size in report.splits.items() if size.documents == 0]
-    if empty:
-        raise UserError(
-            f"{data}: {report.outcomes['kept']} documents, too few to split: {' and '.join(empty)} would be empty; "
-            "add text, cut it smaller (prepare.piece_words), or raise prepare.validation_share and prepare.test_share"
-        )
-
-
-def _summary(report: Report) -> str:
+def summarize(report: Report) -> str:
+    """Return the counts of a report in one line."""
     dropped = ", ".join(f"{report.outcomes[outcome]} {outcome.replace('_', ' ')}" for outcome in DROPPED)
     sizes = ", ".join(f"{size.documents} {split} ({size.words:,} words)" for split, size in report.splits.items())
     kept, rows = report.outcomes["kept"], report.outcomes.total()
     return f"prepare: kept {kept} of {rows} rows from {len(report.files)} files; dropped {dropped}; {sizes}"
-
-
-def main() -> None:
-    """The stage's command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="folder of .txt, .md, .jsonl, .csv and .parquet files")
-    parser.add_argument("out", type=Path, help="folder that the documents are written to")
-    arguments = parser.parse_args()
-    with report_errors(), stage_process(arguments.out):
-        print(_summary(prepare(arguments.data, arguments.out, load_section("prepare", PrepareParams))))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
 from pipeline.params.register import RegisterParams
 from pipeline.stage_process import stage_process
 from pipeline.tracking import lineage, registry, runs, store
-from pipeline.tracking.restore import parent_run
+from pipeline.tracking.records import parent_run
 
 SERVED_MODULE = "pipeline.serving.pyfunc"
 COLUMNS = {bool: DataType.boolean, int: DataType.long, float: DataType.double, str: DataType.string}
@@ -28,7 +28,7 @@ SIGNATURE = ModelSignature(
     params=ParamSchema(
         [
             ParamSpec("preset", DataType.string, None),
-            # `predict` gives texts: it has no place for log-probabilities.
+            # `predict` returns texts, which have no place for log-probabilities.
             *(ParamSpec(name, COLUMNS[kind], None) for name, kind in scalar_types().items() if name != "logprobs"),
             *(ParamSpec(name, COLUMNS[kind], [], shape=(-1,)) for name, kind in list_types().items()),
             ParamSpec("logit_bias_ids", DataType.long, [], shape=(-1,)),
@@ -58,9 +58,9 @@ def main() -> None:
 
 
 def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path, *, name: str) -> None:
-    """Write `version.json` to `out`: the version that holds these files, registered now or found in the registry."""
-    scores = read_json(evaluate / "metrics.json")
-    score = registry.Score(sha256_file(test), scores["finetuned"]["bits_per_byte"])
+    """Write `version.json` to `out`: the version that contains these files, registered now or found in the registry."""
+    details = read_json(evaluate / "details.json")
+    score = registry.Score(sha256_file(test), details["documents"]["finetuned"]["bits_per_byte"])
     client = store.connect()
     with tempfile.TemporaryDirectory() as folder:
         code = pack_code(Path(folder) / "pipeline")
@@ -69,14 +69,14 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
             "decoding": evaluate / "decoding.json",
             "presets": evaluate / "presets.json",
             "parity": export / "parity.json",
-            "scores": evaluate / "metrics.json",
+            "scores": evaluate / "details.json",
         }
         fingerprint = digest_of([*artifacts.values(), code])
         version = registry.find_version(client, name, fingerprint)
         if version is not None:
-            # The parameters went back to it: its alias is weighed anew, so that the champion goes back too.
+            # The parameters went back to this version: its alias is decided again, so that the champion goes back too.
             alias = registry.set_alias(client, version, score)
-            print(f"{name} version {version.version} holds these files already; it is {alias}")
+            print(f"{name} version {version.version} already contains these files; it is {alias}")
         else:
             parent = parent_run(client, finetune, read_yaml(PARAMS_FILE))
             with runs.start_run("register", read_yaml(PARAMS_FILE), parent_run_id=parent) as run:
@@ -95,21 +95,21 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
                         registry.RUN_TAG: parent,
                         registry.TEST_SPLIT_TAG: score.test_split_sha256,
                         registry.BITS_PER_BYTE_TAG: repr(score.bits_per_byte),
-                        **{f"evaluated.{name}": scores["protocol"][name] for name in ("provider", "precision")},
+                        **{f"evaluated.{name}": details["protocol"][name] for name in ("provider", "precision")},
                     },
                 )
             alias = registry.set_alias(client, version, score)
-            # Last: a version that was cut off before it had its alias is not found, and made again.
+            # Last: a version without its alias, because it was interrupted, is not found and made again.
             client.set_model_version_tag(name, version.version, registry.FINGERPRINT_TAG, fingerprint)
             print(f"registered {name} version {version.version} as {alias}")
     write_json(
         out / "version.json",
-        {"name": name, "version": int(version.version), "fingerprint": fingerprint, "run_id": version.run_id},
+        {"name": name, "version": int(version.version), "fingerprint": fingerprint},
     )
 
 
 def pack_code(folder: Path) -> Path:
-    """Copy what the registered model imports of this package, and no more, to `folder`."""
+    """Copy the modules of this package that the registered model imports, and no others, to `folder`."""
     root = Path(pipeline.__file__).parent.parent
     for file in needed_files(SERVED_MODULE, root):
         target = folder / file.relative_to(root / pipeline.__name__)
@@ -119,7 +119,7 @@ def pack_code(folder: Path) -> Path:
 
 
 def requirements() -> list[str]:
-    """What loading the model needs, in the versions that it was tested with here."""
+    """Return the packages that loading the model needs, in the versions installed here."""
     installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
     runtime = installed.get("onnxruntime-gpu") or installed["onnxruntime"]
     return [

@@ -1,14 +1,12 @@
-"""Encode the documents of every split with the base's tokenizer into arrays of tokens."""
+"""Encode the documents of every split into arrays of tokens, with the base's tokenizer."""
 
 import argparse
-import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from pipeline.corpus.splits import SPLITS
 from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json, read_jsonl, whole_folder, write_json
+from pipeline.progress import progress
 from pipeline.stage_process import stage_process
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256, write_tokens
 
@@ -17,14 +15,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("documents", type=Path, help="folder of the prepare stage")
     parser.add_argument("base", type=Path, help="folder of the base stage")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="folder to write the token arrays to")
     arguments = parser.parse_args()
     with report_errors(), stage_process(arguments.out):
         tokenize(arguments.documents, arguments.base, arguments.out)
 
 
 def tokenize(documents: Path, base: Path, out: Path) -> None:
-    """Write to `out` a folder of token arrays a split and `report.json`. Raises `UserError` where a file is missing."""
+    """Write a folder of token arrays per split and `report.json` to `out`. Raises `UserError` if a file is missing."""
     files = {split: documents / f"{split}.jsonl" for split in SPLITS}
     for file in files.values():
         if not file.is_file():
@@ -37,21 +35,18 @@ def tokenize(documents: Path, base: Path, out: Path) -> None:
             (partial / split).mkdir()
             with file.open("rb") as lines:
                 rows = sum(1 for _ in lines)
-            progress = tqdm(
-                read_jsonl(file), desc=split, total=rows, unit=" documents", disable=not sys.stderr.isatty()
-            )
-            write_tokens(partial / split, (row["text"] for row in progress), tokenizer, sha256)
+            bar = progress(read_jsonl(file), description=split, total=rows, unit=" documents")
+            write_tokens(partial / split, (row["text"] for row in bar), tokenizer, sha256)
             report[split] = summarize(load_tokens(partial / split, sha256), context_length)
             print(f"{split}: {report[split]['documents']:,} documents, {report[split]['tokens']:,} tokens")
         write_json(partial / "report.json", {**report, "context_length": context_length, "tokenizer_sha256": sha256})
 
 
 def summarize(arrays: TokenArrays, context_length: int) -> dict[str, int | float | None]:
-    """What the report says of a split.
+    """Return the figures of a split for the report.
 
-    `tokens` counts the end-of-texts, as do the lengths of documents, each with both of its own; `bytes_per_token` is
-    that of the texts alone, null where they have no tokens. A longer document than `context_length` takes several
-    windows.
+    `tokens` includes the end-of-texts, and the length of a document includes its two. `bytes_per_token` is that of the
+    texts alone, null if they have no tokens. A document longer than `context_length` takes several windows.
     """
     lengths = arrays.document_tokens()
     text_tokens = len(arrays.tokens) - len(arrays) - 1

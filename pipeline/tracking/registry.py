@@ -1,4 +1,4 @@
-"""The model registry: versions found by what they are made of, and the rule by which aliases move."""
+"""The model registry: finding versions by what they are made of, and the rule by which aliases move."""
 
 import re
 from dataclasses import dataclass
@@ -23,22 +23,22 @@ TEST_SPLIT_TAG = "pipeline.test_split_sha256"
 BITS_PER_BYTE_TAG = "pipeline.test_bits_per_byte"
 RUN_TAG = "pipeline.run_id"
 _ABSENT = (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE))
-"""How a store says that it has no such model, or no such alias."""
+"""The error codes with which a store says that it has no such model, or no such alias."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What decides between two versions: bits a byte, and on which test split."""
+    """The figure that decides between two versions: bits per byte, and the test split it was taken on."""
 
     test_split_sha256: str
     bits_per_byte: float
 
 
 def deserves_champion(candidate: Score, champion: Score | None) -> bool:
-    """Whether a version whose parity holds takes the champion's place.
+    """Return whether a version whose parity holds becomes the champion.
 
-    It does where there is none, where the champion was scored on another test split, so that nothing can be compared,
-    and where its bits a byte on the same split are no worse.
+    It does if there is no champion, if the champion was scored on another test split, so that the two cannot be
+    compared, or if its bits per byte on the same split are no worse.
     """
     return (
         champion is None
@@ -48,7 +48,7 @@ def deserves_champion(candidate: Score, champion: Score | None) -> bool:
 
 
 def find_version(client: MlflowClient, name: str, fingerprint: str) -> ModelVersion | None:
-    """The newest version of this fingerprint whose files are still there."""
+    """Return the newest version with this fingerprint whose files still exist, or None."""
     versions = client.search_model_versions(f"name = '{name}' and tags.`{FINGERPRINT_TAG}` = '{fingerprint}'")
     for version in sorted(versions, key=lambda version: -int(version.version)):
         try:
@@ -88,7 +88,7 @@ def log_version(
 
 
 def set_alias(client: MlflowClient, version: ModelVersion, score: Score) -> str:
-    """Point `champion`, or else `challenger`, at the version, under a lock; the alias that it got."""
+    """Point `champion`, or else `challenger`, at the version, under a lock. Return the alias."""
     with store_lock():
         aliases = client.get_registered_model(version.name).aliases
         champion = score_of(client.get_model_version(version.name, aliases[CHAMPION])) if CHAMPION in aliases else None
@@ -100,17 +100,17 @@ def set_alias(client: MlflowClient, version: ModelVersion, score: Score) -> str:
 
 
 def score_of(version: ModelVersion) -> Score | None:
-    """The score that `register` wrote on a version; None on one that somebody else registered."""
+    """Return the score that `register` wrote on a version; None if somebody else registered it."""
     if TEST_SPLIT_TAG not in version.tags or BITS_PER_BYTE_TAG not in version.tags:
         return None
     return Score(version.tags[TEST_SPLIT_TAG], float(version.tags[BITS_PER_BYTE_TAG]))
 
 
 def resolve(client: MlflowClient, uri: str) -> ModelVersion:
-    """The version that `models:/NAME@ALIAS` or `models:/NAME/N` names by now. Raises `UserError` without one."""
+    """Return the version that `models:/NAME@ALIAS` or `models:/NAME/N` names. Raises `UserError` if there is none."""
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if parts is None:
-        raise UserError(f"{uri}: is no model of the registry; write models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise UserError(f"{uri}: is not a registry URI; write models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = parts.groups()
     try:
         if alias is not None:
@@ -123,10 +123,10 @@ def resolve(client: MlflowClient, uri: str) -> ModelVersion:
 
 
 def fetch_model(uri: str, into: Path | None = None) -> tuple[Path, ModelDecoding]:
-    """The engine folder and the decoding of a registered model, `models:/NAME@ALIAS` or `models:/NAME/N`.
+    """Return the engine folder and the decoding of a registered model, `models:/NAME@ALIAS` or `models:/NAME/N`.
 
-    They lie in a copy where `into` is given. Its code is not read. Raises `UserError` where the registry does not hold
-    it, or `register` did not make it.
+    They are in `into` if it is given. The model's code is not read. Raises `UserError` if the registry does not hold
+    the model, or if `register` did not make it.
     """
     try:
         folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if into is None else str(into)))
@@ -134,6 +134,6 @@ def fetch_model(uri: str, into: Path | None = None) -> tuple[Path, ModelDecoding
         raise UserError(f"{uri}: the registry does not hold it ({str(error).splitlines()[0]})") from error
     artifacts = Model.load(str(folder)).flavors.get("python_function", {}).get("artifacts", {})
     if not {"engine", "decoding"} <= artifacts.keys():
-        raise UserError(f"{uri}: holds no engine with its decoding; name a model that the register stage made")
+        raise UserError(f"{uri}: contains no engine with its decoding; name a model that the register stage made")
     paths = {name: folder / artifact["path"] for name, artifact in artifacts.items()}
     return paths["engine"], read_decoding(paths["decoding"], paths.get("presets"))

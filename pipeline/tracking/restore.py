@@ -1,6 +1,5 @@
-"""Make anew what the tracking store no longer holds: the run that `run.json` names, scores, the registered version."""
+"""`python -m pipeline restore`: record again what the tracking store lacks of the outputs under `out/`."""
 
-import csv
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,54 +10,41 @@ from mlflow import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.tracking import registry, runs, store
+from pipeline.tracking.records import parent_run, record_evaluation, record_search
+from pipeline.tracking.registry import find_version
+from pipeline.tracking.runs import find_run, start_run
+from pipeline.tracking.store import connect
 
 
-def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, Any]) -> str:
-    """Id of the run that `finetune` opened; where the store does not hold it, of one made anew from its outputs.
+def restore(out: Path, parameters: Mapping[str, Any]) -> None:
+    """Record the runs and the version that the store lacks; do nothing if it has all of them.
 
-    The new run has the parameters, lineage, metrics and loss curves of the old one, but not its samples, and a tag
-    that names it, by which later calls find it.
+    Only `register` runs again, as it is what records a version. `parameters` is the parsed `params.yaml`. Raises
+    `UserError` if `register` fails.
     """
-    run_id = read_json(finetune / "run.json")["run_id"]
-    found = runs.find_run(client, run_id)
-    if found is not None:
-        return found
-    print(f"the tracking store does not hold run {run_id}; making it anew from {finetune}", file=sys.stderr)
-    with runs.start_run("finetune", parameters, tags={runs.RESTORES_TAG: run_id}) as run:
-        for name in ("train", "validation"):
-            for step, loss in read_curve(finetune / f"loss_{name}.csv"):
-                run.log_metrics({f"{name}_loss": loss}, step)
-        run.log_scores("final", read_json(finetune / "metrics.json"))
-    return run.run_id
+    client = connect()
+    parent = parent_run(client, out / "finetune", parameters)
+    if find_run(client, "tune", out / "tune") is None:
+        print(
+            f"the tracking store does not hold the run that wrote {out / 'tune'}; recording it again", file=sys.stderr
+        )
+        with start_run("tune", parameters, parent_run_id=parent) as run:
+            record_search(run, out / "tune")
+    if find_run(client, "evaluate", out / "evaluate") is None:
+        print(
+            f"the tracking store does not hold the run that wrote {out / 'evaluate'}; recording it again",
+            file=sys.stderr,
+        )
+        with start_run("evaluate", parameters, parent_run_id=parent) as run:
+            record_evaluation(run, out / "evaluate", out / "export" / "parity.json")
+    if not holds_version(client, out / "register" / "version.json"):
+        print("the registry does not hold the version that register wrote; registering it again", file=sys.stderr)
+        if subprocess.run(["dvc", "repro", "--force", "--single-item", "register"], check=False).returncode:
+            raise UserError("register failed; see above, and call restore again")
 
 
-def read_curve(path: Path) -> list[tuple[int, float]]:
-    """Optimizer step and loss of each point, as `finetune` writes them."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [(int(point["step"]), float(point["loss"])) for point in csv.DictReader(file)]
-
-
-def missing_stages(client: MlflowClient, out: Path) -> list[str]:
-    """The stages whose outputs name something that the store does not hold."""
-    run_id = runs.find_run(client, read_json(out / "finetune" / "run.json")["run_id"])
-    missing = [
-        stage for stage in ("tune", "evaluate") if run_id is None or runs.find_child(client, run_id, stage) is None
-    ]
-    if "evaluate" in missing:
-        return [*missing, "register"]
-    version = read_json(out / "register" / "version.json")
-    found = registry.find_version(client, version["name"], version["fingerprint"])
-    is_there = found is not None and int(found.version) == version["version"]
-    return missing if is_there else [*missing, "register"]
-
-
-def restore(out: Path) -> None:
-    """Run the stages again whose runs or version are missing in the store; does nothing where all is there.
-
-    Raises `UserError` where a stage fails.
-    """
-    for stage in missing_stages(store.connect(), out):
-        print(f"the tracking store does not hold what {stage} wrote; running it again", file=sys.stderr)
-        if subprocess.run(["dvc", "repro", "--force", "--single-item", stage], check=False).returncode:
-            raise UserError(f"{stage} failed; see above, and call restore again")
+def holds_version(client: MlflowClient, file: Path) -> bool:
+    """Return whether the registry holds the version that `register` noted in `file`, under the same number."""
+    noted = read_json(file)
+    found = find_version(client, noted["name"], noted["fingerprint"])
+    return found is not None and int(found.version) == noted["version"]

@@ -17,11 +17,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
+from pipeline.files import digest_of
 from pipeline.tracking.lineage import lineage
 from pipeline.tracking.store import connect, experiment_id
 
 STAGE_TAG = "pipeline.stage"
-RESTORES_TAG = "pipeline.restores"
+OUTPUTS_TAG = "pipeline.outputs_sha256"
+"""The digest of what a stage wrote, by which later stages and `restore` find its run: ids are random, files are not."""
+FINGERPRINT_TAG = "pipeline.fingerprint"
+"""The name of all that a stage's outputs depend on: data, parameters, code, libraries."""
 TRIAL = "trial"
 TRIAL_TAG = "pipeline.trial"
 
@@ -33,7 +37,7 @@ class RunLog:
     client: MlflowClient
     run_id: str
     last_steps: Mapping[str, int] = field(default_factory=dict)
-    """Of a run that goes on: the last step of each metric that it holds. Up to there nothing is logged again."""
+    """The last step of each metric, if the run is resumed: up to that step nothing is logged again."""
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         now_ms = int(time.time() * 1000)
@@ -42,18 +46,18 @@ class RunLog:
         self.client.log_batch(self.run_id, metrics=metrics)
 
     def holds_row(self, table: str, column: str, value: Any) -> bool:
-        """Whether a table of the run holds a row with this value."""
+        """Return whether a table of the run has a row with this value."""
         if not any(file.path == table for file in self.client.list_artifacts(self.run_id)):
             return False
         rows = self.client.load_table(experiment_id(self.client), table, run_ids=[self.run_id])
         return bool((rows[column] == value).any())
 
     def log_scores(self, group: str, values: Mapping[str, Any]) -> None:
-        """Log the numbers of `values` as `group/name`; the UI shows a group in a section of its own."""
+        """Log the numbers of `values` as `group/name`; the UI shows each group in its own section."""
         self.log_metrics({f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float)})
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows of the same keys to the table `name`, which the UI shows under Artifacts."""
+        """Append rows with equal keys to the table `name`, which the UI shows under Artifacts."""
         if not rows:
             return
         columns = {key: [row[key] for row in rows] for key in rows[0]}
@@ -65,16 +69,16 @@ class RunLog:
         parameters: Mapping[str, Any],
         scores: Mapping[str, float],
         tags: Mapping[str, str],
-        start_s: float,
+        start_s: float | None = None,
     ) -> None:
-        """Record a trial of a search, begun at `start_s` and ended now, as a child run with its number."""
+        """Record trial `number` of a search as a child run that started at `start_s` (now if None) and ends now."""
+        now_ms = int(time.time() * 1000)
         run = self.client.create_run(
             experiment_id(self.client),
-            start_time=int(start_s * 1000),
+            start_time=now_ms if start_s is None else int(start_s * 1000),
             run_name=f"trial {number}",
             tags={MLFLOW_PARENT_RUN_ID: self.run_id, STAGE_TAG: TRIAL, TRIAL_TAG: str(number), **tags},
         )
-        now_ms = int(time.time() * 1000)
         self.client.log_batch(
             run.info.run_id,
             metrics=[Metric(name, float(value), now_ms, 0) for name, value in scores.items()],
@@ -82,26 +86,34 @@ class RunLog:
         )
         self.client.set_terminated(run.info.run_id)
 
-    def forget_trials(self, first: int) -> None:
-        """Remove the child runs of the trials from this number on, which are to be taken anew."""
+    def trials(self) -> dict[int, str]:
+        """Return the ids of the runs of this search's trials, by the trial's number."""
         children = self.client.search_runs(
             [experiment_id(self.client)],
             filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}' and tags.`{STAGE_TAG}` = '{TRIAL}'",
         )
-        for child in children:
-            if int(child.data.tags[TRIAL_TAG]) >= first:
-                self.client.delete_run(child.info.run_id)
+        return {int(child.data.tags[TRIAL_TAG]): str(child.info.run_id) for child in children}
+
+    def forget_trials(self, first: int) -> None:
+        """Delete the runs of the trials from number `first` on, which will be run again."""
+        for number, run_id in self.trials().items():
+            if number >= first:
+                self.client.delete_run(run_id)
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_dataset(self, name: str, digest: str, source: Mapping[str, str]) -> None:
-        """Record what data the run read, by its digest (at most 36 characters)."""
+        """Record the data that the run read, by its digest (at most 36 characters)."""
         dataset = MetaDataset(  # type: ignore[abstract]  # mlflow itself makes them; its annotation is off
             CodeDatasetSource(tags=dict(source)), name=name, digest=digest
         )
         context = InputTag(MLFLOW_DATASET_CONTEXT, name)
         self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags=[context])])
+
+    def tag_outputs(self, outputs: Path) -> None:
+        """Tag the run with the digest of the folder that its stage wrote, so that `find_run` finds it."""
+        self.set_tags({OUTPUTS_TAG: digest_of([outputs])})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
@@ -113,15 +125,18 @@ def start_run(
     parameters: Mapping[str, Any],
     *,
     parent_run_id: str | None = None,
-    tags: Mapping[str, str] | None = None,
     run_id: str | None = None,
+    fingerprint: str | None = None,
 ) -> Iterator[RunLog]:
-    """Open a run with all parameters and its lineage; it ends as finished, or as failed where the block raises.
+    """Open a run with all parameters and its lineage; it ends as finished, or as failed if the block raises.
 
-    `parameters` is the parsed `params.yaml`; `run_id` is a run of the store that was interrupted, and goes on.
+    `parameters` is the parsed `params.yaml`; `run_id` names an interrupted run of the store, which is resumed;
+    `fingerprint` names all that the outputs depend on, for `fingerprint_of`.
     """
     client = connect()
-    all_tags = {STAGE_TAG: stage, **lineage(), **(tags or {})}
+    all_tags = {STAGE_TAG: stage, **lineage()}
+    if fingerprint is not None:
+        all_tags[FINGERPRINT_TAG] = fingerprint
     name = os.environ.get("DVC_EXP_NAME")
     if parent_run_id is not None:
         all_tags[MLFLOW_PARENT_RUN_ID] = parent_run_id
@@ -149,47 +164,37 @@ def start_run(
 
 
 def holds_run(run_id: str) -> bool:
-    """Whether the store holds this very run."""
-    client = connect()
-    return find_run(client, run_id) == run_id
-
-
-def give_up_run(run_id: str) -> None:
-    """End a run that was interrupted and will not go on."""
-    connect().set_terminated(run_id, "KILLED")
-
-
-def find_run(client: MlflowClient, run_id: str) -> str | None:
-    """`run_id`, or the run that restores it, where the store holds either."""
+    """Return whether the store holds this run, and nobody has deleted it."""
     try:
-        if client.get_run(run_id).info.lifecycle_stage == "active":
-            return run_id
+        return bool(connect().get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
             raise
-    restored = client.search_runs(
-        [experiment_id(client)],
-        filter_string=f"tags.`{RESTORES_TAG}` = '{run_id}' and attributes.status = 'FINISHED'",
-        max_results=1,
-    )
-    return str(restored[0].info.run_id) if restored else None
+        return False
 
 
-def find_child(client: MlflowClient, parent_run_id: str, stage: str) -> str | None:
-    """The newest finished child run of a stage."""
-    children = client.search_runs(
+def find_run(client: MlflowClient, stage: str, outputs: Path) -> str | None:
+    """Return the id of the newest finished run of `stage` that wrote exactly these files, or None."""
+    found = client.search_runs(
         [experiment_id(client)],
         filter_string=(
-            f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}' and tags.`{STAGE_TAG}` = '{stage}' "
+            f"tags.`{OUTPUTS_TAG}` = '{digest_of([outputs])}' and tags.`{STAGE_TAG}` = '{stage}' "
             "and attributes.status = 'FINISHED'"
         ),
+        order_by=["attributes.start_time DESC"],
         max_results=1,
     )
-    return str(children[0].info.run_id) if children else None
+    return str(found[0].info.run_id) if found else None
+
+
+def fingerprint_of(client: MlflowClient, run_id: str) -> str | None:
+    """Return the fingerprint that a run was started with; None if it had none."""
+    tag = client.get_run(run_id).data.tags.get(FINGERPRINT_TAG)
+    return None if tag is None else str(tag)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; lists as JSON."""
+    """Return nested mappings as one, with keys joined by dots and lists as JSON."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

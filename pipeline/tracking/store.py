@@ -26,29 +26,29 @@ EXPERIMENT = "gpt2-pipeline"
 
 
 def root() -> Path:
-    """The folder of the project: DVC's root, or the current folder outside of DVC."""
+    """Return the folder of the project: DVC's root, or the current folder outside of DVC."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
 
 
 def embedded_uri() -> str:
-    """Where runs are stored unless `MLFLOW_TRACKING_URI` says otherwise."""
+    """Return the URI of the store that is used unless `MLFLOW_TRACKING_URI` names another."""
     return f"sqlite:///{root() / 'mlflow.db'}"
 
 
 def store_lock() -> FileLock:
-    """Held while the store is created and while aliases move: two processes migrating a fresh sqlite crash."""
+    """Return the lock to hold while aliases move, and while the store is created: two processes doing that crash."""
     return FileLock(root() / "mlflow.db.lock")
 
 
 def store_uri() -> str:
-    """The tracking store in use."""
+    """Return the URI of the tracking store in use."""
     return os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri()
 
 
 def connect(*, create: bool = True) -> MlflowClient:
-    """A client of the tracking store; the embedded one is made where it is not there yet, unless `create` is false.
+    """Return a client of the tracking store. A missing embedded store is created, unless `create` is false.
 
-    Raises `UserError` where the store cannot be reached, or is not there.
+    Raises `UserError` if the store cannot be reached, or does not exist.
     """
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -74,23 +74,23 @@ def connect(*, create: bool = True) -> MlflowClient:
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Tell in one line what MLflow, a full disk or a server that went away kept from being recorded or read."""
+    """Turn an error of MLflow (a full disk, a server that is gone) into a one-line `UserError`."""
     try:
         yield
     except MlflowException as error:
         raise UserError(
             f"MLflow, tracking store {without_password(store_uri())}: {_reason(error)}; "
-            "run the command again when that is mended"
+            "run the command again once that is fixed"
         ) from error
 
 
 def without_password(text: str) -> str:
-    """The text without the user and password that URIs in it may hold."""
+    """Return the text without the users and passwords of the URIs in it."""
     return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def _reason(error: BaseException) -> str:
-    """One line that says what went wrong: the database's own word where there is one, else the first line."""
+    """Return one line that says what went wrong: the database's own message if there is one, else the first line."""
     inner: BaseException | None = error
     while inner is not None:
         # SQLAlchemy wraps it in lines of SQL and advice.
@@ -102,7 +102,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _answering_soon() -> Iterator[None]:
-    """A server that is not there is reported within seconds; what the user has set stands, as do later uploads."""
+    """Give up on an unreachable server within seconds, unless the user has set limits; later uploads have none."""
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
     own = {name: value for name, value in limits.items() if name not in os.environ}
     os.environ.update(own)
@@ -114,7 +114,7 @@ def _answering_soon() -> Iterator[None]:
 
 
 def experiment_id(client: MlflowClient) -> str:
-    """The id of the experiment that holds every run (`MLFLOW_EXPERIMENT_NAME`, or `EXPERIMENT`), created if need be."""
+    """Return the id of the experiment of all runs (`MLFLOW_EXPERIMENT_NAME` or `EXPERIMENT`); create it if missing."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     with store_lock():
         experiment = client.get_experiment_by_name(name)

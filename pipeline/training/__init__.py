@@ -1,1 +1,1 @@
-"""Fine-tuning: windows, packing, the Trainer and its callbacks."""
+"""Fine-tuning: windows and packing, the objective, the Trainer, resuming, and loss curves."""

@@ -1,4 +1,4 @@
-"""Causal attention over a flat batch of windows, each seeing itself alone, as an implementation for transformers."""
+"""Causal attention over a flat batch of windows, each of which sees only itself, as a transformers implementation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +11,14 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, GPT2LMHeadModel
 
-from pipeline.checkpoint import attention_implementation
+from pipeline.checkpoint import attention_implementation, attention_scale
 
 PACKED = "packed"
-"""The name under which transformers finds it; a name that it has no mask for, and so makes none."""
+"""The name under which transformers finds it. transformers knows no mask for this name, so it makes none."""
 CAUSAL = (-1, 0)
-"""A window of attention: all that is before, nothing that is after."""
+"""The attention window: everything before a position, nothing after it."""
 VARLEN_CAPABILITY = (8, 0)
-"""Of the first GPUs that have the kernel for sequences of many lengths, Ampere's."""
+"""The least CUDA capability that has the kernel for sequences of many lengths: Ampere's."""
 
 
 def packed_attention(
@@ -35,12 +35,13 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend within each window.
 
-    `query`, `key` and `value` are `[1, heads, tokens, head width]`, and so is the result but for `[1, tokens, heads,
-    head width]`; windows lie between the bounds `cu_seq_lens_q`, int32 `[windows + 1]`. On a GPU one kernel takes
-    all windows; elsewhere, and with dropout, each is a call of its own.
+    `query`, `key` and `value` are `[1, heads, tokens, head width]`; the result is `[1, tokens, heads, head width]`.
+    `cu_seq_lens_q`, int32 `[windows + 1]`, holds the bounds of the windows. On a GPU one kernel takes all windows; on a
+    processor, and with dropout, each window is a separate call.
     """
-    scale = attention_scale(module, head_width=query.shape[-1])
-    if _takes_varlen(query, dropout):
+    attention: Any = module
+    scale = attention_scale(attention.config, attention.layer_idx)
+    if _can_use_varlen(query, dropout):
         attended = varlen_attn(
             *(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)),
             *(cu_seq_lens_q, cu_seq_lens_q),
@@ -58,10 +59,10 @@ def packed_attention(
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
-    """Causal attention within one window; all are `[heads, tokens, head width]`.
+    """Attend causally within one window; all tensors are `[heads, tokens, head width]`.
 
-    On a processor, forward and backward take a third of the time of PyTorch's fused kernel at a few hundred tokens,
-    and keep the weights, which that one computes again.
+    On a processor, forward and backward take a third of the time of PyTorch's fused kernel at a few hundred tokens.
+    They keep the attention weights, which the fused kernel computes again.
     """
     tokens = query.shape[1]
     mask = torch.full((tokens, tokens), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
@@ -71,7 +72,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
 
 @contextmanager
 def padded_attention(model: GPT2LMHeadModel) -> Iterator[None]:
-    """Let a model that is trained on flat batches take padded ones with a mask meanwhile, as `generate` makes them."""
+    """Let a model that trains on flat batches take padded batches with a mask meanwhile, as `generate` makes them."""
     model.set_attn_implementation(attention_implementation(model.config))
     try:
         yield
@@ -79,14 +80,7 @@ def padded_attention(model: GPT2LMHeadModel) -> Iterator[None]:
         model.set_attn_implementation(PACKED)
 
 
-def attention_scale(module: nn.Module, head_width: int) -> float:
-    """What a GPT-2's scores are multiplied by in this layer; its config may leave the usual root out, or add depth."""
-    attention: Any = module
-    scale: float = head_width**-0.5 if attention.config.scale_attn_weights else 1.0
-    return scale / (attention.layer_idx + 1) if attention.config.scale_attn_by_inverse_layer_idx else scale
-
-
-def _takes_varlen(query: torch.Tensor, dropout: float) -> bool:
+def _can_use_varlen(query: torch.Tensor, dropout: float) -> bool:
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)

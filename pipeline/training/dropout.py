@@ -1,18 +1,18 @@
-"""Dropout for processors, where PyTorch draws every number by itself, on one core: a tenth of the time here."""
+"""Dropout for processors, in a tenth of PyTorch's time: PyTorch draws the numbers one by one, on one core."""
 
 import numpy as np
 import torch
 from torch import nn
 
 DRAWS = 2**16
-"""A number is dropped where 16 random bits, as a whole number, are below the rate's share of this."""
+"""The number of values of 16 random bits; an element is dropped if its value is below the rate's share of them."""
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout`, with random bits of NumPy's fastest generator, seeded anew by PyTorch's each time.
+    """`torch.nn.Dropout` with random bits from NumPy's fastest generator, which PyTorch's generator seeds at each call.
 
-    So what restores PyTorch's random state, a checkpoint or a block that is computed again, restores this too. Other
-    devices, and scoring, are left to PyTorch. The rate is rounded to one of 65,536.
+    So whatever restores PyTorch's random state, such as a checkpoint or a block that is computed again, restores this
+    too. Other devices, and scoring, use PyTorch's dropout. The rate is rounded to a multiple of 1 / 65,536.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,7 @@ class Dropout(nn.Dropout):
 
 
 def replace_dropout(model: nn.Module) -> None:
-    """Put it in the place of every `torch.nn.Dropout` of the model."""
+    """Replace every `torch.nn.Dropout` of the model."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:

@@ -1,4 +1,4 @@
-"""How many tokens a device's memory holds at a time: measured on the model at hand, not guessed from its size."""
+"""How many tokens a device's memory holds at a time, measured on the model at hand, not guessed from its size."""
 
 import ctypes
 import math
@@ -18,22 +18,23 @@ from pipeline.training.objective import LOGITS_BYTES
 from pipeline.training.precision import autocast
 
 USED_SHARE = 0.8
-"""Of the free memory; the rest is for what passes through a step and is not kept."""
+"""The share of the free memory to fill; the rest is for what a step needs briefly and does not keep."""
 STATE_BYTES = {"adamw": 12, "muon": 12}
-"""Of a trained weight: its gradient and the optimizer's two moments, in float32. Muon keeps one, but not of all."""
+"""The bytes per trained weight: its gradient and the optimizer's two moments, in float32. Muon keeps one moment, but
+not for all weights."""
 LOGITS_COPIES = 3
-"""Held at once at most: the logits, what they are scored by, and their gradient."""
+"""The most copies of the logits at once: the logits, what they are scored by, and their gradient."""
 RESIDUE_BYTES = 4
-"""Of a number in what a checkpointed block keeps: what went into it."""
+"""The bytes per number that a checkpointed block keeps: its input."""
 
 GLIBC_OPTIONS = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**26), "M_MMAP_MAX": (-4, 0)}
-"""Numbers and values for `mallopt`: give nothing back, ask for much at a time, and never for a tensor by itself."""
+"""The options and values for `mallopt`: return nothing, request much at a time, and never map a tensor by itself."""
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that a step frees, for the next one; glibc only.
+    """Let this process keep the memory that a step frees, for the next step; glibc only.
 
-    It gives large tensors back to the system otherwise, and every step pays for gigabytes of fresh pages: a sixth of
+    Otherwise glibc returns large tensors to the system, and every step pays for gigabytes of fresh pages: a sixth of
     its time in GPT-2 Medium's shape on two cores. The peak is the same.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
@@ -43,44 +44,44 @@ def keep_freed_memory() -> None:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory of one forward and backward pass, in bytes."""
+    """The memory of one forward and backward pass, in bytes."""
 
     fixed: float
-    a_token: float
+    per_token: float
 
     def tokens_in(self, free: float) -> int:
-        return max(0, int((free - self.fixed) / self.a_token))
+        return max(0, int((free - self.fixed) / self.per_token))
 
 
 def parts_of_step(model: GPT2LMHeadModel, params: FinetuneParams, *, context_length: int, processes: int) -> int:
-    """Into how many batches an optimizer step is cut, a multiple of `processes`.
+    """Return into how many batches to cut an optimizer step, a multiple of `processes`.
 
-    Raises `UserError` where the memory of the device does not hold one, as far as it can be told before.
+    Raises `UserError` if the device's memory does not hold one batch, as far as that can be known before training.
     """
-    footprint, free = measure(model, params, context_length), free_bytes(model.device) * USED_SHARE
+    footprint, free = measure_footprint(model, params, context_length), free_bytes(model.device) * USED_SHARE
     room = footprint.tokens_in(free)
     wanted = params.device_batch_tokens or min(room, params.batch_tokens)
-    # A batch holds whole windows, one at least.
+    # A batch holds whole windows, and at least one.
     if max(wanted, context_length) > room:
         name = "finetune.context_length" if params.device_batch_tokens is None else "finetune.device_batch_tokens"
         tokens = max(wanted, context_length)
-        needed = footprint.fixed + footprint.a_token * tokens
+        needed = footprint.fixed + footprint.per_token * tokens
         raise UserError(
-            f"{name}: a batch of {tokens} tokens takes about {needed / 2**30:.1f} GiB beside the weights, and "
-            f"{free / 2**30:.1f} GiB can be had; lower it{_advice(params)}"
+            f"{name}: a batch of {tokens} tokens takes about {needed / 2**30:.1f} GiB besides the weights, but "
+            f"{free / 2**30:.1f} GiB are available; lower it{_advice(params)}"
         )
     return math.ceil(params.batch_tokens / max(wanted, 1) / processes) * processes
 
 
 def free_bytes(device: torch.device) -> float:
-    """What a device can still give."""
+    """Return the memory that is still available on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that was taken so far: on a GPU by tensors, elsewhere by the process."""
+    """Return the peak memory so far: of the tensors on a GPU, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -91,34 +92,34 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def measure(model: GPT2LMHeadModel, params: FinetuneParams, context_length: int) -> Footprint:
-    """The footprint of training, from what a forward pass keeps for the way back on one window, and on two.
+def measure_footprint(model: GPT2LMHeadModel, params: FinetuneParams, context_length: int) -> Footprint:
+    """Return the footprint of training, from what a forward pass over one window, and over two, keeps for backward.
 
-    The random state is left as it was.
+    Leaves the random state as it was.
     """
     one, two = (kept_bytes(model, [context_length] * windows) for windows in (1, 2))
-    a_token = (two - one) / context_length
-    fixed = max(0.0, one - a_token * context_length)
+    per_token = (two - one) / context_length
+    fixed = max(0.0, one - per_token * context_length)
     if params.gradient_checkpointing:
         layers, width = model.config.n_layer, model.config.n_embd
-        a_token = a_token / layers + layers * width * RESIDUE_BYTES
+        per_token = per_token / layers + layers * width * RESIDUE_BYTES
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return Footprint(fixed + trained * STATE_BYTES[params.optimizer] + LOGITS_COPIES * LOGITS_BYTES, a_token)
+    return Footprint(fixed + trained * STATE_BYTES[params.optimizer] + LOGITS_COPIES * LOGITS_BYTES, per_token)
 
 
 class _Kept:
-    """A tensor for as long as a graph keeps it."""
+    """A tensor, for as long as a graph keeps it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
 def kept_bytes(model: GPT2LMHeadModel, windows: Sequence[int]) -> int:
-    """Bytes of the tensors that a forward pass over windows of these tokens keeps for the backward pass.
+    """Count the bytes that a forward pass over windows of these token counts keeps for the backward pass.
 
-    Weights are left out.
+    Weights do not count.
     """
-    # What the loss keeps for its own gradients goes with them, and its addresses are given out again.
+    # Weak, because the loss frees its own tensors with its gradients, and their addresses are reused.
     kept: WeakSet[_Kept] = WeakSet()
 
     def keep(tensor: torch.Tensor) -> _Kept:
@@ -134,7 +135,7 @@ def kept_bytes(model: GPT2LMHeadModel, windows: Sequence[int]) -> int:
     model.train()
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor)
     with torch.random.fork_rng(devices=devices), autocast(model.device), hooks:
-        # Held until its way back is counted.
+        # Keeps the graph alive until its tensors are counted.
         output = model(
             input_ids=ids,
             position_ids=positions,

@@ -1,4 +1,4 @@
-"""The base made ready for training: flat batches, dropout, what stays frozen, LoRA; and the trained model out of it."""
+"""Prepare the base for training (flat batches, dropout, frozen layers, LoRA), and extract the trained model."""
 
 from pathlib import Path
 from typing import cast
@@ -17,17 +17,17 @@ from pipeline.training.objective import Objective, ScoredGPT2
 from pipeline.training.optimizer import freeze
 
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
-"""Names under which transformers has GELU by tanh (Hendrycks and Gimpel, 2016); the first is GPT-2's."""
+"""The names of the tanh form of GELU (Hendrycks and Gimpel, 2016) in transformers; the first is GPT-2's."""
 
 
 def load_trainable(base: Path, params: FinetuneParams) -> ScoredGPT2 | PeftModel:
-    """The base's model in float32, as `params` has it trained. Raises `UserError` where it has no such layers."""
+    """Load the base in float32, prepared as `params` says. Raises `UserError` if it lacks the layers they name."""
     rates = {"embd_pdrop": params.dropout, "resid_pdrop": params.dropout, "attn_pdrop": params.attention_dropout}
     changes = {name: rate for name, rate in rates.items() if rate is not None}
     model: ScoredGPT2 = ScoredGPT2.from_pretrained(base, attn_implementation=PACKED, **changes)
     for block in model.transformer.h:
         if model.config.activation_function in TANH_GELU:
-            # The same function in one kernel, which keeps one tensor for the way back, and not five.
+            # The same function in one kernel, which keeps one tensor for backward instead of five.
             block.mlp.act = nn.GELU(approximate="tanh")
     replace_dropout(model)
     model.objective = Objective(params.label_smoothing, params.unlikelihood)
@@ -36,7 +36,7 @@ def load_trainable(base: Path, params: FinetuneParams) -> ScoredGPT2 | PeftModel
 
 
 def add_lora(model: ScoredGPT2, params: FinetuneParams) -> PeftModel:
-    """LoRA beside the layers that `params.lora` names, in the blocks that are not frozen."""
+    """Add LoRA to the layers that `params.lora` names, in the blocks that are not frozen."""
     lora = params.lora
     assert lora is not None  # noqa: S101
     block = model.transformer.h[0]
@@ -52,19 +52,19 @@ def add_lora(model: ScoredGPT2, params: FinetuneParams) -> PeftModel:
         target_modules=lora.modules,
         layers_to_transform=list(range(params.frozen_layers, model.config.n_layer)),
         layers_pattern="h",
-        # GPT-2's layers keep their weights transposed.
+        # GPT-2's layers store their weights transposed.
         fan_in_fan_out=True,
     )
     return get_peft_model(model, config)
 
 
 def trained_gpt2(model: nn.Module) -> GPT2LMHeadModel:
-    """The GPT-2 that was trained, with what LoRA learned merged into its weights."""
+    """Return the trained GPT-2, with LoRA merged into its weights."""
     return cast(GPT2LMHeadModel, model.merge_and_unload() if isinstance(model, PeftModel) else model)
 
 
-def gathered(sharded: nn.Module, whole: ScoredGPT2 | PeftModel) -> ScoredGPT2 | PeftModel:
-    """`whole` with the weights that are spread over the processes; called in each, and filled in the first."""
+def gather_weights(sharded: nn.Module, whole: ScoredGPT2 | PeftModel) -> ScoredGPT2 | PeftModel:
+    """Return `whole` with the weights that are spread over the processes. Call it in each; the first gets them."""
     weights = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if weights:
         whole.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""What training minimizes, and a GPT-2 that computes it without ever holding the logits of a whole batch."""
+"""The loss that training minimizes, and a GPT-2 that computes it without holding the logits of a whole batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from transformers.modeling_outputs import CausalLMOutput
 from pipeline.training.packing import IGNORED_LABEL
 
 LOGITS_BYTES = 2**28
-"""Of the float32 logits that are held at a time: few passes over the head's gradient, in memory that can be had."""
+"""The bytes of float32 logits per chunk: large enough for few passes over the head's gradient, small enough to fit."""
 LEAST_COMPLEMENT = 1e-5
-"""Of a probability: below it, `log(1 - p)` is taken as there."""
+"""The least value of 1 - p, so that `log(1 - p)` stays finite."""
 
 Score = Callable[[torch.Tensor, int, int], torch.Tensor]
-"""The summed loss of the positions `start` to `end` (exclusive), from their logits, `[positions, vocabulary]`."""
+"""A function of logits `[positions, vocabulary]`, `start` and `end` (exclusive): the summed loss of these positions."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Negative log-likelihood, and what may be added to it while training; scoring leaves that out."""
+    """Negative log-likelihood, and the terms that training may add to it; scoring omits these."""
 
     label_smoothing: float = 0.0
     """The share of the target that is spread evenly over the vocabulary (Szegedy et al., 2016)."""
     unlikelihood: float = 0.0
-    """Weight of the token unlikelihood loss (Welleck et al., 2020): of -log(1 - p) over all tokens that stand before in
-    the window, but for the label and end-of-text."""
+    """The weight of the token unlikelihood loss (Welleck et al., 2020): -log(1 - p), summed over all tokens that occur
+    earlier in the window, except the label and end-of-text."""
 
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor, bounds: torch.Tensor) -> Score:
-        """The loss over a flat batch: `input_ids` and `labels` are `[tokens]`, windows lie between the `bounds`."""
+        """Return the loss over a flat batch; `input_ids` and `labels` are `[tokens]`, `bounds` those of the windows."""
         windows = list(pairwise(bounds.tolist()))
 
         def loss(logits: torch.Tensor, start: int, end: int) -> torch.Tensor:
@@ -52,9 +52,9 @@ class Objective:
 def _repeats(
     input_ids: torch.Tensor, labels: torch.Tensor, start: int, windows: list[tuple[int, int]], *, vocabulary_size: int
 ) -> torch.Tensor:
-    """Which tokens would repeat, bool `[positions, vocabulary]`: for the positions from `start` on with these labels.
+    """Return which tokens would be repeats, bool `[positions, vocabulary]`; `labels` begin at position `start`.
 
-    A window begins with context that is no repeat: end-of-text, or a token whose window is another.
+    A window's first token is context, and does not count: it is end-of-text, or it belongs to the window before.
     """
     end = start + len(labels)
     repeats = torch.zeros((len(labels), vocabulary_size), dtype=torch.bool, device=labels.device)
@@ -74,16 +74,16 @@ def _repeats(
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """A sum over positions of a loss of their logits, which are made and let go a chunk of positions at a time.
+    """The sum of a loss over positions, from logits that are made and freed one chunk of positions at a time.
 
-    The gradients of hidden states and head are taken chunk by chunk on the way forward, so nothing is computed twice.
+    The forward pass also takes the gradients of hidden states and head, chunk by chunk, so nothing is computed twice.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, score: Score) -> torch.Tensor:
-        """`hidden` is `[positions, width]`, `head` `[vocabulary, width]`; the result a float32 scalar.
+        """Return a float32 scalar; `hidden` is `[positions, width]`, `head` is `[vocabulary, width]`.
 
-        Products are of the type that autocast names where it is on.
+        Under autocast, products are in its type.
         """
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
@@ -112,15 +112,15 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return _scaled(grad_hidden, grad), _scaled(grad_head, grad), None
+        return _scale(grad_hidden, grad), _scale(grad_head, grad), None
 
 
-def _scaled(gradient: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor | None:
+def _scale(gradient: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor | None:
     return None if gradient is None else gradient * factor
 
 
 class ScoredGPT2(GPT2LMHeadModel):
-    """A GPT-2 that takes flat batches too (see `packing`), and in training gives the loss of `objective`."""
+    """A GPT-2 that also takes flat batches (see `packing`), and in training returns the loss of `objective`."""
 
     objective = Objective()
 
@@ -132,9 +132,10 @@ class ScoredGPT2(GPT2LMHeadModel):
         num_items_in_batch: torch.Tensor | None = None,
         **arguments: Any,
     ) -> Any:
-        """Loss or logits of a flat batch, given by its bounds among the `arguments`; without them, what any GPT-2 does.
+        """Return the loss, or without labels the logits, of a flat batch; do what any GPT-2 does for other batches.
 
-        `labels` are `[1, tokens]`; the loss is the mean over them, or their sum over `num_items_in_batch`.
+        A flat batch has its bounds among the `arguments`. `labels` are `[1, tokens]`; the loss is the mean over them,
+        or their sum divided by `num_items_in_batch`.
         """
         if "cu_seq_lens_q" not in arguments:
             return super().forward(input_ids=input_ids, position_ids=position_ids, labels=labels, **arguments)
@@ -151,5 +152,5 @@ class ScoredGPT2(GPT2LMHeadModel):
         return CausalLMOutput(loss=total / count)
 
 
-# save_pretrained writes it into config.json: to others the model is no other than the one that it extends.
+# save_pretrained writes this name into config.json: to other programs, the model is a plain GPT-2.
 ScoredGPT2.__name__ = GPT2LMHeadModel.__name__

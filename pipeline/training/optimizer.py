@@ -1,4 +1,4 @@
-"""The optimizers of fine-tuning: AdamW for every weight, or Muon for the matrices of the blocks and AdamW beside it."""
+"""Optimizer and learning-rate schedule: AdamW, or Muon for the blocks' matrices and AdamW for the rest; a cosine."""
 
 import re
 from collections import defaultdict
@@ -13,16 +13,16 @@ from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams
 
 BLOCK = re.compile(r"\.h\.(\d+)\.")
-"""In the name of every weight that belongs to a block of a GPT-2, with the number of the block."""
+"""The part of a weight's name that says that it belongs to a block of a GPT-2, with the block's number."""
 EMBEDDINGS = re.compile(r"\.w[tp]e\.")
 
 
 def build_optimizer(model: nn.Module, params: FinetuneParams) -> Optimizer:
-    """The optimizer that `params` names, over every weight of `model` that is trained.
+    """Return the optimizer that `params` names, over every weight of `model` that is trained.
 
-    Matrices decay, biases and layer norms do not. Muon (Jordan et al., 2024) moves a matrix by its orthogonalized
-    momentum, here of the size of an AdamW step (Liu et al., 2025, "Muon is Scalable for LLM Training"), so that one
-    learning rate serves both; embeddings are not its kind of matrix.
+    Matrices decay; biases and layer norms do not. Muon (Jordan et al., 2024) moves a matrix by its orthogonalized
+    momentum, scaled to the size of an AdamW step (Liu et al., 2025, "Muon is Scalable for LLM Training"), so one
+    learning rate serves both. AdamW takes the embeddings, for which Muon is not meant.
     """
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = defaultdict(list)
     for name, weight in model.named_parameters():
@@ -47,8 +47,19 @@ def build_optimizer(model: nn.Module, params: FinetuneParams) -> Optimizer:
     return optimizers[0] if len(optimizers) == 1 else JointOptimizer(optimizers)
 
 
+def learning_rate_schedule(params: FinetuneParams) -> dict[str, Any]:
+    """Return the Trainer's arguments for the learning-rate schedule.
+
+    The rate rises linearly over the first `warmup_share` of the steps, then falls to zero along half a cosine.
+    """
+    return {"lr_scheduler_type": "cosine", "warmup_ratio": params.warmup_share}
+
+
 def freeze(model: nn.Module, layers: int) -> None:
-    """Keep the lowest blocks as they are, and the embeddings with them. Raises `UserError` where nothing is left."""
+    """Exclude the lowest blocks, and with any of them the embeddings, from training.
+
+    Raises `UserError` if no block is left to train.
+    """
     config: GPT2Config = model.config
     if layers >= config.n_layer:
         raise UserError(
@@ -61,14 +72,14 @@ def freeze(model: nn.Module, layers: int) -> None:
 
 
 def _depth(name: str, config: GPT2Config) -> int:
-    """How many blocks are above: 0 for the last and what follows it, the number of blocks for the embeddings."""
+    """Count the blocks above a weight: 0 for the last block and what follows it, all of them for the embeddings."""
     if block := BLOCK.search(name):
         return int(config.n_layer) - 1 - int(block[1])
     return int(config.n_layer) if EMBEDDINGS.search(name) else 0
 
 
 class JointOptimizer(Optimizer):
-    """Several optimizers, each over weights of its own, as one: to a schedule, and to a checkpoint."""
+    """Several optimizers, each over its own weights, as one optimizer to a schedule and to a checkpoint."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = optimizers
@@ -84,5 +95,5 @@ class JointOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        # An optimizer that loads makes its groups anew; a schedule changes those that stand here.
+        # Loading replaces an optimizer's groups, and a schedule changes the groups listed here.
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]

@@ -1,8 +1,8 @@
-"""Documents cut into windows, windows dealt to optimizer steps, and batches that leak nothing across documents.
+"""Cut documents into windows, deal windows to optimizer steps, and make batches that leak nothing across documents.
 
-A batch is one flat sequence of windows, without padding: where each begins and ends goes beside it, for the attention
-to keep them apart. What an optimizer step learns from is fixed by the seed alone; into how many batches it is cut, on
-one device or several, changes nothing but rounding.
+A batch is one flat sequence of windows, without padding. It carries the bounds of the windows, so that attention keeps
+them apart. The seed alone fixes what an optimizer step learns from; the number of batches it is cut into, on one device
+or several, changes nothing but rounding.
 """
 
 import math
@@ -18,14 +18,14 @@ from torch.utils.data import Dataset
 from pipeline.tokens import TokenArrays
 
 IGNORED_LABEL = -100
-"""What `torch.nn.functional.cross_entropy` leaves out by default."""
+"""The label that `torch.nn.functional.cross_entropy` ignores by default."""
 
 Batch = dict[str, torch.Tensor | int]
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """Tokens `start` to `end` (exclusive) of a document; the first is context, every other one is a label."""
+class TrainingWindow:
+    """The tokens `start` to `end` (exclusive) of a document; the first is context, every other is a label."""
 
     document: int
     start: int
@@ -36,24 +36,25 @@ class Window:
         return self.end - self.start
 
 
-def cut_windows(document_tokens: Sequence[int], context_length: int) -> list[Window]:
-    """Cut documents, each given by its tokens with both end-of-texts, into windows of at most `context_length`.
+def cut_windows(document_tokens: Sequence[int], context_length: int) -> list[TrainingWindow]:
+    """Cut documents into windows of at most `context_length` tokens.
 
-    A window begins with the last token of the one before, so that every token but a document's first is a label once.
+    `document_tokens` counts each document's tokens with both end-of-texts. A window begins with the last token of the
+    one before, so that every token but a document's first is a label exactly once.
     """
     return [
-        Window(document, start, min(start + context_length, tokens))
+        TrainingWindow(document, start, min(start + context_length, tokens))
         for document, tokens in enumerate(document_tokens)
         for start in range(0, max(tokens - 1, 1), context_length - 1)
     ]
 
 
 def deal(sizes: ArrayLike, groups: int) -> NDArray[np.int64]:
-    """Cut a sequence of things of these sizes into consecutive groups of like size.
+    """Cut a sequence of items of these sizes into consecutive groups of about equal size.
 
-    Returns the bounds, `[groups + 1]`: group i holds `bounds[i]` to `bounds[i + 1]` (exclusive). A thing goes to the
-    group in which its middle lies, so that a group is off its share by half a thing at either end at most. A group may
-    be empty.
+    Returns the bounds, `[groups + 1]`: group i holds `bounds[i]` to `bounds[i + 1]` (exclusive). An item goes to the
+    group that contains its middle, so a group is off its share by at most half an item at either end. A group may be
+    empty.
     """
     ends = np.cumsum(sizes, dtype=np.float64)
     middles = ends - np.asarray(sizes) / 2
@@ -64,7 +65,7 @@ def deal(sizes: ArrayLike, groups: int) -> NDArray[np.int64]:
 
 
 class PackedSteps(Dataset[Batch]):
-    """The batches of all optimizer steps, in order: those of a step, `parts`, follow one another."""
+    """The batches of all optimizer steps, in order; the `parts` batches of a step are consecutive."""
 
     def __init__(
         self,
@@ -79,8 +80,8 @@ class PackedSteps(Dataset[Batch]):
     ) -> None:
         """Deal the windows of a share of the documents to steps of about `batch_tokens`.
 
-        Without a seed windows stay in the order of their documents; with one, each epoch has an order of its own. The
-        documents of a share are among those of any greater one.
+        Without a seed, windows keep the order of their documents; with one, each epoch has its own order. A larger
+        share includes the documents of every smaller one.
         """
         self.tokens = tokens
         lengths = tokens.document_tokens().tolist()
@@ -94,7 +95,7 @@ class PackedSteps(Dataset[Batch]):
 
     @property
     def window_tokens(self) -> int:
-        """Of all windows; what two windows of a document share counts twice."""
+        """Count the tokens of all windows; a token that two windows share counts twice."""
         return sum(window.tokens for window in self.windows)
 
     def __len__(self) -> int:
@@ -108,26 +109,26 @@ class PackedSteps(Dataset[Batch]):
         bounds = deal([window.tokens for window in windows], self.parts)
         return self.batch(windows[bounds[part] : bounds[part + 1]])
 
-    def step_windows(self, step: int) -> list[Window]:
-        """The windows that optimizer step `step` (from 0) learns from."""
+    def step_windows(self, step: int) -> list[TrainingWindow]:
+        """Return the windows that optimizer step `step` (from 0) learns from."""
         epoch, step = divmod(step, self.steps_per_epoch)
         order, bounds = self._epoch(epoch)
         return [self.windows[index] for index in order[bounds[step] : bounds[step + 1]]]
 
     def _deal_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The order of the windows in an epoch, and the bounds of its steps in that order."""
+        """Return the order of the windows in an epoch, and the bounds of its steps in that order."""
         order = np.arange(len(self.windows))
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
         return order, deal([self.windows[index].tokens for index in order], self.steps_per_epoch)
 
-    def batch(self, windows: Sequence[Window]) -> Batch:
-        """Windows as one sequence: `input_ids`, `labels` and `position_ids`, each int64 `[1, tokens]`.
+    def batch(self, windows: Sequence[TrainingWindow]) -> Batch:
+        """Return windows as one sequence: `input_ids`, `labels` and `position_ids`, each int64 `[1, tokens]`.
 
-        `cu_seq_lens_q` and `cu_seq_lens_k`, int32 `[windows + 1]`, are where windows begin and end, `max_length_q` and
-        `max_length_k` the longest: the names that transformers' models hand on to their attention. A window's first
-        token is no label: nothing before it belongs to its document. Without windows the batch holds one end-of-text
-        and no label, so that a device without work keeps step with the others.
+        `cu_seq_lens_q` and `cu_seq_lens_k`, int32 `[windows + 1]`, are the bounds of the windows, `max_length_q` and
+        `max_length_k` the longest length: the names that transformers' models pass on to their attention. A window's
+        first token is not a label: nothing before it in the batch belongs to its document. Without windows, the batch
+        holds one end-of-text and no label, so that a device without work keeps step with the others.
         """
         ids = [self.tokens.document(window.document)[window.start : window.end] for window in windows]
         sequences = [np.asarray(part, dtype=np.int64) for part in ids] or [np.array([self.tokens.end_of_text_id])]
@@ -146,6 +147,6 @@ class PackedSteps(Dataset[Batch]):
 
 
 def only_batch(batches: Sequence[Batch]) -> Batch:
-    """A data loader's collator where every item is a batch already."""
+    """Collate for a data loader in which every item is already a batch."""
     (batch,) = batches
     return batch

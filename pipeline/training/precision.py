@@ -1,13 +1,13 @@
-"""In which type training multiplies."""
+"""The number type in which training multiplies: bfloat16 or TF32 if the hardware supports it."""
 
 import torch
 
 TF32_CAPABILITY = (8, 0)
-"""Of the first GPUs that have it, Ampere's."""
+"""The least CUDA capability that has it: Ampere's."""
 
 
 def supports_bfloat16() -> bool:
-    """Whether the GPU, or without one the processor, multiplies bfloat16 in hardware."""
+    """Return whether the GPU, or without one the processor, multiplies bfloat16 in hardware."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -19,5 +19,5 @@ def supports_tf32() -> bool:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Products in bfloat16 where hardware has it; weights, sums and the optimizer stay in float32."""
+    """Multiply in bfloat16 if the hardware supports it; weights, sums and the optimizer stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=supports_bfloat16())

@@ -1,5 +1,6 @@
-"""The processes that train together, as `torchrun` starts them; without it there is one."""
+"""The processes that train together under `torchrun`; without it, there is one."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,12 +11,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from pipeline.errors import UserError
 
+FSDP_VERSION = "2"
+
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among them."""
+    """This process, and its communication with the others."""
 
     state: PartialState
 
@@ -25,7 +28,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes: outputs, run, lines on the terminal."""
+        """Return whether this is the process that writes outputs, the run, and lines on the terminal."""
         return bool(self.state.is_main_process)
 
     @property
@@ -34,7 +37,7 @@ class Processes:
         return device
 
     def from_first(self, value: Callable[[], Value]) -> Value:
-        """What the first process makes, to all of them."""
+        """Return in every process the value that the first makes."""
         values: list[Any] = [value() if self.is_first else None]
         if self.count > 1:
             broadcast_object_list(values)
@@ -42,7 +45,7 @@ class Processes:
         return made
 
     def agree(self, value: str, what: str) -> None:
-        """Raise `UserError` where the processes have come to different values."""
+        """Raise `UserError` if the processes have different values; `what` names it."""
         if self.count > 1 and len(set(gather_object([value]))) > 1:
             raise UserError(
                 f"finetune: the {self.count} processes have different {what}; "
@@ -50,7 +53,7 @@ class Processes:
             )
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in one process at least."""
+        """Return whether the flag is true in at least one process."""
         if self.count == 1:
             return flag
         flags = torch.tensor(int(flag), device=self.device)
@@ -58,12 +61,18 @@ class Processes:
         return bool(flags.item())
 
     def close(self) -> None:
-        """Leave the others in order."""
+        """Wait for the other processes, and leave the group."""
         if self.count > 1:
             self.state.wait_for_everyone()
             self.state.destroy_process_group()
 
 
-def join_processes() -> Processes:
-    """Meet the other processes: over NCCL where there are GPUs, over gloo elsewhere."""
+def join_processes(*, fsdp: bool = False) -> Processes:
+    """Meet the other processes: over NCCL if there are GPUs, over gloo otherwise.
+
+    With `fsdp`, sets the environment variable FSDP_VERSION, which accelerate reads; the Trainer has no argument for
+    it.
+    """
+    if fsdp:
+        os.environ["FSDP_VERSION"] = FSDP_VERSION
     return Processes(PartialState(cpu=not torch.cuda.is_available()))

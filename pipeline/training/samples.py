@@ -1,4 +1,4 @@
-"""Samples from a model in training: the same prompts and seed each time, so that progress can be read."""
+"""Sample from a model in training, with the same prompts and seed each time, so that progress shows."""
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from pipeline.training.attention import padded_attention
 def generate_samples(
     model: GPT2LMHeadModel, tokenizer: Tokenizer, params: TrainingSamplesParams
 ) -> list[dict[str, str]]:
-    """Continue every prompt with transformers' own `generate`; a row a prompt: `prompt` and `text`, which goes on.
+    """Continue every prompt with transformers' own `generate`; return a row per prompt: `prompt`, and `text` after it.
 
-    The random state of the training is left as it was. Prompts share a batch, padded on the left. Raises `UserError`
-    for a prompt that leaves no room in the context.
+    Leaves the random state of the training as it was. The prompts share a batch, padded on the left. Raises `UserError`
+    if a prompt leaves no room in the context.
     """
     if not params.prompts:
         return []
@@ -57,7 +57,7 @@ def generate_samples(
 def score_samples(
     samples: list[dict[str, str]], tokenizer: Tokenizer, training_ids: NDArray[np.integer]
 ) -> list[dict[str, float]]:
-    """A row a sample: `rep_4`, and `longest_copy_tokens`, the longest run that stands verbatim in the training text."""
+    """Return a row per sample: `rep_4`, and `longest_copy_tokens`, the longest run that occurs in the training text."""
     ids = [tokenizer.encode(sample["text"]).ids for sample in samples]
-    copies = longest_copies(ids, training_ids).lengths_tokens.tolist()
+    copies = longest_copies(ids, training_ids).tolist()
     return [{"rep_4": rep_n(own, 4), "longest_copy_tokens": copy} for own, copy in zip(ids, copies, strict=True)]

@@ -1,13 +1,11 @@
-"""Fine-tuning with transformers' Trainer: exact validation loss, and a hook at each evaluation."""
+"""Fine-tune with transformers' Trainer: exact validation loss, resumable checkpoints, a hook at each evaluation."""
 
 import math
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,44 +27,31 @@ from transformers import (
 )
 
 from pipeline.checkpoint import weights_written
+from pipeline.curves import Curves, Point
 from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams
 from pipeline.training.memory import keep_freed_memory, peak_bytes
-from pipeline.training.optimizer import build_optimizer
+from pipeline.training.optimizer import build_optimizer, learning_rate_schedule
 from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch
 from pipeline.training.precision import supports_bfloat16, supports_tf32
 from pipeline.training.processes import Processes
-from pipeline.training.resume import WHOLE_FILE, ResumeState
+from pipeline.training.state import WHOLE_FILE, TrainingState
 
 FSDP = {
     "transformer_layer_cls_to_wrap": ["GPT2Block"],
-    # Every process has read the same weights.
+    # Every process has already read the same weights.
     "sync_module_states": False,
 }
-FSDP_VERSION = "2"
 EXPLODED = 2.0
-"""A loss so many times that of a uniform guess, or of the base, does not come back."""
+"""The multiple of the loss of a uniform guess, or of the base if that is larger, from which a loss does not recover."""
 LOGGED_POINTS = 100
-"""Points of the training curves, evenly spread."""
+"""The number of points of the training curves, evenly spread."""
 
 
 class MetricsLog(Protocol):
-    """Where metrics go; `pipeline.tracking.RunLog` is one."""
+    """A destination for metrics, such as `pipeline.tracking.runs.RunLog`."""
 
     def log_metrics(self, values: dict[str, float], step: int) -> None: ...
-
-
-@dataclass
-class Curves:
-    """Losses in nats a token at the steps where they were taken."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-
-    @property
-    def best_validation(self) -> tuple[int, float]:
-        """Step and loss of the best checkpoint; the untrained base at step 0 is not one."""
-        return min(self.validation[1:], key=lambda point: point[1])
 
 
 def finetune_model(
@@ -84,11 +69,11 @@ def finetune_model(
 ) -> Curves:
     """Train `model` in place and leave the weights of its best validation loss in it.
 
-    `work_folder` holds checkpoints while training runs, with all that is needed to go on from one: `resume_from`. What
-    comes of it then is what an uninterrupted training would have given, bit for bit on the same machine.
-    `on_evaluation` is called with model and step after each scoring of the validation split, the first at step 0.
-    Raises `UserError` where the loss is no longer finite or explodes, or the GPU's memory is full; and `Stopped` where
-    `stop` is set: after the step at hand, with a checkpoint of it.
+    `work_folder` holds the checkpoints while training runs. With one of them as `resume_from`, training resumes there,
+    and gives what an uninterrupted training would have given, bit for bit on the same machine. Calls `on_evaluation`
+    with model and step after each scoring of the validation split, the first at step 0. Raises `UserError` if the loss
+    is not finite or explodes, or if the GPU's memory is full. If `stop` is set, finishes the current step, saves a
+    checkpoint and raises `Stopped`.
     """
     if processes.device.type == "cpu":
         keep_freed_memory()
@@ -113,7 +98,7 @@ def finetune_model(
         trainer.remove_callback(talkative)
     if sys.stderr.isatty() and processes.is_first:
         trainer.add_callback(BarCallback)
-    with weights_written(work_folder), _memory_held():
+    with weights_written(work_folder), _explain_full_memory():
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     if stop is not None and trainer.state.global_step < trainer.state.max_steps and processes.any(stop.is_set()):
         raise Stopped(trainer.state.global_step)
@@ -121,7 +106,7 @@ def finetune_model(
 
 
 @contextmanager
-def _memory_held() -> Iterator[None]:
+def _explain_full_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -131,8 +116,8 @@ def _memory_held() -> Iterator[None]:
         ) from error
 
 
-def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:
-    """The curve of a value that the Trainer logged, before an interruption too."""
+def _points(state: TrainerState, name: str) -> list[Point]:
+    """Return the curve of a value that the Trainer logged, including before an interruption."""
     return [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
 
 
@@ -144,30 +129,26 @@ def training_arguments(
     processes: Processes,
     is_resumed: bool = False,
 ) -> TrainingArguments:
-    """The Trainer's arguments. Raises `UserError` where the training split gives fewer steps than evaluations."""
+    """Return the Trainer's arguments. Raises `UserError` if the training split gives fewer steps than evaluations."""
     if train.steps < params.evaluations:
         raise UserError(
             f"finetune.evaluations: {params.evaluations} evaluations do not fit in {train.steps} optimizer steps; "
             "lower it, or raise finetune.epochs"
         )
     on_gpu = torch.cuda.is_available()
-    if params.fsdp:
-        # Read by accelerate; the Trainer has no argument for it.
-        os.environ["FSDP_VERSION"] = FSDP_VERSION
     arguments = TrainingArguments(
         output_dir=str(work_folder),
         seed=params.seed,
         max_steps=train.steps,
-        # An item of the data set is a batch, and all epochs are one pass over it.
+        # An item of the data set is already a batch, and one pass over it covers all epochs.
         per_device_train_batch_size=1,
         gradient_accumulation_steps=train.parts // processes.count,
         gradient_checkpointing=params.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        lr_scheduler_type="cosine",
-        warmup_ratio=params.warmup_share,
+        **learning_rate_schedule(params),
         max_grad_norm=params.max_grad_norm,
         bf16=supports_bfloat16(),
-        # What stays in float32 is rounded to TF32 in products of matrices, where a GPU has it.
+        # Matrix products that stay in float32 are rounded to TF32 if the GPU supports it.
         tf32=True if supports_tf32() else None,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
@@ -175,12 +156,12 @@ def training_arguments(
         fsdp="full_shard auto_wrap" if params.fsdp else "",
         fsdp_config=FSDP if params.fsdp else None,
         eval_strategy="steps",
-        # Never reached before the end: `EvaluationSchedule` says when.
+        # Reached only at the end: `EvaluationSchedule` decides when to evaluate.
         eval_steps=train.steps,
         eval_on_start=not is_resumed,
         save_strategy="steps",
         save_steps=train.steps,
-        # The best and the newest. With a limit of one the Trainer would remove the newest in the end.
+        # The best and the newest. With a limit of one, the Trainer would remove the newest at the end.
         save_total_limit=2,
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
@@ -195,13 +176,13 @@ def training_arguments(
         label_names=["labels"],
         report_to=[],
     )
-    # One process, one GPU: left alone, the Trainer spreads a process over all that it sees, slower than one of them.
+    # One GPU per process: otherwise the Trainer spreads a process over all visible GPUs, which is slower than one.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 class PackedTrainer(Trainer):
-    """Trainer over flat batches that scores the validation split a token, not a batch, and counts tokens a second."""
+    """A Trainer over flat batches that scores the validation split per token, not per batch, and logs its speed."""
 
     control: TrainerControl
     eval_dataset: PackedSteps
@@ -214,13 +195,13 @@ class PackedTrainer(Trainer):
         self._losses: list[torch.Tensor] = []
 
     def create_optimizer(self) -> Optimizer:
-        """Ours; made when the Trainer asks, as the weights that FSDP shards are others than before."""
+        """Make our optimizer; only when the Trainer asks, because FSDP replaces the weights when it shards them."""
         if self.optimizer is None:
             self.optimizer: Optimizer = build_optimizer(self.model, self._params)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """The steps are in their order already."""
+        """Keep the order: `PackedSteps` has already shuffled."""
         return SequentialSampler(self.train_dataset)
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> Any:
@@ -232,14 +213,14 @@ class PackedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now = time.perf_counter()
         if "loss" in logs:
-            logs["tokens_per_second"] = self._all(self._tokens).item() / (now - self._counting_since)
+            logs["tokens_per_second"] = self._sum_over_processes(self._tokens).item() / (now - self._counting_since)
             self._check_losses(logs["loss"])
             self._tokens.zero_()
             self._counting_since = now
         super().log(logs, start_time)
 
     def _check_losses(self, mean: float) -> None:
-        """Raise `UserError` that names the batch, where a loss since the last time was not finite or far too high."""
+        """Raise `UserError` that names the batch if a loss since the last check was not finite, or far too high."""
         losses = [float(loss) * self.args.gradient_accumulation_steps for loss in self._losses]
         self._losses.clear()
         limit = EXPLODED * max(math.log(self.model.config.vocab_size), self._loss_at_start)
@@ -254,30 +235,30 @@ class PackedTrainer(Trainer):
         raise UserError(
             f"finetune: the training loss is {losses[first]:.4g} at step {step}, batch {batch} of {batches}, which "
             f"learns from training documents {', '.join(str(document + 1) for document in documents)}; "
-            f"lower finetune.learning_rate, or look at these documents{self._last_good()}"
+            f"lower finetune.learning_rate, or look at these documents{self._last_good_checkpoint()}"
         )
 
-    def _last_good(self) -> str:
-        folder = ResumeState(Path(self.args.output_dir)).checkpoint
+    def _last_good_checkpoint(self) -> str:
+        folder = TrainingState(Path(self.args.output_dir)).checkpoint
         return "" if folder is None else f"; the last good checkpoint is kept in {folder}"
 
     @property
     def _loss_at_start(self) -> float:
         return next((entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry), 0.0)
 
-    def _all(self, values: torch.Tensor) -> torch.Tensor:
-        """Summed over the processes."""
+    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of each value over the processes."""
         summed: torch.Tensor = self.accelerator.reduce(values, reduction="sum")
         return summed
 
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
-        """Called when every file of a checkpoint is written: only now the one before it may go."""
+        """Mark the newest checkpoint as whole, then remove old ones; called when all its files are written."""
         newest = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (newest / WHOLE_FILE).touch()
         super()._rotate_checkpoints(use_mtime=False, output_dir=output_dir)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Mean negative log-likelihood a label, in nats, over the whole split.
+        """Return the mean negative log-likelihood per label, in nats, over the whole split.
 
         The Trainer's own is a mean of batch means, which weighs a token by the batch it happens to be in.
         """
@@ -291,7 +272,7 @@ class PackedTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     summed = model(**inputs, num_items_in_batch=1).loss
                 total += torch.stack([summed.double(), (inputs["labels"] != IGNORED_LABEL).sum().double()])
-        loss_sum, label_count = self._all(total).tolist()
+        loss_sum, label_count = self._sum_over_processes(total).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / label_count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -300,9 +281,9 @@ class PackedTrainer(Trainer):
 
 
 class EvaluationSchedule(TrainerCallback):
-    """Scores and saves the model `evaluations` times, evenly spread, the last time after the last step.
+    """A callback that scores and saves the model `evaluations` times, evenly spread, the last after the last step.
 
-    The Trainer's own every so many steps gives another number of times where the steps do not divide evenly.
+    The Trainer's own interval in steps gives a different number of evaluations if it does not divide the steps.
     """
 
     def __init__(self, evaluations: int) -> None:
@@ -321,8 +302,10 @@ class EvaluationSchedule(TrainerCallback):
 
 
 class BestCheckpoint(TrainerCallback):
-    """Lets every process know the best checkpoint: the Trainer looks whether its folder is there, and one process may
-    look before another has made it."""
+    """A callback that tells every process the best checkpoint.
+
+    The Trainer checks whether the folder exists, and one process may check before another has made it.
+    """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.best_global_step:
@@ -330,11 +313,11 @@ class BestCheckpoint(TrainerCallback):
 
 
 class Stopped(Exception):  # noqa: N818
-    """Training was told to stop; the first argument is after which step it did."""
+    """Training stopped on request; the first argument is the last step that it took."""
 
 
 class StopCallback(TrainerCallback):
-    """Saves and stops after the step at hand when one of the processes is told to."""
+    """A callback that saves and stops after the current step if a stop was requested in any process."""
 
     def __init__(self, stop: threading.Event, processes: Processes) -> None:
         self.stop = stop
@@ -349,7 +332,7 @@ class StopCallback(TrainerCallback):
 
 
 class CurveCallback(TrainerCallback):
-    """Sends the curves to the run, and tells each evaluation in a line."""
+    """A callback that logs the curves to the run, and prints a line per evaluation."""
 
     def __init__(self, log: MetricsLog | None, on_evaluation: Callable[[GPT2LMHeadModel, int], None]) -> None:
         self.run_log = log
@@ -371,7 +354,7 @@ class CurveCallback(TrainerCallback):
             loss = logs["eval_loss"]
             if not math.isfinite(loss):
                 raise UserError(f"finetune: the validation loss is {loss} at step {step}; lower finetune.learning_rate")
-            # Infinite, where the language's own would overflow.
+            # torch gives infinity if it overflows; Python's math.exp would raise.
             perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
             memory_mib = peak_bytes(args.device) / 2**20
             self._record(
@@ -379,7 +362,7 @@ class CurveCallback(TrainerCallback):
             )
             training = _points(state, "loss")
             train_loss = f"train loss {training[-1][1]:.3f}, " if training else ""
-            self._tell(
+            self._print_line(
                 f"step {step} of {state.max_steps}: {train_loss}validation loss {loss:.3f}, perplexity {perplexity:.2f}"
             )
 
@@ -387,7 +370,7 @@ class CurveCallback(TrainerCallback):
         if self.run_log is not None:
             self.run_log.log_metrics(metrics, step)
 
-    def _tell(self, line: str) -> None:
+    def _print_line(self, line: str) -> None:
         if self.run_log is not None:
             tqdm.write(line, file=sys.stderr)
 

@@ -22,17 +22,17 @@ FLAT = PowerLaw(3.0, 1000.0, 1.0)
 def point(
     tokens: int, best: float, *, base: float = 6.0, best_at: int = 8, late_fall: float = 0.01, ended_at: int = 8
 ) -> Point:
-    """A training of 100 steps an evaluation: whose loss falls to `best` at one of them, and rises thereafter."""
+    """A training of 100 steps per evaluation; its loss falls to `best` at one of them, then rises."""
     curve = [(0, base)]
     for evaluation in range(1, ended_at + 1):
-        # Before the best: the whole of the late fall at each evaluation's distance of two.
+        # Before the best, the loss falls by `late_fall` per two evaluations.
         ahead = (best_at - evaluation) * late_fall / 2 if evaluation <= best_at else (evaluation - best_at) * 0.1
         curve.append((100 * evaluation, best + ahead))
     return Point(tokens / TOKENS[-1], tokens, curve)
 
 
 def points(law: PowerLaw, tokens: list[int] = TOKENS, **whole: object) -> list[Point]:
-    """Points on a law; the last of them with what is said of the whole."""
+    """Points on a law; `whole` sets the options of the last."""
     losses = law.loss(tokens).tolist()
     *shares, all_tokens = tokens
     small = [point(count, loss) for count, loss in zip(shares, losses, strict=False)]
@@ -87,7 +87,7 @@ def test_more_epochs_where_the_loss_still_fell() -> None:
     assert advice.action == "more epochs"
     assert "the loss still fell by 0.030 in the last quarter" in advice.sentences[0]
     assert "2 times the text" in advice.sentences[1]
-    # Of more data, too, all that is worth it.
+    # The advice on data still names the largest worthwhile amount.
     assert "4 times the text" in advise(points(STEEP, late_fall=0.03), EVALUATIONS).sentences[1]
 
 
@@ -99,11 +99,11 @@ def test_no_more_epochs_where_the_best_is_not_the_last() -> None:
 def test_fine_tuning_that_is_worse_than_the_base_comes_first() -> None:
     advice = advise(points(STEEP, base=3.0, late_fall=0.5), EVALUATIONS)
     assert advice.action == "change the training"
-    assert "and the base's was 3.000. Lower finetune.learning_rate" in advice.sentences[0]
+    assert "and the base's is 3.000. Lower finetune.learning_rate" in advice.sentences[0]
 
 
 def test_an_early_best_is_remarked_on() -> None:
-    # Ended by early stopping: half of the evaluations that were planned.
+    # Early stopping ended the training; the best is within half of the planned evaluations.
     advice = advise(points(STEEP, best_at=3, ended_at=6), EVALUATIONS)
     assert advice.action == "more data"
     assert advice.sentences[1].startswith("The best checkpoint came early, at evaluation 3 of 8: ")
@@ -113,10 +113,10 @@ def test_an_early_best_is_remarked_on() -> None:
 def test_two_shares_say_nothing_of_more_data() -> None:
     advice = advise(points(STEEP, TOKENS[2:]), EVALUATIONS)
     assert (advice.action, advice.law, advice.predictions) == ("more shares", None, [])
-    assert "3 different amounts of text at least" in advice.sentences[0]
+    assert "at least 3 different amounts of text" in advice.sentences[0]
     advice = advise(points(STEEP, TOKENS[2:], late_fall=0.03), EVALUATIONS)
     assert advice.action == "more epochs"
-    assert advice.sentences[1] == "Of more data nothing can be said."
+    assert advice.sentences[1] == "Nothing is known about more data."
 
 
 def test_three_shares_have_no_spread() -> None:
@@ -127,7 +127,7 @@ def test_three_shares_have_no_spread() -> None:
 
 @pytest.fixture
 def experiments(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, dict[str, object]]]:
-    """Stands in for DVC; keeps what was to be run."""
+    """Replace DVC, and keep what it was asked to run."""
     ran: list[tuple[str, str, dict[str, object]]] = []
     losses = dict(zip((0.125, 0.25, 0.5, 1.0), points(STEEP), strict=True))
     monkeypatch.setattr(command, "run_experiment", lambda name, stage, params: ran.append((name, stage, params)))
@@ -184,4 +184,4 @@ def test_outside_of_a_project_it_is_one_line(
     with pytest.raises(SystemExit) as caught:
         main(["advise"])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: dvc.yaml: there is none here; go to the folder of the project\n"
+    assert capsys.readouterr().err == "error: dvc.yaml: is not in this folder; go to the folder of the project\n"

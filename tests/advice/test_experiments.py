@@ -1,4 +1,4 @@
-"""What is asked of DVC and what comes of its failures, with a stand-in; `test_end_to_end.py` asks the real one."""
+"""What DVC is asked to do, and how failures are reported, with a stand-in; `test_end_to_end.py` runs the real one."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ exit 0
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a `dvc` that notes what it is asked, knows `names`, and answers `run` with `code`."""
+    """A folder with a `dvc` that records its arguments, lists `names`, and exits from `run` with `code`."""
     (tmp_path / "bin").mkdir()
     dvc = tmp_path / "bin" / "dvc"
     dvc.write_text(STAND_IN)
@@ -54,7 +54,7 @@ def test_an_experiment_of_that_name_gives_way(project: Path) -> None:
     assert asked(project)[1:] == ["exp remove advise-0.5", "exp run --temp --name advise-0.5 finetune"]
 
 
-def test_a_failure_names_the_experiment_and_tells_the_line_of_its_stage(project: Path) -> None:
+def test_a_failure_names_the_experiment_and_shows_the_line_of_its_stage(project: Path) -> None:
     (project / "run").write_text("error: finetune.evaluations: too many\nERROR: failed to reproduce 'finetune'\n\n")
     (project / "code").write_text("255")
     with pytest.raises(UserError) as caught:
@@ -74,11 +74,11 @@ def test_the_reason_of_a_failure() -> None:
 
 def test_without_dvc_it_says_what_to_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(UserError, match=r"^dvc is not on the path; activate the environment first: "):
+    with pytest.raises(UserError, match=r"^dvc is not on the PATH; activate the environment first: "):
         check_place()
 
 
 def test_outside_of_a_project_it_says_where_to_go(project: Path) -> None:
     (project / "dvc.yaml").unlink()
-    with pytest.raises(UserError, match=r"^dvc\.yaml: there is none here; go to the folder of the project$"):
+    with pytest.raises(UserError, match=r"^dvc\.yaml: is not in this folder; go to the folder of the project$"):
         check_place()

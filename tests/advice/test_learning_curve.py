@@ -30,7 +30,7 @@ def test_a_known_law_is_found_again(law: PowerLaw, points: int) -> None:
     assert found.loss([160_000, 320_000]) == pytest.approx(law.loss([160_000, 320_000]), abs=1e-3)
 
 
-def test_the_order_of_the_points_is_of_no_matter() -> None:
+def test_the_order_of_the_points_does_not_matter() -> None:
     losses = [4.4, 4.0, 3.7, 3.5]
     backwards = fit_power_law(TOKENS[::-1], losses[::-1])
     assert backwards.loss(TOKENS) == pytest.approx(fit_power_law(TOKENS, losses).loss(TOKENS), abs=1e-6)
@@ -75,7 +75,7 @@ def test_the_spread_is_of_the_laws_without_one_point() -> None:
     losses[-1] += 0.05
     found = spread(TOKENS, losses, 160_000)
     assert found is not None
-    # Without the raised point the old law, without another a higher one.
+    # Omitting the raised point gives the old law, omitting another a higher one.
     assert found[0] == pytest.approx(float(law.loss(160_000)), abs=1e-3)
     assert found[1] > found[0] + 0.05
     assert spread(TOKENS[:3], losses[:3], 160_000) is None

@@ -9,7 +9,7 @@ from toy_project import Project, make_project
 
 from pipeline.__main__ import main
 from pipeline.advice import learning_rate as command
-from pipeline.advice.learning_rate import RangeTest, run_range_test, take_step, told
+from pipeline.advice.learning_rate import RangeTest, render, run_range_test, take_step
 from pipeline.advice.range_test import rising_rates
 from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams, LoraParams
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def project(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """As `dvc repro tokenize` leaves it. Do not write to its `out/base` and `out/tokenize`."""
+    """A project after `dvc repro tokenize`. Do not write to its `out/base` and `out/tokenize`."""
     project = make_project(tmp_path_factory.mktemp("project"), tiny_checkpoint)
     project.run(tokenize, "out/prepare", "out/base", "out/tokenize")
     return project
@@ -41,7 +41,7 @@ def found(project: Project, rates: np.ndarray, **changes: object) -> RangeTest:
     return run_range_test(project.out / "tokenize", project.out / "base", params, rates)
 
 
-def test_the_command_tells_a_rate_and_changes_nothing_else(
+def test_the_command_suggests_a_rate_and_changes_nothing_else(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {file: file.stat().st_mtime_ns for file in project.root.rglob("*") if file.is_file()}
@@ -155,7 +155,7 @@ def test_inputs_that_are_missing_are_one_line(
         (("--lowest", "0"), "--lowest: 0 must be more than 0 and less than --highest, 0.1"),
         (("--lowest", "1"), "--lowest: 1 must be more than 0 and less than --highest, 0.1"),
         (("--highest", "nan"), "--lowest: 1e-06 must be more than 0 and less than --highest, nan"),
-        (("--steps", "11"), "--steps: 11 are too few; take 20 at least"),
+        (("--steps", "11"), "--steps: 11 are too few; take at least 20"),
     ],
 )
 def test_an_option_out_of_range_is_one_line(
@@ -166,7 +166,7 @@ def test_an_option_out_of_range_is_one_line(
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_a_loss_that_nowhere_falls_is_told() -> None:
+def test_a_loss_that_falls_nowhere_is_an_error() -> None:
     rates, flat = rising_rates(1e-6, 1e-1, 30), np.full(30, 3.0)
     with pytest.raises(UserError, match=r"^the loss does not fall at any rate from 1e-06 to 0.1 \(out/curve.csv\); "):
-        told(RangeTest(rates, flat, flat, span=3, is_diverged=False), Path("out"))
+        render(RangeTest(rates, flat, flat, span=3, is_diverged=False), Path("out"))

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.advice.range_test import Floats, evened, has_diverged, rate_well_down, rising_rates, smoothed, span_of
+from pipeline.advice.range_test import Floats, even_out, has_diverged, rate_well_down, rising_rates, smooth, span_of
 
 
 def test_every_rate_is_the_one_before_times_the_same_factor() -> None:
@@ -12,14 +12,14 @@ def test_every_rate_is_the_one_before_times_the_same_factor() -> None:
 
 def test_the_average_is_corrected_for_its_beginning() -> None:
     # Half of what came before: 0.5·4 / 0.5; (0.25·4 + 0.5·1) / 0.75; (0.125·4 + 0.25·1 + 0.5·2) / 0.875
-    assert smoothed([4.0, 1.0, 2.0], span=2) == pytest.approx([4.0, 2.0, 2.0])
-    assert smoothed([3.0] * 20, span=10) == pytest.approx([3.0] * 20)
-    assert smoothed([], span=10).tolist() == []
+    assert smooth([4.0, 1.0, 2.0], span=2) == pytest.approx([4.0, 2.0, 2.0])
+    assert smooth([3.0] * 20, span=10) == pytest.approx([3.0] * 20)
+    assert smooth([], span=10).tolist() == []
 
 
-def test_a_text_that_is_harder_to_the_base_too_does_not_show() -> None:
-    # The mean of the base's is 4: what is learned stays, the second text's difficulty goes.
-    assert evened([3.0, 4.5, 2.0], [3.5, 5.0, 3.5]) == pytest.approx([3.5, 3.5, 2.5])
+def test_a_text_that_is_harder_for_the_base_too_does_not_show() -> None:
+    # The base's mean is 4: what is learned stays, the second text's difficulty is removed.
+    assert even_out([3.0, 4.5, 2.0], [3.5, 5.0, 3.5]) == pytest.approx([3.5, 3.5, 2.5])
 
 
 def test_the_test_is_over_at_twice_the_lowest_smoothed_loss() -> None:
@@ -29,18 +29,18 @@ def test_the_test_is_over_at_twice_the_lowest_smoothed_loss() -> None:
     assert has_diverged(np.array([2.0, math.nan]))
     assert has_diverged(np.array([2.0, math.inf]))
     # A single high loss is not the end: nine tenths of the average are what came before.
-    assert not has_diverged(smoothed([2.0] * 50 + [10.0], span=10))
-    assert has_diverged(smoothed([2.0] * 50 + [10.0] * 4, span=10))
+    assert not has_diverged(smooth([2.0] * 50 + [10.0], span=10))
+    assert has_diverged(smooth([2.0] * 50 + [10.0] * 4, span=10))
 
 
 def hollow(rates: Floats, middle: float) -> Floats:
-    """A loss that falls from 8 to 4, half of it by the middle rate and three quarters by 3^0.5 times that; from ten
-    thousand times that on it rises."""
+    """A loss that falls from 8 to 4: by half at the middle rate, by three quarters at 3^0.5 times that; above ten
+    thousand times the middle it rises."""
     return 8 - 4 / (1 + (middle / rates) ** 2) + (rates / (1e4 * middle)) ** 2
 
 
 def found(rates: Floats, losses: Floats, span: int = 10) -> float | None:
-    return rate_well_down(rates, smoothed(losses, span), span)
+    return rate_well_down(rates, smooth(losses, span), span)
 
 
 def test_a_rate_by_hand() -> None:
@@ -52,7 +52,7 @@ def test_a_rate_by_hand() -> None:
 @pytest.mark.parametrize("middle", [1e-5, 1e-4, 1e-3])
 def test_the_rate_is_three_quarters_down(middle: float) -> None:
     rates = rising_rates(1e-7, 1e-1, 1000)
-    # Over ten of a thousand steps the average lags by little.
+    # Over 10 of 1,000 steps the average lags by little.
     assert found(rates, hollow(rates, middle)) == pytest.approx(3**0.5 * middle, rel=0.2)
 
 
@@ -91,7 +91,7 @@ def test_the_first_steps_do_not_count() -> None:
     assert found(rates, losses) == pytest.approx(expected, rel=0.15)
 
 
-def test_a_loss_that_nowhere_falls_suggests_nothing() -> None:
+def test_a_loss_that_falls_nowhere_suggests_nothing() -> None:
     rates = rising_rates(1e-6, 1e-1, 30)
     assert found(rates, np.linspace(3, 5, 30)) is None
     assert found(rates, np.full(30, 3.0)) is None

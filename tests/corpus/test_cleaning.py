@@ -1,9 +1,18 @@
+"""Each repair of a text, alone and in their order."""
+
 import ftfy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus.cleaning import Cleaned, clean, remove_notices, remove_page_marks, repair_characters, tidy_space
+from pipeline.corpus.cleaning import (
+    CleanedText,
+    clean,
+    remove_notices,
+    remove_page_marks,
+    repair_characters,
+    tidy_space,
+)
 
 
 def cleaned(text: str, *, straighten_quotes: bool = True) -> str:
@@ -123,4 +132,4 @@ def test_what_may_be_text_is_no_notice(paragraph: str) -> None:
 
 def test_clean_counts_what_it_repaired() -> None:
     text = "Produced by Jane Roe\n\n<p>one&nbsp;two</p>\n\n[page 1]\n\nThree."
-    assert clean(text, wrap_columns=None, straighten_quotes=True) == Cleaned("one two\n\nThree.", 1, 1, 0)
+    assert clean(text, wrap_columns=None, straighten_quotes=True) == CleanedText("one two\n\nThree.", 1, 1, 0)

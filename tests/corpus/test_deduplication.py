@@ -1,3 +1,5 @@
+"""Exact and near-duplicates, compared with sets of n-grams."""
+
 import random
 
 import numpy as np
@@ -10,12 +12,12 @@ from pipeline.corpus.deduplication import (
     MIN_CANDIDATE_RECALL,
     Deduplicator,
     Repeat,
-    bands,
+    choose_bands,
     jaccard,
     minhash,
     shingle,
 )
-from pipeline.corpus.words import digest, normalized_words
+from pipeline.corpus.words import digest, normalize_words
 from pipeline.params.prepare import NearDuplicateParams
 
 PARAMS = NearDuplicateParams(ngram_words=5, jaccard=0.6, permutations=128)
@@ -38,13 +40,13 @@ def random_words(seed: int, count: int) -> list[str]:
 
 
 def test_normalized_words_ignore_case_space_and_punctuation() -> None:
-    assert normalized_words("It's  THE\n_Old_ clock—No. 7!") == ["it", "s", "the", "old", "clock", "no", "7"]
+    assert normalize_words("It's  THE\n_Old_ clock—No. 7!") == ["it", "s", "the", "old", "clock", "no", "7"]
 
 
 @given(WORDS, WORDS, st.integers(1, 6))
 def test_jaccard_of_shingles_is_that_of_the_ngram_sets(first: list[str], second: list[str], size: int) -> None:
     a, b = ngrams(first, size), ngrams(second, size)
-    # n-grams of different lengths, where a text is shorter than n, hash apart as their tuples differ
+    # n-grams of different lengths, as when a text is shorter than n, have different hashes because their tuples differ
     assert jaccard(shingle(first, size), shingle(second, size)) == pytest.approx(len(a & b) / len(a | b))
 
 
@@ -57,7 +59,7 @@ def test_minhash_in_batches_equals_datasketch_on_the_whole_set() -> None:
 
 @pytest.mark.parametrize("min_jaccard", [0.3, 0.6, 0.8, 0.95])
 def test_bands_find_a_pair_just_alike_enough(min_jaccard: float) -> None:
-    band_count, rows = bands(128, min_jaccard)
+    band_count, rows = choose_bands(128, min_jaccard)
     assert band_count * rows <= 128
     assert 1 - (1 - min_jaccard**rows) ** band_count >= MIN_CANDIDATE_RECALL
 

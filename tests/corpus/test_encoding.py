@@ -1,3 +1,5 @@
+"""Encodings are detected, and binary files refused."""
+
 import codecs
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""HTML tags become space, and other angle brackets stay."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

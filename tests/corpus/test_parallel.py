@@ -1,9 +1,11 @@
+"""Results come in the order of the items, and workers end with their parent."""
+
 import subprocess
 import sys
 
 import pytest
 
-from pipeline.corpus.parallel import ordered_map
+from pipeline.corpus.parallel import map_in_order
 
 
 def square(number: int) -> int:
@@ -14,13 +16,13 @@ def square(number: int) -> int:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_results_come_in_the_order_of_the_items(workers: int) -> None:
-    assert list(ordered_map(square, range(50), workers)) == [number**2 for number in range(50)]
+    assert list(map_in_order(square, range(50), workers)) == [number**2 for number in range(50)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_items_are_drawn_as_results_are_taken(workers: int) -> None:
     numbers = iter(range(1, 1000))
-    results = ordered_map(square, numbers, workers)
+    results = map_in_order(square, numbers, workers)
     assert next(results) == 1
     assert next(numbers) < 20
     results.close()
@@ -29,13 +31,13 @@ def test_items_are_drawn_as_results_are_taken(workers: int) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_error_in_a_worker_is_raised(workers: int) -> None:
     with pytest.raises(ValueError, match="negative"):
-        list(ordered_map(square, [1, -1, 2], workers))
+        list(map_in_order(square, [1, -1, 2], workers))
 
 
 def test_workers_end_when_their_parent_is_killed() -> None:
     script = (
-        "from pipeline.corpus.parallel import ordered_map\n"
-        "for result in ordered_map(abs, iter(int, 1), 2): print(result, flush=True)\n"
+        "from pipeline.corpus.parallel import map_in_order\n"
+        "for result in map_in_order(abs, iter(int, 1), 2): print(result, flush=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

@@ -1,3 +1,5 @@
+"""Running text is cut into pieces at places that depend on its content."""
+
 import random
 
 import pytest

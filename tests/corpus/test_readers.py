@@ -1,3 +1,5 @@
+"""Each input format becomes sections, and a bad file an error that says where."""
+
 import json
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def test_files_come_in_path_order_without_hidden_ones_and_the_data_card(tmp_path
 
 def test_other_ending_is_an_error_that_names_the_file_and_what_is_read(tmp_path: Path) -> None:
     write(tmp_path, "notes/scan.pdf", "x")
-    with pytest.raises(UserError, match=r"notes/scan\.pdf: cannot be read; files ending in \.txt, .*\.parquet can"):
+    with pytest.raises(UserError, match=r"notes/scan\.pdf: not an input format \(\.txt, .*\.parquet\); convert"):
         find_files(tmp_path)
 
 
@@ -135,7 +137,7 @@ def test_columns_are_named_by_the_parameters(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', r"a\.jsonl:2: not JSON"),
-        ("a.jsonl", '\n["a"]\n', r"a\.jsonl:2: holds \['a'\], must be an object"),
+        ("a.jsonl", '\n["a"]\n', r"a\.jsonl:2: contains \['a'\], must be an object"),
         ("a.jsonl", '{"body": "a"}\n', r"a\.jsonl:1: no column 'text'; present: body; .* prepare\.text_column"),
         ("a.jsonl", '{"text": 3}\n', r"a\.jsonl:1: text is 3, must be text"),
         ("a.jsonl", '{"text": "a", "title": ["T"]}\n', r"a\.jsonl:1: title is \['T'\], must be text"),
@@ -143,7 +145,7 @@ def test_columns_are_named_by_the_parameters(tmp_path: Path) -> None:
         ("a.csv", "title;text\nA;a\n", r"a\.csv:1: no column 'text'; present: title;text"),
         ("a.csv", "title,text\nA,a\nB,b,c\n", r"a\.csv:3: 3 fields where the header has 2"),
         ("a.csv", 'title,text\nA,"a\n', r"a\.csv:2: not CSV"),
-        ("a.parquet", "PAR1", r"a\.parquet: not a Parquet file"),
+        ("a.parquet", "PAR1", r"a\.parquet: not a readable Parquet file"),
         ("a.txt", b"\x00\x01", r"a\.txt: not a text file"),
     ],
 )

@@ -1,3 +1,5 @@
+"""Wrapped prose is joined; verse, lists and headings keep their lines."""
+
 import textwrap
 from collections import Counter
 
@@ -5,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus.wrapping import MIN_BREAKS, find_wrap, join_wrapped, line_breaks
+from pipeline.corpus.wrapping import MIN_BREAKS, find_breaks, find_wrap, join_wrapped
 
 PROSE = (
     "The old clock in the tower had been slow for sixty years, and nobody in the town minded, since everybody knew by "
@@ -19,11 +21,11 @@ WRAPPED = textwrap.fill(PROSE, 72, break_on_hyphens=False)
 
 
 def wrap_of(text: str) -> int | None:
-    return find_wrap(Counter(line_breaks(text)))
+    return find_wrap(Counter(find_breaks(text)))
 
 
 def test_breaks_are_those_inside_paragraphs() -> None:
-    assert list(line_breaks("# Title\none two\nthree four\n\nfive\n- six\n- seven\nnine")) == [(7, 5), (7, 4)]
+    assert list(find_breaks("# Title\none two\nthree four\n\nfive\n- six\n- seven\nnine")) == [(7, 5), (7, 4)]
 
 
 def test_fixed_wrap_is_found_and_verse_in_the_file_does_not_hide_it() -> None:
@@ -55,7 +57,8 @@ def test_headings_and_list_items_keep_their_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "joint"), [("grand-", ""), ("word—", ""), ("word--", ""), ("word -", " "), ("word --", " "), ("word", " ")]
+    ("end", "joint"),
+    [("grand-", ""), ("word—", ""), ("word--", ""), ("word -", " "), ("word --", " "), ("word", " ")],
 )
 def test_hyphen_at_a_line_end_stays_and_joins_without_a_space(end: str, joint: str) -> None:
     line = "x" * (60 - len(end)) + " " + end

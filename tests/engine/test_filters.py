@@ -551,7 +551,7 @@ def test_log_softmax_against_torch() -> None:
     np.testing.assert_allclose(log_softmax(logits), expected, rtol=1e-12)
 
 
-def test_softmax_stands_large_logits() -> None:
+def test_softmax_does_not_overflow_with_large_logits() -> None:
     np.testing.assert_array_equal(softmax(row(3e38, 3e38, -3e38, -INF)), [0.5, 0.5, 0, 0])
 
 

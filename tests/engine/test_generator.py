@@ -1,7 +1,7 @@
 """The engine against the same checkpoint in PyTorch, without padding and without a cache."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -33,13 +33,13 @@ PARAMETER_SETS = {
 
 @pytest.fixture(scope="module")
 def prompts(tiny_tokenizer: Tokenizer, tiny_engine: Engine) -> list[list[int]]:
-    """Unequal prompts, the first two of them with the end-of-text that opens a document."""
+    """Prompts of unequal lengths, the first two with the end-of-text that opens a document."""
     ids = [tiny_tokenizer.encode(text).ids for text in TEXTS]
     return [[tiny_engine.end_of_text_id, *row] if index < 2 else row for index, row in enumerate(ids)]
 
 
 def torch_logits(model: GPT2LMHeadModel, ids: list[int]) -> NDArray[np.float32]:
-    """Logits `[tokens, vocabulary]` of one text run whole."""
+    """Return the logits `[tokens, vocabulary]` of one text run as a whole."""
     with torch.inference_mode():
         return np.asarray(model(torch.tensor([ids]), use_cache=False).logits[0].numpy())
 
@@ -47,9 +47,9 @@ def torch_logits(model: GPT2LMHeadModel, ids: list[int]) -> NDArray[np.float32]:
 def assert_drawn_from_pytorch(
     completion: Completion, model: GPT2LMHeadModel, prompt: list[int], params: SamplingParams, choice: int = 0
 ) -> None:
-    """Every token is the one that sampling gives for the logits of a whole run, and the end is where it has to be.
+    """Check that sampling from the logits of a whole run gives every token, and that the end is where it must be.
 
-    One run of prompt and output gives the logits of every step: a token sees only those before it.
+    One run of prompt and output gives the logits of every step, as a token sees only those before it.
     """
     end_of_text, context_length = model.config.eos_token_id, model.config.n_positions
     context = prompt or [end_of_text]
@@ -71,7 +71,7 @@ def assert_drawn_from_pytorch(
 
 
 def likeliest_first(engine: Engine, prompt: list[int]) -> list[int]:
-    """The greedy continuation, on past end-of-text."""
+    """Return the greedy continuation, past any end-of-text."""
     return engine.generate([prompt], SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=12))[0].token_ids
 
 
@@ -79,7 +79,7 @@ def test_logits_with_empty_past_match_pytorch(
     tiny_engine: Engine, tiny_model: GPT2LMHeadModel, prompts: list[list[int]]
 ) -> None:
     for prompt in prompts:
-        logits = tiny_engine.session.score(prompt, 0)
+        logits = tiny_engine.session.read(prompt, 0)[0]
         np.testing.assert_allclose(logits, torch_logits(tiny_model, prompt), atol=LOGIT_TOLERANCE, rtol=0)
 
 
@@ -207,7 +207,7 @@ def test_a_request_that_ends_at_once_does_not_end_its_neighbours(tiny_engine: En
     assert together == [Completion([], "stop"), *tiny_engine.generate([[41, 42]], going)]
 
 
-def test_ignore_eos_goes_on_past_end_of_text(tiny_engine: Engine) -> None:
+def test_ignore_eos_continues_past_end_of_text(tiny_engine: Engine) -> None:
     end = tiny_engine.end_of_text_id
     params = SamplingParams(temperature=0, logit_bias={end: 100.0}, ignore_eos=True, max_new_tokens=8)
     assert tiny_engine.generate([[40]], params) == [Completion([end] * 8, "length")]
@@ -270,7 +270,7 @@ def test_the_end_of_the_context_finishes_by_length_and_is_never_passed(
 ) -> None:
     context_length = tiny_engine.context_length
     params = SamplingParams(seed=13, ignore_eos=True, max_new_tokens=1000)
-    # Together they need more columns than the context has positions: the short row goes on when the long one ended.
+    # Together they need more columns than the context has positions: the short row continues after the long one ends.
     prompts = [[index % 290 for index in range(context_length - 1)], [40, 41, 42]]
     completions = tiny_engine.generate(prompts, params)
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -379,7 +379,7 @@ def test_score_of_a_continuation_is_its_logprobs(tiny_engine: Engine, prompts: l
 
 
 def test_echo_gives_each_token_its_probability(tiny_engine: Engine, prompts: list[list[int]]) -> None:
-    tokens = tiny_engine.echo(prompts[1], 2)
+    tokens = list(chain.from_iterable(tiny_engine.echo_chunks(prompts[1], 2)))
     assert [token.token_id for token in tokens] == prompts[1]
     assert (tokens[0].logprob, tokens[0].top_logprobs) == (None, None)
     assert [token.logprob for token in tokens[1:]] == pytest.approx(tiny_engine.score([prompts[1]])[0].tolist())
@@ -390,12 +390,12 @@ def test_echo_gives_each_token_its_probability(tiny_engine: Engine, prompts: lis
 
 
 def test_stop_texts_are_for_whoever_knows_the_tokenizer(tiny_engine: Engine) -> None:
-    with pytest.raises(UserError, match=r"^stop: holds texts, and the engine reads token ids; pipeline\.serving\.text"):
+    with pytest.raises(UserError, match=r"^stop: holds texts, but the engine reads token ids; use pipeline\.engine"):
         tiny_engine.generate([[5]], SamplingParams(stop=("x",)))
 
 
 def test_the_tiny_model_tells_positions_apart(tiny_model: GPT2LMHeadModel) -> None:
-    """A guard on the tests above: a model deaf to positions would pass them with wrong ones."""
+    """Without this, the tests above would pass with wrong positions."""
     ids = torch.tensor([[40, 41, 42]])
     with torch.inference_mode():
         logits = [tiny_model(ids, position_ids=torch.arange(3)[None] + start).logits for start in (0, 1)]

@@ -1,9 +1,9 @@
-"""Loops told as a text grows, against their definition over the whole text."""
+"""The detector of loops in a growing text, against the definition over the whole text."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.engine.loops import Loops
+from pipeline.engine.loops import LoopDetector
 from pipeline.quality.repetition import is_looping
 
 few_tokens = st.lists(st.integers(0, 2), max_size=40)
@@ -19,14 +19,14 @@ repeated = st.builds(
 @settings(max_examples=500, deadline=None)
 @given(few_tokens | repeated, st.integers(1, 15), st.integers(2, 5), st.integers(1, 15))
 def test_at_each_token_as_the_definition_says(token_ids: list[int], longest: int, repeats: int, shortest: int) -> None:
-    loops = Loops(longest, repeats, min(shortest, longest))
-    told = [loops.append(token_id) for token_id in token_ids]
+    loops = LoopDetector(longest, repeats, min(shortest, longest))
+    found = [loops.append(token_id) for token_id in token_ids]
     heads = (token_ids[: end + 1] for end in range(len(token_ids)))
-    assert told == [is_looping(head, longest, repeats, min(shortest, longest)) for head in heads]
+    assert found == [is_looping(head, longest, repeats, min(shortest, longest)) for head in heads]
 
 
 def test_what_is_kept_is_no_longer_than_the_longest_run_that_counts() -> None:
-    loops = Loops(5, 3)
+    loops = LoopDetector(5, 3)
     for step in range(1000):
         loops.append(step % 2)
     assert len(loops._lengths) <= 5

@@ -1,89 +1,61 @@
-"""The fast sampler says what the readable reference says, and draws what the filtered distribution promises."""
+"""The fast sampler draws what the readable reference draws, as often as the filtered distribution says."""
 
-from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampler_cases import (
+    END_OF_TEXT,
+    STRATEGIES,
+    VOCABULARY,
+    continued,
+    followers,
+    histories,
+    make_logits,
+    near_an_edge,
+    outcome,
+    parameters,
+)
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import sampler
 from pipeline.engine.filters import Logits, filter_logits, sample, softmax
 from pipeline.engine.sampler import Continuation
-from pipeline.errors import UserError
-
-VOCABULARY = 700
-END_OF_TEXT = 3
-EDGE = 1e-6
-"""A uniform this near an edge of the CDF may fall to either side."""
-
-parameters: st.SearchStrategy[SamplingParams] = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 1e-300, 0.3, 0.8, 1.0, 1.7, 50.0]),
-    top_k=st.sampled_from([0, 0, 1, 5, 40, 300, 699, 700, 2000]),
-    top_p=st.sampled_from([1.0, 1e-9, 0.3, 0.9, 0.95, 0.9999]),
-    min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5, 1.0]),
-    typical_p=st.sampled_from([1.0, 1.0, 1.0, 0.5]),
-    repetition_penalty=st.sampled_from([1.0, 1.2, 0.5, 5.0, 1e-300, 1e300]),
-    presence_penalty=st.sampled_from([0.0, 0.7, -1.0]),
-    frequency_penalty=st.sampled_from([0.0, 0.3, -0.2]),
-    no_repeat_ngram_size=st.sampled_from([0, 0, 1, 2, 3]),
-    max_verbatim_tokens=st.sampled_from([0, 0, 1, 2, 5]),
-    logit_bias=st.dictionaries(st.integers(0, VOCABULARY - 1), st.sampled_from([-100.0, -3.0, 2.5, 100.0]), max_size=3),
-    banned_token_ids=st.lists(st.integers(0, VOCABULARY - 1), max_size=3).map(tuple),
-    allowed_token_ids=st.sampled_from([(), (), (), (5,), tuple(range(0, 600, 7))]),
-    min_new_tokens=st.sampled_from([0, 0, 3, 100]),
-    stop_token_ids=st.sampled_from([(), (8, 9)]),
-    seed=st.integers(0, 2**63 - 1),
-)
-histories = st.lists(st.integers(0, 12), max_size=30)
-
-
-TRAINING_IDS = [0, 1, 2, 4, 5, 0, 1, 2, 8, 9, 0, 0, 0, 1, 12, 11, 10, 9, 8, 7, 6, 5, 4]
-
-
-def followers(run: list[int]) -> list[int]:
-    """What stands after a run in a training text."""
-    places = range(len(TRAINING_IDS) - len(run))
-    return [TRAINING_IDS[i + len(run)] for i in places if TRAINING_IDS[i : i + len(run)] == run]
-
-
-def continued(params: SamplingParams, prompt: list[int], output: list[int], choice: int = 0) -> Continuation:
-    assert params.seed is not None
-    continuation = Continuation(params, params.seed, choice, prompt, END_OF_TEXT, VOCABULARY, followers)
-    for token_id in output:
-        continuation.append(token_id)
-    return continuation
 
 
 def draw(continuation: Continuation, logits: Logits, listed: int = 20) -> int:
-    """The next token, the graph having listed so many."""
+    """Draw the next token from the row and the `listed` likeliest tokens."""
     top_ids = np.argsort(-logits, kind="stable")[:listed]
     return continuation.draw(logits, logits[top_ids], top_ids)
 
 
-def outcome(draw: Callable[[], int]) -> Any:
-    try:
-        return draw()
-    except (UserError, ArithmeticError) as error:
-        return type(error)
+def test_every_parameter_of_the_draw_is_tried() -> None:
+    """A new field of `SamplingParams` is either drawn above or has no part in the draw."""
+    every = {field.name for field in fields(SamplingParams)}
+    assert every - STRATEGIES.keys() == sampler.OUTSIDE_THE_DRAW - {"seed"}
+    assert every > sampler.FAST_FIELDS > sampler.OUTSIDE_THE_DRAW
 
 
-def make_logits(seed: int, spread: float, steps: int) -> Logits:
-    """Random logits; with few steps many are equal."""
-    rng = np.random.default_rng(seed)
-    logits = rng.standard_normal(VOCABULARY) * spread
-    return (np.round(logits * steps) / steps).astype(np.float32)
+def test_a_parameter_that_the_fast_path_does_not_state_is_left_to_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[SamplingParams] = []
 
+    def noted(logits: Logits, params: SamplingParams, *_: Any) -> int:
+        asked.append(params)
+        return 7
 
-def near_an_edge(logits: Logits, params: SamplingParams, prompt: list[int], output: list[int]) -> bool:
-    """Whether the uniform lies within rounding of an edge, or a filter's own edge does."""
-    filtered = filter_logits(logits, params, prompt, output, END_OF_TEXT, followers)
-    cdf = np.cumsum(softmax(filtered))
-    continuation = continued(params, prompt, output)
-    return bool((np.abs(cdf - continuation._uniform()) < EDGE).any())
+    monkeypatch.setattr("pipeline.engine.filters.sample", noted)
+    params = SamplingParams(top_k=5, min_p=0.1, seed=1)
+    logits = make_logits(0, 3.0, 2**16)
+    draw(continued(params, [], []), logits)
+    assert asked == []
+    monkeypatch.setattr(sampler, "FAST_FIELDS", sampler.FAST_FIELDS - {"min_p"})
+    assert draw(continued(params, [], []), logits) == 7
+    assert asked == [params]
 
 
 @settings(max_examples=1500, deadline=None)
@@ -166,7 +138,7 @@ def test_logits_that_are_no_numbers_are_the_models_fault(bad: float) -> None:
     ],
 )
 def test_frequencies_are_those_of_the_filtered_distribution(params: SamplingParams) -> None:
-    """Chi-squared over draws whose seed alone differs; the bound is passed by chance once in more than 10**6."""
+    """Chi-squared over draws that differ only in the seed; the bound is passed by chance once in more than 10**6."""
     logits = make_logits(1, 2.5, 2**16)
     prompt, output, draws = [1, 2, 3], [1, 4, 1], 20_000
     expected = softmax(filter_logits(logits, params, prompt, output, END_OF_TEXT)) * draws

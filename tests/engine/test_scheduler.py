@@ -1,4 +1,4 @@
-"""Requests that join, leave, share and slide, each saying what it says alone."""
+"""Requests that join, leave, share and slide: each gives the tokens that it gives alone."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -172,8 +172,8 @@ def test_a_text_is_scored_while_others_run(engine: Engine) -> None:
     assert drawn(request) == whole
 
 
-def test_at_the_end_of_the_context_the_newest_half_goes_on(engine: Engine) -> None:
-    """What follows a slide is what follows the newest half as a prompt of its own, by the same random numbers."""
+def test_at_the_end_of_the_context_the_newest_half_continues(engine: Engine) -> None:
+    """A slide is followed by what follows the newest half as a prompt, with the same random numbers."""
     context_length = engine.context_length
     sliding = params(5, context_overflow="slide", max_new_tokens=100, repetition_penalty=1.0)
     prompt = [40, 41, 42]

@@ -1,3 +1,5 @@
+"""Loading an engine, its files and providers, and what a session computes in each precision."""
+
 import logging
 import shutil
 from pathlib import Path
@@ -71,14 +73,14 @@ def test_auto_takes_the_processor_and_says_why(tiny_engine_folder: Path, caplog:
 def test_a_driver_without_the_libraries_is_no_cuda(
     tiny_engine_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A library that is always there stands in for the driver.
+    # A library that always exists replaces the driver.
     monkeypatch.setattr(driver, "DRIVER_LIBRARIES", ("libc.so.6",))
     monkeypatch.setattr(driver.ort, "get_available_providers", lambda: [driver.PROVIDER, driver.PROCESSOR])
     with caplog.at_level(logging.INFO, logger="pipeline"):
         assert Engine.load(tiny_engine_folder, provider="auto").session.provider == "cpu"
     assert "libraries of CUDA 13 are missing: " in caplog.messages[0]
     assert "libcublasLt.so.13" in caplog.messages[0]
-    with pytest.raises(UserError, match=r"^provider: CUDA does not run here: .*; pip install '\.\[cuda\]' brings"):
+    with pytest.raises(UserError, match=r"^provider: CUDA does not run here: .*; install them by pip install"):
         Engine.load(tiny_engine_folder, provider="cuda")
 
 
@@ -118,12 +120,12 @@ def test_every_precision_runs_here_and_says_nearly_the_same(
     text = [(17 * index) % 300 for index in range(40)]
     with torch.inference_mode():
         expected = tiny_model(torch.tensor([text])).logits[0].numpy()
-    np.testing.assert_allclose(engine.session.score(text, 0), expected, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(engine.session.read(text, 0)[0], expected, atol=tolerance, rtol=0)
     engine.session.prefill(1, text[:30], 0)
     engine.session.prefill(0, text[:20], 0)
     engine.session.decode([text[20], text[30]], [20, 30])
     # The same weights in another batch: rounding of activations at most.
-    np.testing.assert_allclose(engine.session.logits[:2], engine.session.score(text, 0)[[20, 30]], atol=tolerance / 2)
+    np.testing.assert_allclose(engine.session.logits[:2], engine.session.read(text, 0)[0][[20, 30]], atol=tolerance / 2)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 0.05), ("int8", 1.5)])
@@ -134,19 +136,19 @@ def test_states_are_what_pytorch_makes_its_logits_of(
     text = [(17 * index) % 300 for index in range(40)]
     with torch.inference_mode():
         expected = tiny_model.transformer(torch.tensor([text])).last_hidden_state[0].numpy()
-    alone = session.score(text, 0)
-    logits, states = session.read(text, 0)
+    alone = session.read(text, 0)[0]
+    logits, states = session.read(text, 0, states=True)
     np.testing.assert_allclose(states, expected, atol=tolerance, rtol=0)
     np.testing.assert_array_equal(logits, alone)
-    # What was bound for them stays out of what is scored without them.
+    # The output that was bound for the states is not written when they are not asked for.
     del states
-    np.testing.assert_array_equal(session.score(text, 0), alone)
+    np.testing.assert_array_equal(session.read(text, 0)[0], alone)
 
 
-def test_a_graph_that_does_not_tell_its_states_is_refused(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_without_states_is_refused(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.engine.session.STATES", "of_later_days")
-    with pytest.raises(UserError, match="before it told its hidden states; export"):
-        tiny_engine.session.read([1, 2], 0)
+    with pytest.raises(UserError, match="exported without hidden states; export"):
+        tiny_engine.session.read([1, 2], 0, states=True)
 
 
 def test_a_prompt_read_in_passes_gives_the_same(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +167,7 @@ def test_a_slot_is_copied_with_what_it_holds(tiny_engine: Engine) -> None:
     session.prefill(4, text[:19], 0)
     session.copy(4, 0, 19)
     session.decode([text[19]], [19])
-    np.testing.assert_allclose(session.logits[0], session.score(text, 0)[-1], atol=1e-4)
+    np.testing.assert_allclose(session.logits[0], session.read(text, 0)[0][-1], atol=1e-4)
 
 
 def test_nothing_is_allocated_for_a_slot_that_is_not_used(tiny_engine_folder: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.decoding import SamplingParams
 from pipeline.engine.filters import filter_logits, sample, verbatim_ids
 from pipeline.engine.sampler import Continuation
-from pipeline.engine.verbatim import Copies, VerbatimText, index_text, open_index, sort_suffixes
+from pipeline.engine.verbatim import CopyLimiter, VerbatimText, index_text, open_index, sort_suffixes
 from pipeline.quality.memorization import longest_copies
 
 END_OF_TEXT = 0
@@ -28,7 +28,7 @@ def joined(texts: Documents, dtype: type = np.uint16) -> np.ndarray:
     return np.array([END_OF_TEXT, *chain.from_iterable([*text, END_OF_TEXT] for text in texts)], dtype)
 
 
-def stands(run: list[int], texts: Documents) -> bool:
+def occurs(run: list[int], texts: Documents) -> bool:
     return any(text[i : i + len(run)] == run for text in texts for i in range(len(text)))
 
 
@@ -51,8 +51,8 @@ def test_suffixes_of_a_text_that_repeats_itself_are_sorted(tokens: list[int]) ->
 
 @settings(max_examples=300, deadline=None)
 @given(documents, st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), dtypes)
-def test_followers_are_found_wherever_a_run_stands(texts: Documents, run: list[int], dtype: type) -> None:
-    expected = [token_id for token_id in range(1, VOCABULARY) if stands([*run, token_id], texts)]
+def test_followers_are_found_wherever_a_run_occurs(texts: Documents, run: list[int], dtype: type) -> None:
+    expected = [token_id for token_id in range(1, VOCABULARY) if occurs([*run, token_id], texts)]
     assert list(lookup(texts, dtype).followers(run)) == expected
 
 
@@ -97,7 +97,7 @@ def test_what_would_be_too_long_a_copy_is_removed_and_nothing_else(
     output: list[int] = []
     for _ in range(20):
         ends = {END_OF_TEXT, *stop_ids}
-        copied = {t for t in range(VOCABULARY) if len(output) >= most and stands([*output[-most:], t], texts)}
+        copied = {t for t in range(VOCABULARY) if len(output) >= most and occurs([*output[-most:], t], texts)}
         left = filter_logits(logits, params, prompt, output, END_OF_TEXT, followers)
         assert set(np.flatnonzero(np.isinf(left)).tolist()) == copied - ends
         drawn = continuation.draw(logits, logits[top_ids], top_ids)
@@ -113,16 +113,16 @@ def test_what_would_be_too_long_a_copy_is_removed_and_nothing_else(
             runs.append([])
         else:
             runs[-1].append(token_id)
-    assert longest_copies(runs, joined(texts)).lengths_tokens.max() <= most
+    assert longest_copies(runs, joined(texts)).max() <= most
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(1, 3), max_size=60), st.lists(st.integers(0, 3), max_size=80), st.integers(1, 16))
-def test_copies_are_told_as_the_output_grows(text: list[int], output: list[int], most: int) -> None:
-    # Half of the output goes on as the text does.
+def test_copies_are_found_as_the_output_grows(text: list[int], output: list[int], most: int) -> None:
+    # Half of the output continues as the text does.
     output = [*output[: len(output) // 2], *text[3:40], *output[len(output) // 2 :]]
     followers = lookup([text]).followers
-    copies = Copies(most, followers)
+    copies = CopyLimiter(most, followers)
     for length in range(len(output) + 1):
         head = output[:length]
         assert copies.ids(head) == verbatim_ids(head, most, followers, (END_OF_TEXT,))
@@ -135,7 +135,7 @@ def test_little_is_looked_up_where_nothing_is_copied() -> None:
         asked.append(len(run))
         return []
 
-    copies = Copies(30, followers)
+    copies = CopyLimiter(30, followers)
     for length in range(300):
         assert copies.ids([7] * length) == []
     assert set(asked) == {15}
@@ -143,7 +143,7 @@ def test_little_is_looked_up_where_nothing_is_copied() -> None:
 
 
 def test_a_copyist_is_stopped_after_so_many_tokens() -> None:
-    """A model that always prefers to go on as the training text does."""
+    """A model that always prefers to continue as the training text does."""
     text = list(range(1, 40))
     followers = lookup([text]).followers
     params = SamplingParams(max_verbatim_tokens=7, temperature=0)
@@ -157,7 +157,7 @@ def test_a_copyist_is_stopped_after_so_many_tokens() -> None:
         continuation.append(continuation.draw(logits, logits[ids], ids))
     # The prompt does not count: seven tokens are copied after it.
     assert continuation.output_ids[:9] == [4, 5, 6, 7, 8, 9, 10, 40, 0]
-    assert longest_copies([continuation.output_ids[:8]], joined([text])).lengths_tokens.tolist() == [7]
+    assert longest_copies([continuation.output_ids[:8]], joined([text])).tolist() == [7]
 
 
 def test_end_of_text_can_be_drawn_where_every_other_token_would_copy() -> None:

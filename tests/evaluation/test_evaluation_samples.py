@@ -14,7 +14,7 @@ from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
 from pipeline.evaluation import samples as evaluation_samples
 from pipeline.evaluation.samples import (
-    Measures,
+    Meter,
     Sample,
     character_spans,
     draw_samples,
@@ -23,6 +23,7 @@ from pipeline.evaluation.samples import (
     read_long,
 )
 from pipeline.files import write_jsonl
+from pipeline.params.samples import SamplesParams
 from pipeline.tokens import load_tokenizer, prompt_ids
 
 
@@ -90,17 +91,11 @@ def test_a_sample_is_measured_by_the_base(
     generator: TextGenerator, tokenizer: Tokenizer, tiny_model: GPT2LMHeadModel
 ) -> None:
     training = tokenizer.encode("Nobody on the rock had seen the lamp.").ids
-    measures = Measures(
-        generator.engine,
-        tokenizer,
-        np.array(training, np.uint16),
-        loop_ngram_tokens=3,
-        loop_repeats=3,
-        form_pattern=r"\AThey.+lamp",
-    )
+    params = SamplesParams(prompt_words=1, loop_ngram_tokens=3, loop_repeats=3, form_pattern=r"\AThey.+lamp")
+    meter = Meter(generator.engine, tokenizer, np.array(training, np.uint16), params)
     sample = sample_of(" on the rock had seen lamps", tokenizer, "They")
     looping, empty = sample_of("ha ha ha ha", tokenizer), Sample("They", "", [], "stop")
-    found = measures.take([sample, looping, empty])
+    found = meter.measure([sample, looping, empty])
     shared = next(
         length
         for length in range(len(sample.token_ids), 0, -1)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.evaluation.report import (
     COLUMNS,
-    SYSTEMS,
+    LABELS,
     WALL,
     Column,
     Part,
@@ -76,23 +76,22 @@ SCALES = {
 }
 
 
-def metrics(*systems: str) -> dict[str, Any]:
-    return {
-        "protocol": {"samples": 2, "copy_tokens": 10, "repeat_tokens": 4, "guard_tokens": 14, "split": "test"},
-        "human_scales": SCALES,
-        "base": {"bits_per_byte": 1.6, "perplexity": 60.0},
-        "finetuned": {"bits_per_byte": 1.2, "perplexity": 30.0},
-        **{name: row(index + 1) for index, name in enumerate(systems)},
-    }
-
-
 CHOICE = {"kept": "tuned", "difference": -3.25, "difference_low": -5.0, "difference_high": -1.5}
 PEOPLE = {name: value for name, value in row(9).items() if not name.startswith("distance")} | {"mauve": None}
-FULL = {**metrics("human", *DRAWN), "human": PEOPLE, "choice": CHOICE}
+DETAILS: dict[str, Any] = {
+    "protocol": {"samples": 2, "copy_tokens": 10, "repeat_tokens": 4, "guard_tokens": 14, "split": "test"},
+    "documents": {
+        "base": {"bits_per_byte": 1.6, "perplexity": 60.0},
+        "finetuned": {"bits_per_byte": 1.2, "perplexity": 30.0},
+    },
+    "systems": {"human": PEOPLE, **{name: row(index + 2) for index, name in enumerate(DRAWN)}},
+    "scales": SCALES,
+    "choice": CHOICE,
+}
 DECODINGS = {"tuned": {"temperature": 0.9, "min_p": 0.02}, "hand_set": {"temperature": 0.8, "top_k": 50}}
 TRIALS = [
     {
-        "trial": index,
+        "number": index,
         "state": state,
         "too_wild": wild,
         "too_tame": tame,
@@ -132,12 +131,13 @@ def sample(system: str, **given: Any) -> dict[str, Any]:
 
 def page(**given: Any) -> str:
     report: dict[str, Any] = {
-        "metrics": FULL,
+        "details": DETAILS,
         "samples": [sample(name) for name in ("human", *DRAWN)],
         "trials": TRIALS,
         "train_losses": [(1, 4.5), (2, 4.0), (3, 3.5)],
         "validation_losses": [(0, 4.25), (2, 3.875), (3, 4.125)],
-        "lineage": {"git.commit": "c0ffee", "git.dirty": "true", "library.torch": "2.9", "run": "r17"},
+        "data_md5": "c0ffee.dir",
+        "base_md5": None,
     }
     return render_report(Report(**{**report, **given}))
 
@@ -148,8 +148,8 @@ def scores(root: Element) -> dict[str, list[Element]]:
     return {text(found.findall(".//b")[0]): found.findall("td") for found in table.findall("./tbody/tr")}
 
 
-def told(**choice: Any) -> str:
-    return text(of_class(tree(page(metrics={**FULL, "choice": {**CHOICE, **choice}})), "told")[0])
+def choice_in_page(**choice: Any) -> str:
+    return text(of_class(tree(page(details={**DETAILS, "choice": {**CHOICE, **choice}})), "summary")[0])
 
 
 def test_the_same_report_gives_the_same_bytes() -> None:
@@ -158,9 +158,9 @@ def test_the_same_report_gives_the_same_bytes() -> None:
 
 def test_every_number_of_the_table_is_that_of_the_metrics() -> None:
     table = scores(tree(page()))
-    assert list(table) == [system.label for system in SYSTEMS.values()]
-    for name, system in SYSTEMS.items():
-        own = {**FULL[name], "distance": 0.0} if name == "human" else FULL[name]
+    assert list(table) == [system.label for system in LABELS.values()]
+    for name, system in LABELS.items():
+        own = {**DETAILS["systems"][name], "distance": 0.0} if name == "human" else DETAILS["systems"][name]
         for column, cell in zip(FIGURES, table[system.label], strict=True):
             value = own[column.name]
             expected = ["–" if value is None else f"{value:.{column.decimals}f}"]
@@ -170,11 +170,11 @@ def test_every_number_of_the_table_is_that_of_the_metrics() -> None:
 
 
 def test_a_row_or_an_interval_that_is_missing_is_left_out() -> None:
-    few = metrics("human", "hand_set")
+    systems = {name: dict(DETAILS["systems"][name]) for name in ("human", "hand_set", "tuned", "untuned_base")}
     for name in ("distance_low", "distance_high", "mauve"):
-        del few["hand_set"][name]
-    table = scores(tree(page(metrics=few, samples=[], trials=[])))
-    assert list(table) == ["People", "Hand-set"]
+        del systems["hand_set"][name]
+    table = scores(tree(page(details={**DETAILS, "systems": systems})))
+    assert list(table) == ["People", "Hand-set", "Tuned", "Base"]
     assert text(table["Hand-set"][0]) == "2.00"
     mauve = [column.name for column in FIGURES].index("mauve")
     assert (text(table["Hand-set"][mauve]), table["Hand-set"][mauve].get("class")) == ("–", "mauve ")
@@ -208,9 +208,9 @@ def figure(name: str) -> Column:
 
 
 def test_near_and_far_are_told_without_colour_too() -> None:
-    own = {**metrics("human", "hand_set"), "human": row(1), "hand_set": row(1)}
+    own = {**DETAILS["systems"], "human": row(1), "hand_set": row(1)}
     own["hand_set"] |= {"rep_2": own["human"]["rep_2"] + 0.1, "rep_3": own["human"]["rep_3"] * 0.5}
-    cells = scores(tree(page(metrics=own, samples=[], trials=[])))["Hand-set"]
+    cells = scores(tree(page(details={**DETAILS, "systems": own})))["Hand-set"]
     shown = {column.name: cell for column, cell in zip(FIGURES, cells, strict=True)}
     found = {name: (shown[name].get("class", "").split()[1], text(shown[name])) for name in ("rep_2", "rep_3", "rep_4")}
     assert found == {
@@ -223,65 +223,46 @@ def test_near_and_far_are_told_without_colour_too() -> None:
 @pytest.mark.parametrize(
     ("bits", "said"),
     [
-        (1.2, "Fine-tuning took the model from 1.600 to 1.200 bits a byte of text that it has not seen: 25.0 % less."),
-        (2.0, "Fine-tuning did not help: it took the model from 1.600 to 2.000 bits a byte of text that it has not "
-              "seen, 25.0 % more."),
+        (1.2, "Fine-tuning improved the model from 1.600 to 1.200 bits per byte of unseen text, 25.0 % less."),
+        (
+            2.0,
+            "Fine-tuning did not help: the model went from 1.600 to 2.000 bits per byte of unseen text, 25.0 % more.",
+        ),
     ],
-)  # fmt: skip
-def test_what_was_learnt_is_said(bits: float, said: str) -> None:
-    changed = {**FULL, "finetuned": {"bits_per_byte": bits, "perplexity": 30.0}}
-    (heading,) = tree(page(metrics=changed)).iter("h1")
+)
+def test_what_was_learned_is_said(bits: float, said: str) -> None:
+    documents = {**DETAILS["documents"], "finetuned": {"bits_per_byte": bits, "perplexity": 30.0}}
+    (heading,) = tree(page(details={**DETAILS, "documents": documents})).iter("h1")
     assert text(heading) == said
 
 
 def test_the_choice_is_said() -> None:
-    assert told() == (
-        "The tuned decoding is kept: its samples are 3.25 nearer to people’s texts than those of the one set by hand "
+    assert choice_in_page() == (
+        "The tuned decoding is kept: its samples are 3.25 nearer to people’s texts than those of the hand-set decoding "
         "(95 % interval: 1.50 to 5.00 nearer)."
     )
-    assert told(kept="hand_set", difference=-0.5, difference_low=-2.0, difference_high=1.0) == (
-        "The decoding set by hand is kept: samples of the tuned one are 0.50 nearer to people’s texts, which may be "
+    assert choice_in_page(kept="hand_set", difference=-0.5, difference_low=-2.0, difference_high=1.0) == (
+        "The hand-set decoding is kept: samples of the tuned one are 0.50 nearer to people’s texts, which may be "
         "chance (95 % interval: 2.00 nearer to 1.00 farther)."
     )
-    assert told(kept="hand_set", difference=2.0, difference_low=1.0, difference_high=3.0) == (
-        "The decoding set by hand is kept: samples of the tuned one are 2.00 farther from people’s texts (95 % "
+    assert choice_in_page(kept="hand_set", difference=2.0, difference_low=1.0, difference_high=3.0) == (
+        "The hand-set decoding is kept: samples of the tuned one are 2.00 farther from people’s texts (95 % "
         "interval: 1.00 to 3.00 farther)."
-    )
-    assert told(kept="hand_set", difference=-0.5, difference_low=None, difference_high=None) == (
-        "The decoding set by hand is kept: samples of the tuned one are 0.50 nearer to people’s texts, which may be "
-        "chance."
     )
 
 
 @pytest.mark.parametrize(("kept", "label"), [("tuned", "Tuned"), ("hand_set", "Hand-set")])
 def test_the_decoding_that_is_kept_is_marked(kept: str, label: str) -> None:
-    root = tree(page(metrics={**FULL, "choice": {**CHOICE, "kept": kept}}))
+    root = tree(page(details={**DETAILS, "choice": {**CHOICE, "kept": kept}}))
     assert [text(found) for found in root.iter("th") if of_class(found, "tag")] == [
-        f"{label} kept {SYSTEMS[kept].meaning}",
+        f"{label} kept {LABELS[kept].meaning}",
         f"{label} kept",
     ]
 
 
-def test_without_a_search_the_page_says_so() -> None:
-    without = metrics("human", "hand_set", "untuned_base")
-    samples = [sample(name) for name in ("human", "hand_set", "untuned_base")]
-    root = tree(page(metrics=without, samples=samples, trials=[]))
-    assert text(of_class(root, "told")[0]) == (
-        "Its samples are drawn with the decoding set by hand; no other was searched for."
-    )
-    assert [found.get("aria-label", "")[:8] for found in root.iter("svg")] == ["Training"]
-    assert {found.get("id") for found in root.iter("section")} == {
-        "scores",
-        "training",
-        "decoding",
-        "samples",
-        "lineage",
-    }
-
-
 def test_without_losses_there_is_no_chart_of_them() -> None:
-    root = tree(page(train_losses=[], validation_losses=[], trials=[]))
-    assert list(root.iter("svg")) == []
+    root = tree(page(train_losses=[], validation_losses=[]))
+    assert [found.get("aria-label", "")[:6] for found in root.iter("svg")] == ["Trials"]
     assert "No validation losses were recorded." in text(root)
 
 
@@ -289,8 +270,8 @@ def test_without_losses_there_is_no_chart_of_them() -> None:
     ("losses", "said"),
     [
         ([(0, 4.0), (5, 3.0), (9, 3.5)], "is lowest, 3.000, at step 5, of 9: more steps made it worse."),
-        ([(0, 4.0), (5, 3.5), (9, 3.0)], "is lowest, 3.000, at step 9, the last one taken: it was still falling."),
-        ([(0, 3.0), (5, 3.5)], "was never below that of the base, 3.000: nothing was learnt."),
+        ([(0, 4.0), (5, 3.5), (9, 3.0)], "is lowest, 3.000, at step 9, the last evaluation: it was still falling."),
+        ([(0, 3.0), (5, 3.5)], "was never below that of the base, 3.000: the model learned nothing."),
     ],
 )
 def test_the_best_step_is_said(losses: Sequence[tuple[int, float]], said: str) -> None:
@@ -308,8 +289,8 @@ def test_the_charts_tell_what_they_show_and_share_no_id() -> None:
 
 
 def test_trials_beyond_the_plot_are_counted() -> None:
-    assert "4 trials, of which 1 pruned" in text(tree(page()))
-    assert "Beyond the plot: 1." in text(tree(page()))
+    assert "4 trials, of which 1 were pruned" in text(tree(page()))
+    assert "Outside the plot: 1." in text(tree(page()))
 
 
 def test_both_decodings_stand_side_by_side() -> None:
@@ -396,10 +377,10 @@ def test_all_that_is_given_is_escaped() -> None:
         for name in WALL
     ]
     attacked = page(
-        metrics={**FULL, "protocol": {**FULL["protocol"], "split": attack}},
+        details={**DETAILS, "protocol": {**DETAILS["protocol"], "split": attack}},
         samples=samples,
         trials=[{**TRIALS[0], "preset": attack}],
-        lineage={"run": attack, "library.torch": attack},
+        data_md5=attack,
     )
     root = tree(attacked)
     assert list(root.iter("script")) == []
@@ -425,7 +406,7 @@ def test_what_made_it_stands_at_the_end() -> None:
     lists = of_class(tree(page()), "lineage")
     shown = [{text(entry[0]): text(entry[1]) for entry in found} for found in lists]
     expected: list[Mapping[str, str]] = [
-        {"commit": "c0ffee", "uncommitted changes": "true", "run in MLflow": "r17", "libraries": "torch 2.9"},
-        {name: str(value) for name, value in FULL["protocol"].items()},
+        {"data, md5": "c0ffee.dir"},
+        {name: str(value) for name, value in DETAILS["protocol"].items()},
     ]
     assert shown == expected

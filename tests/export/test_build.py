@@ -56,7 +56,7 @@ def test_any_shape_of_gpt2_says_what_pytorch_says(changes: dict[str, Any], token
     engine = Engine.load(tmp_path / "engine", provider="cpu", threads=1)
     with torch.inference_mode():
         expected = model(torch.tensor([TEXT])).logits[0].numpy()
-    np.testing.assert_allclose(engine.session.score(TEXT, 0), expected, atol=2e-4, rtol=0)
+    np.testing.assert_allclose(engine.session.read(TEXT, 0)[0], expected, atol=2e-4, rtol=0)
     engine.session.prefill(0, TEXT[:-1], 0)
     engine.session.decode(TEXT[-1:], [len(TEXT) - 1])
     np.testing.assert_allclose(engine.session.logits[0], expected[-1], atol=2e-4, rtol=0)
@@ -83,7 +83,7 @@ def test_precisions_that_are_none_are_refused(precisions: list[str]) -> None:
         check_precisions(precisions)
 
 
-def test_tied_weights_stand_once_in_the_file(tiny_engine_folder: Path, tmp_path: Path) -> None:
+def test_tied_weights_are_once_in_the_file(tiny_engine_folder: Path, tmp_path: Path) -> None:
     tied, untied = make_model(), make_model(tie_word_embeddings=False)
     for name, model in (("tied", tied), ("untied", untied)):
         write_tokenizer(tmp_path / name)
@@ -112,7 +112,7 @@ def test_a_cache_of_8_bits_says_nearly_the_same_in_a_quarter_of_the_memory(token
     for name, bits in (("full", 32), ("small", 8)):
         build_engine(model, tokenizer, tmp_path / name, ["int8"], cache_bits=bits)
     full, small = (Engine.load(tmp_path / name, provider="cpu", threads=1) for name in ("full", "small"))
-    expected, found = (engine.session.score(TEXT, 0) for engine in (full, small))
+    expected, found = (engine.session.read(TEXT, 0)[0] for engine in (full, small))
     assert 0 < np.abs(found - expected).mean() < 0.05 * expected.std()
     small.session.prefill(0, TEXT[:10], 0)
     small.session.prefill(1, TEXT[:5], 0)

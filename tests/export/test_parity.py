@@ -1,3 +1,5 @@
+"""Parity holds with the true reference, and each promise breaks on its own."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +48,7 @@ PROMISES = (
 
 @dataclass
 class Spoiled:
-    """A reference that says something else at one place: row `row` of any text's logits, or a greedy token."""
+    """A reference that differs in one place: row `row` of any text's logits, or a greedy token."""
 
     reference: Reference
     row: int | None = None
@@ -72,7 +74,7 @@ def reference(tiny_model: GPT2LMHeadModel) -> TorchReference:
 
 @pytest.fixture(scope="module")
 def texts(tiny_tokenizer: Tokenizer) -> list[list[int]]:
-    """Documents of unequal length as windows of them open: some are shorter than the prompts that parity takes."""
+    """Beginnings of documents of unequal lengths, some shorter than the prompts that parity takes."""
     sentence = "Nobody on the rock had seen the lamp go out, and nobody said so. "
     return [prompt_ids(tiny_tokenizer, (sentence * 3)[start : start + length])[:64]
             for start, length in ((0, 180), (9, 30), (20, 4), (30, 90))]  # fmt: skip
@@ -110,7 +112,7 @@ def test_a_short_validation_split_is_filled_up_with_other_text(
 
 def test_too_little_text_is_refused(tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]) -> None:
     with pytest.raises(
-        UserError, match=r"^parity: .* hold \d+ tokens, fewer than the 1000 that are compared; add text, or"
+        UserError, match=r"^parity: .* hold \d+ tokens, fewer than the 1000 to be compared; add text, or"
     ):
         parity_of(tiny_engine, reference, texts, more=texts, positions=1000)
 
@@ -176,7 +178,9 @@ def test_another_greedy_token_breaks_its_promise_alone(
     tiny_engine: Engine, reference: TorchReference, texts: list[list[int]]
 ) -> None:
     parity = parity_of(tiny_engine, Spoiled(reference, greedy_token=299), texts)
-    assert broken_promises(parity, TOLERANCE) == ["greedy continuations differ after 46 tokens; 47 are to be the same"]
+    assert broken_promises(parity, TOLERANCE) == [
+        "greedy continuations differ after 46 tokens; the first 47 must agree"
+    ]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 0.01])
@@ -192,7 +196,7 @@ def test_the_promise_on_logits_is_named(bad: float, past: str) -> None:
     [
         (
             {"next_token_agreement": 0.9985},
-            "the next token agrees at 99.850% of 2000 positions; at least 99.900% is asked for",
+            "the next token agrees at 99.850% of 2000 positions; at least 99.900% is required",
         ),
         (
             {"perplexity_onnxruntime": 20.03},
@@ -204,7 +208,7 @@ def test_the_promise_on_logits_is_named(bad: float, past: str) -> None:
         ),
         (
             {"greedy_agreement_tokens": 12},
-            "greedy continuations differ after 12 tokens; 64 are to be the same",
+            "greedy continuations differ after 12 tokens; the first 64 must agree",
         ),
         (
             {"kl_divergence": 0.5},
@@ -212,11 +216,11 @@ def test_the_promise_on_logits_is_named(bad: float, past: str) -> None:
         ),
         (
             {"max_batch_difference": 0.01},
-            "a logit is off by 0.01 in a batch from the same alone; at most 0.002 is allowed",
+            "a logit is off by 0.01 between a batch and the same text alone; at most 0.002 is allowed",
         ),
         (
             {"max_cache_difference": float("nan")},
-            "a logit is off by nan with a cache from without; at most 0.002 is allowed",
+            "a logit is off by nan between a text with and without a cache; at most 0.002 is allowed",
         ),
     ],
 )
@@ -242,7 +246,7 @@ def test_each_precision_is_compared_with_the_same_reference(
     for text in texts:
         wanted, found = (
             torch.from_numpy(np.asarray(logits)).double().log_softmax(-1)[:-1]
-            for logits in (reference.logits(text), engines["int8"].session.score(text, 0))
+            for logits in (reference.logits(text), engines["int8"].session.read(text, 0)[0])
         )
         total += float(torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum"))
         count += len(wanted)

@@ -1,10 +1,21 @@
+"""Weights in 8 and 4 bits: rounding, clipping, blocks and bytes."""
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.export.quantization import dequantize, quantize
+from pipeline.export.quantization import Quantized, quantize
+
+
+def dequantize(quantized: Quantized) -> np.ndarray:
+    """Return the weights that the steps stand for, `[inputs, outputs]`."""
+    values = quantized.values
+    if quantized.bits == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:2], -1)
+    weights = (values.astype(np.float32) - quantized.zero_point) * quantized.scales[..., None]
+    return np.ascontiguousarray(weights.reshape(len(values), -1).T)
 
 
 def weights(seed: int, inputs: int = 64, outputs: int = 40) -> np.ndarray:

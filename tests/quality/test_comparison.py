@@ -1,4 +1,4 @@
-"""Sets of samples beside people's texts."""
+"""Sets of samples compared with people's texts."""
 
 import math
 from collections.abc import Sequence
@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.quality.comparison import MAUVE_SEEDS, Human, Measured, compare, human_side, measure, scores_of
+from pipeline.quality.comparison import (
+    MAUVE_SEEDS,
+    Human,
+    SampleFigures,
+    compare,
+    measure_people,
+    measure_sample,
+    measure_set,
+)
 from pipeline.quality.distance import distance
 from pipeline.quality.diversity import distinct_n
-from pipeline.quality.jackknife import jackknife, jackknife_difference
-from pipeline.quality.mauve import mauve
-from pipeline.quality.repetition import mean_rep_n, share_looping
+from pipeline.quality.jackknife import jackknife_interval, leave_each_out
+from pipeline.quality.mauve import mauve_of_buckets, sort_in_buckets
+from pipeline.quality.repetition import is_looping, rep_n
 from pipeline.quality.self_bleu import self_bleu
 from pipeline.quality.zipf import zipf_coefficient
 
@@ -25,40 +33,40 @@ def texts(seed: int, exponent: float = 1.4, count: int = 8) -> list[list[int]]:
     return [rng.zipf(exponent, size=int(size)).clip(max=300).tolist() for size in rng.integers(40, 60, count)]
 
 
-def measured(ids: Sequence[Sequence[int]], seed: int = 0) -> list[Measured]:
+def measured(ids: Sequence[Sequence[int]], seed: int = 0) -> list[SampleFigures]:
     rng = np.random.default_rng(seed)
     return [
-        measure(own, copy_tokens=index, logprob=-3.0 * len(own) - index, state=rng.normal(size=5), **RULES)
+        measure_sample(own, copy_tokens=index, logprob=-3.0 * len(own) - index, state=rng.normal(size=5), **RULES)
         for index, own in enumerate(ids)
     ]
 
 
 @pytest.fixture
 def human() -> Human:
-    return human_side(measured(texts(1)))
+    return measure_people(measured(texts(1)))
 
 
 def test_a_sample_by_hand() -> None:
-    found = measure([1, 2, 1, 2, 1, 2], copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES)
+    found = measure_sample([1, 2, 1, 2, 1, 2], copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES)
     assert found.rep == pytest.approx((3 / 5, 2 / 4, 1 / 3))
     assert found.looping
     assert found.in_form
-    assert not measure([1, 2, 1, 2, 1], copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES).looping
+    assert not measure_sample([1, 2, 1, 2, 1], copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES).looping
 
 
 def test_figures_of_a_set_are_those_of_its_texts() -> None:
     ids = [*texts(2), [7, 7, 7, 7, 7, 7]]
-    scores = scores_of(measured(ids))
+    scores = measure_set(measured(ids))
     assert asdict(scores) == pytest.approx(
         {
-            **{f"rep_{n}": mean_rep_n(ids, n) for n in (2, 3, 4)},
+            **{f"rep_{n}": np.mean([rep_n(own, n) for own in ids]) for n in (2, 3, 4)},
             **{f"distinct_{n}": distinct_n(ids, n) for n in (1, 2, 3)},
             "zipf": zipf_coefficient(ids),
             "self_bleu": self_bleu(ids, 4),
             "perplexity": math.exp(3 + sum(range(9)) / sum(map(len, ids))),
             "mean_tokens": np.mean([len(own) for own in ids]),
             "mean_copy_tokens": 4.0,
-            "looping_share": share_looping(ids, 4, 3),
+            "looping_share": np.mean([is_looping(own, 4, 3) for own in ids]),
             "form_share": 1.0,
             "mauve": None,
         }
@@ -67,7 +75,7 @@ def test_figures_of_a_set_are_those_of_its_texts() -> None:
 
 def test_people_are_at_no_distance_from_themselves(human: Human) -> None:
     found = compare(human.samples, human, intervals=True)
-    assert found.scores == replace(human.scores, mauve=1.0)
+    assert found.figures == replace(human.figures, mauve=1.0)
     assert found.interval() == pytest.approx((0, 0, 0), abs=1e-9)
 
 
@@ -75,25 +83,29 @@ def test_distance_is_that_of_the_scores_with_mauve(human: Human) -> None:
     own = measured(texts(2), seed=2)
     found = compare(own, human)
     features = [np.stack([sample.state for sample in side]) for side in (own, human.samples)]
-    expected = replace(scores_of(own), mauve=np.mean([mauve(*features, seed=seed) for seed in MAUVE_SEEDS]))
-    assert found.scores == expected
-    assert found.distance == distance(expected, human.scores, human.scales)
+    mauves = [mauve_of_buckets(sort_in_buckets(*features, seed=seed)) for seed in MAUVE_SEEDS]
+    expected = replace(measure_set(own), mauve=np.mean(mauves))
+    assert found.figures == expected
+    assert found.distance == distance(expected, human.figures, human.scales)
 
 
 def test_intervals_leave_each_prompt_out_of_samples_and_people(human: Human) -> None:
-    # All in one place: MAUVE is 1 whichever is left out.
+    # All states are equal: MAUVE is 1 whichever is left out.
     one = [replace(sample, state=np.ones(5)) for sample in human.samples]
     near, far = ([replace(sample, state=np.ones(5)) for sample in measured(texts(seed, 1.2))] for seed in (2, 3))
-    people = human_side(one)
+    people = measure_people(one)
 
-    def statistic(pairs: list[tuple[Measured, Measured]]) -> float:
-        own = replace(scores_of([pair[0] for pair in pairs]), mauve=1.0)
-        return distance(own, scores_of([pair[1] for pair in pairs]), people.scales).total
+    def statistic(pairs: list[tuple[SampleFigures, SampleFigures]]) -> float:
+        own = replace(measure_set([pair[0] for pair in pairs]), mauve=1.0)
+        return distance(own, measure_set([pair[1] for pair in pairs]), people.scales).total
 
     first, second = (compare(own, people, intervals=True) for own in (near, far))
     pairs = [list(zip(own, one, strict=True)) for own in (near, far)]
-    assert first.interval() == pytest.approx(jackknife(pairs[0], statistic))
-    assert first.difference(second) == pytest.approx(jackknife_difference(pairs[0], pairs[1], statistic))
+    totals = [statistic(own) for own in pairs]
+    without = [np.array(leave_each_out(own, statistic)) for own in pairs]
+    assert first.interval() == pytest.approx(jackknife_interval(totals[0], without[0]))
+    expected = jackknife_interval(totals[0] - totals[1], without[0] - without[1])
+    assert first.difference(second) == pytest.approx(expected)
 
 
 def test_a_set_does_not_differ_from_itself(human: Human) -> None:
@@ -101,21 +113,21 @@ def test_a_set_does_not_differ_from_itself(human: Human) -> None:
     assert found.difference(found) == (0, 0, 0)
 
 
-def test_intervals_are_there_where_they_were_asked_for(human: Human) -> None:
+def test_intervals_exist_only_if_asked_for(human: Human) -> None:
     with pytest.raises(ValueError, match="without intervals"):
         compare(human.samples, human).interval()
 
 
 def test_the_first_prompts_alone(human: Human) -> None:
     part = human.first(5)
-    assert part.scores == scores_of(human.samples[:5])
+    assert part.figures == measure_set(human.samples[:5])
     assert len(part.without) == 5
 
 
 def test_what_cannot_be_compared_is_an_error(human: Human) -> None:
-    with pytest.raises(UserError, match="7 samples stand against 8 texts"):
+    with pytest.raises(UserError, match="7 samples cannot be compared with 8 texts"):
         compare(human.samples[:7], human)
     with pytest.raises(UserError, match="1 text of people is too little"):
-        human_side(human.samples[:1])
+        measure_people(human.samples[:1])
     with pytest.raises(UserError, match="none of them has a token"):
-        scores_of(measured([[], []]))
+        measure_set(measured([[], []]))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -18,20 +19,20 @@ from pipeline.quality.distance import (
     TAME_ABOVE,
     TAME_BELOW,
     TERMS,
-    Scores,
+    SetFigures,
     Weights,
     distance,
     human_scales,
 )
 from pipeline.quality.diversity import distinct_n
-from pipeline.quality.jackknife import left_out
-from pipeline.quality.repetition import mean_rep_n
+from pipeline.quality.jackknife import leave_each_out
+from pipeline.quality.repetition import rep_n
 from pipeline.quality.self_bleu import self_bleu
 from pipeline.quality.zipf import zipf_coefficient
 
 same_examples = settings(derandomize=True, deadline=None)
 
-HUMAN = Scores(
+HUMAN = SetFigures(
     rep_2=0.12,
     rep_3=0.03,
     rep_4=0.01,
@@ -53,7 +54,7 @@ each_term = pytest.mark.parametrize("term", TERMS)
 each_compared = pytest.mark.parametrize("term", [name for name in TERMS if name != "mauve"])
 
 
-def moved(term: str, factor: float) -> Scores:
+def moved(term: str, factor: float) -> SetFigures:
     return replace(HUMAN, **{term: factor * getattr(HUMAN, term)})
 
 
@@ -155,7 +156,7 @@ def test_less_mauve_is_farther_and_none_is_no_term() -> None:
     worst, better = (distance(replace(HUMAN, mauve=mauve), HUMAN, SCALES) for mauve in (0.1, 0.9))
     assert worst.total > better.total > 0
     assert "mauve" not in distance(HUMAN, HUMAN, SCALES).terms
-    # What stands for the people's own is not asked for.
+    # The value of the people's own does not matter.
     assert distance(replace(HUMAN, mauve=0.9), replace(HUMAN, mauve=0.3), SCALES) == better
 
 
@@ -171,7 +172,7 @@ def test_weight_and_scale_of_a_term(term: str) -> None:
 @same_examples
 @given(st.lists(st.floats(0.01, 100), min_size=len(TERMS), max_size=len(TERMS)))
 def test_total_is_the_sum_of_the_terms_and_never_below_0(values: list[float]) -> None:
-    own = Scores(**dict(zip(TERMS, values, strict=True)))
+    own = SetFigures(**dict(zip(TERMS, values, strict=True)))
     total, terms, too_tame, too_wild = distance(own, HUMAN, SCALES)
     assert set(terms) == set(TERMS)
     assert total == pytest.approx(sum(terms.values()))
@@ -212,10 +213,10 @@ def test_weight_out_of_range_is_an_error_naming_the_term(weight: float) -> None:
 def scales_of_moving(shares: NDArray[np.float64], losses: NDArray[np.float64]) -> dict[str, float]:
     """Scales of texts that differ in a share and in their loss alone."""
 
-    def scores(rows: Sequence[int]) -> Scores:
+    def scores(rows: Sequence[int]) -> SetFigures:
         return replace(HUMAN, rep_2=float(shares[list(rows)].mean()), perplexity=math.exp(losses[list(rows)].mean()))
 
-    return human_scales(scores(range(len(shares))), left_out(range(len(shares)), scores))
+    return human_scales(scores(range(len(shares))), leave_each_out(range(len(shares)), scores))
 
 
 def test_scale_is_the_standard_error_where_figures_of_people_move() -> None:
@@ -242,10 +243,10 @@ def test_other_texts_of_the_same_people_are_near() -> None:
     rng = np.random.default_rng(9)
     texts = [rng.zipf(1.3, size=size).clip(max=2000).tolist() for size in rng.integers(100, 150, 40)]
 
-    def scores(own: list[list[int]]) -> Scores:
+    def scores(own: list[list[int]]) -> SetFigures:
         return replace(
             HUMAN,
-            **{f"rep_{n}": mean_rep_n(own, n) for n in (2, 3, 4)},
+            **{f"rep_{n}": fmean(rep_n(text, n) for text in own) for n in (2, 3, 4)},
             **{f"distinct_{n}": distinct_n(own, n) for n in (1, 2, 3)},
             zipf=zipf_coefficient(own),
             self_bleu=self_bleu(own, 4),
@@ -253,7 +254,7 @@ def test_other_texts_of_the_same_people_are_near() -> None:
         )
 
     some, others = texts[:20], texts[20:]
-    found = distance(scores(some), scores(others), human_scales(scores(others), left_out(others, scores)))
+    found = distance(scores(some), scores(others), human_scales(scores(others), leave_each_out(others, scores)))
     assert 0 < found.total < sum(asdict(Weights()).values())
 
 

@@ -1,4 +1,4 @@
-"""MAUVE of two sets of features, beside what mauve-text 0.4.0 with faiss-cpu 1.15.1 says of the same."""
+"""MAUVE of two sets of features, compared with the scores of mauve-text 0.4.0 with faiss-cpu 1.15.1."""
 
 import numpy as np
 import pytest
@@ -8,17 +8,21 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
 from pipeline.errors import UserError
-from pipeline.quality.mauve import divergence_area, mauve
+from pipeline.quality.mauve import divergence_area, mauve_of_buckets, sort_in_buckets
 
 same_examples = settings(derandomize=True, deadline=None)
 
 Floats = NDArray[np.float64]
 APART = 0.0040720962619612555
-"""MAUVE of what has nothing in common, by mauve-text: 1 / 252 but for the straight pieces of the curve."""
+"""MAUVE of sets with nothing in common, by mauve-text: 1 / 252, apart from the straight pieces of the curve."""
+
+
+def mauve(own: NDArray[np.floating], human: NDArray[np.floating], *, seed: int, buckets: int | None = None) -> float:
+    return mauve_of_buckets(sort_in_buckets(own, human, seed=seed, buckets=buckets))
 
 
 def clouds(counts: list[int], seed: int) -> Floats:
-    """So many texts in each of some directions far from one another."""
+    """Draw `counts[i]` texts around direction i, with all directions far apart."""
     rng = np.random.default_rng(seed)
     centers = np.repeat(10 * np.eye(len(counts), 12), counts, axis=0)
     return centers + rng.normal(0, 0.05, centers.shape)
@@ -79,7 +83,7 @@ def test_score_is_mauve_texts_where_buckets_are_plain(own: list[int], human: lis
     [(0, 0.9661, 0.9781), (1, 0.6764, 0.8397), (2, 0.2878, 0.3649), (4, 0.0197, 0.0334)],
 )
 def test_score_is_about_mauve_texts_where_buckets_are_not(shift: float, lowest: float, highest: float) -> None:
-    # Between which its scores of four seeds lie: 400 texts that are one cloud can be cut into buckets in many ways.
+    # The bounds are those of its scores for four seeds: one cloud of 400 texts can be cut into buckets in many ways.
     scores = [mauve(cloud(400, shift, seed=2), cloud(400, 0, seed=1), seed=seed) for seed in range(1, 5)]
     assert 0.9 * lowest < float(np.mean(scores)) < 1.1 * highest
 

@@ -1,4 +1,4 @@
-"""Perplexity, bits a byte, and the windows in which a long document is scored."""
+"""Perplexity, bits per byte, and the windows in which a long document is scored."""
 
 import math
 from itertools import pairwise
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.quality.perplexity import Window, bits_per_byte, perplexity, plan_windows
+from pipeline.quality.perplexity import ScoringWindow, bits_per_byte, perplexity, plan_windows
 
 
 def test_perplexity_of_a_uniform_guess_is_the_number_of_choices() -> None:
@@ -47,7 +47,7 @@ def test_bits_per_byte_do_not_depend_on_how_text_is_cut_into_tokens() -> None:
 def test_nothing_scored_is_an_error() -> None:
     with pytest.raises(UserError, match="no token was scored"):
         perplexity(np.empty(0))
-    with pytest.raises(UserError, match="the texts hold no byte"):
+    with pytest.raises(UserError, match="the texts have no bytes"):
         bits_per_byte(np.array([-1.0]), 0)
 
 
@@ -56,14 +56,14 @@ def test_nothing_scored_is_an_error() -> None:
     [
         (0, []),
         (1, []),
-        (2, [Window(0, 2, 1)]),
-        (8, [Window(0, 8, 1)]),
-        (9, [Window(0, 8, 1), Window(1, 9, 8)]),
-        (11, [Window(0, 8, 1), Window(3, 11, 8)]),
-        (15, [Window(0, 8, 1), Window(3, 11, 8), Window(6, 14, 11), Window(7, 15, 14)]),
+        (2, [ScoringWindow(0, 2, 1)]),
+        (8, [ScoringWindow(0, 8, 1)]),
+        (9, [ScoringWindow(0, 8, 1), ScoringWindow(1, 9, 8)]),
+        (11, [ScoringWindow(0, 8, 1), ScoringWindow(3, 11, 8)]),
+        (15, [ScoringWindow(0, 8, 1), ScoringWindow(3, 11, 8), ScoringWindow(6, 14, 11), ScoringWindow(7, 15, 14)]),
     ],
 )
-def test_windows_by_hand(document_tokens: int, windows: list[Window]) -> None:
+def test_windows_by_hand(document_tokens: int, windows: list[ScoringWindow]) -> None:
     assert plan_windows(document_tokens, context_length=8, stride_tokens=3) == windows
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.quality.repetition import is_looping, mean_rep_n, rep_n, repeated_tokens, share_looping
+from pipeline.quality.repetition import is_looping, mark_repeats, rep_n
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_rep_n_against_a_set_of_tuples(token_ids: list[int], n: int) -> None:
     ],
 )
 def test_repeated_tokens_by_hand(token_ids: list[int], n: int, expected: list[int]) -> None:
-    assert repeated_tokens(token_ids, n).tolist() == [bool(mark) for mark in expected]
+    assert mark_repeats(token_ids, n).tolist() == [bool(mark) for mark in expected]
 
 
 @given(st.lists(st.integers(0, 3)), st.integers(1, 4))
@@ -52,12 +52,7 @@ def test_repeated_tokens_are_those_of_the_ngrams_that_rep_n_counts(token_ids: li
         if ngram in seen:
             marked |= set(range(start, start + n))
         seen.add(ngram)
-    assert set(repeated_tokens(token_ids, n).nonzero()[0].tolist()) == marked
-
-
-def test_mean_rep_n_averages_samples_of_any_length_alike() -> None:
-    assert mean_rep_n([[7, 7], [1, 2, 3, 4, 5, 6, 7, 8]], 1) == pytest.approx((1 / 2 + 0) / 2)
-    assert mean_rep_n([], 4) == 0
+    assert set(mark_repeats(token_ids, n).nonzero()[0].tolist()) == marked
 
 
 @pytest.mark.parametrize(
@@ -92,8 +87,3 @@ def test_any_repeated_end_is_a_loop(beginning: list[int], ngram: list[int], repe
 def test_loop_against_its_definition(token_ids: list[int], longest: int, repeats: int, shortest: int) -> None:
     ends = (token_ids[-n:] * repeats for n in range(shortest, longest + 1) if n * repeats <= len(token_ids))
     assert is_looping(token_ids, longest, repeats, shortest) == any(token_ids[-len(end) :] == end for end in ends)
-
-
-def test_share_looping_counts_samples() -> None:
-    assert share_looping([[1, 1, 1], [1, 2, 3], [2, 2, 2], []], 2, 3) == 0.5
-    assert share_looping([], 2, 3) == 0

@@ -1,4 +1,4 @@
-"""Self-BLEU, beside NLTK's BLEU of each sample against the others."""
+"""Self-BLEU, compared with NLTK's BLEU of each sample against the others."""
 
 import math
 

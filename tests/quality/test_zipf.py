@@ -16,7 +16,7 @@ same_examples = settings(derandomize=True, deadline=None)
 
 
 def sample_of(counts: list[int]) -> list[int]:
-    """A text in which token i stands `counts[i]` times."""
+    """Return a text in which token i occurs `counts[i]` times."""
     return np.repeat(np.arange(len(counts)), counts).tolist()
 
 

@@ -124,7 +124,7 @@ def test_the_servers_limit_holds_whoever_asks_for_more() -> None:
         (
             "repetition_detection",
             {"max_pattern_size": 20},
-            "repetition_detection: 0 is out of range, must be at least 2 (how often the run stands in a row)",
+            "repetition_detection: 0 is out of range, must be at least 2 (repetitions of the run)",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from pipeline.stages import finetune as stage
-from pipeline.training import trainer
+from pipeline.training import train, trainer
 
 
 def create_accelerator_and_postprocess(self: Any) -> None:
@@ -37,6 +37,6 @@ def training_step(self: Any, model: Any, *arguments: Any) -> Any:
 step = trainer.PackedTrainer.training_step
 trainer.PackedTrainer.training_step = training_step  # type: ignore[method-assign]
 trainer.PackedTrainer.create_accelerator_and_postprocess = create_accelerator_and_postprocess  # type: ignore[method-assign]
-stage.check_fsdp = lambda params, processes: None
+train.check_fsdp = lambda params, processes: None
 sys.argv = ["finetune", "out/tokenize", "out/base", "out/finetune"]
 stage.main()

@@ -1,3 +1,5 @@
+"""`evaluate`: its figures agree with PyTorch and with the samples, and its choice is what the model ships."""
+
 import csv
 import math
 from dataclasses import replace
@@ -14,19 +16,21 @@ from transformers import GPT2LMHeadModel
 from pipeline.decoding import ModelDecoding, SamplingParams, read_decoding
 from pipeline.engine import Engine
 from pipeline.engine.cuda import driver
+from pipeline.evaluation import systems
+from pipeline.evaluation.documents import POSITION_BIN_TOKENS, score_documents
 from pipeline.evaluation.samples import leading_words
+from pipeline.evaluation.systems import choose_decoding
 from pipeline.files import read_json, read_jsonl, sha256_file
 from pipeline.params.file import PARAMS_FILE, read_yaml
-from pipeline.quality.comparison import Compared
-from pipeline.quality.distance import TERMS, Distance, Scores
-from pipeline.stages import evaluate as stage
-from pipeline.stages.evaluate import choose, evaluate, score_documents
+from pipeline.quality.comparison import Comparison
+from pipeline.quality.distance import TERMS, Distance, SetFigures
+from pipeline.stages.evaluate import evaluate
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
-from pipeline.tracking import runs, store
+from pipeline.tracking import store
 
 FILES = {
-    *("metrics.json", "samples.jsonl", "loss_by_position.csv", "copies.csv", "decoding.json", "presets.json"),
-    "report.html",
+    *("metrics.json", "details.json", "samples.jsonl", "loss_by_position.csv", "copies.csv"),
+    *("decoding.json", "presets.json", "report.html"),
 }
 OF_SAMPLES = {
     *("rep_2", "rep_3", "rep_4", "distinct_1", "distinct_2", "distinct_3", "zipf", "self_bleu", "base_perplexity"),
@@ -40,8 +44,13 @@ CHECKPOINTS = {"base": "base", "finetuned": "finetune/checkpoint"}
 
 
 @pytest.fixture
-def metrics(project: Project) -> dict[str, Any]:
-    return dict(read_json(project.out / "evaluate" / "metrics.json"))
+def details(project: Project) -> dict[str, Any]:
+    return dict(read_json(project.out / "evaluate" / "details.json"))
+
+
+@pytest.fixture
+def figures(details: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return dict(details["systems"])
 
 
 @pytest.fixture
@@ -85,20 +94,38 @@ def table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def test_every_figure_is_there(project: Project, metrics: dict[str, Any]) -> None:
+def test_every_figure_is_there(project: Project, details: dict[str, Any], figures: dict[str, dict[str, float]]) -> None:
     assert {file.name for file in (project.out / "evaluate").iterdir()} == FILES
-    assert set(metrics) == {"protocol", "base", "finetuned", *SYSTEMS, "human_scales", "choice"}
-    assert set(metrics["base"]) == set(metrics["finetuned"]) == {"perplexity", "bits_per_byte"}
-    assert set(metrics["human"]) == OF_SAMPLES
+    assert set(details) == {"protocol", "documents", "systems", "scales", "choice"}
+    assert set(details["documents"]) == {"base", "finetuned"}
+    assert all(set(losses) == {"perplexity", "bits_per_byte"} for losses in details["documents"].values())
+    assert set(figures) == set(SYSTEMS)
+    assert set(figures["human"]) == OF_SAMPLES
     for name in DECODINGS:
-        assert set(metrics[name]) == OF_SAMPLES | OF_DISTANCE
-        assert metrics[name]["distance_low"] <= metrics[name]["distance"] <= metrics[name]["distance_high"]
+        assert set(figures[name]) == OF_SAMPLES | OF_DISTANCE
+        assert figures[name]["distance_low"] <= figures[name]["distance"] <= figures[name]["distance_high"]
+
+
+def test_the_metrics_are_few_numbers_to_compare(project: Project, details: dict[str, Any]) -> None:
+    parity = read_json(project.out / "export" / "parity.json")["float32"]
+    files = (project.out / "export" / "engine" / "float32").iterdir()
+    kept = details["systems"][details["choice"]["kept"]]
+    assert read_json(project.out / "evaluate" / "metrics.json") == {
+        "base_test_bits_per_byte": details["documents"]["base"]["bits_per_byte"],
+        "test_bits_per_byte": details["documents"]["finetuned"]["bits_per_byte"],
+        "base_test_perplexity": details["documents"]["base"]["perplexity"],
+        "test_perplexity": details["documents"]["finetuned"]["perplexity"],
+        "test_distance": kept["distance"],
+        "longest_copy_tokens": kept["longest_copy_tokens"],
+        "kl_divergence": parity["kl_divergence"],
+        "engine_megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+    }
 
 
 def test_the_protocol_says_how_the_figures_were_taken(
-    project: Project, metrics: dict[str, Any], tokens: TokenArrays, texts: list[str]
+    project: Project, details: dict[str, Any], tokens: TokenArrays, texts: list[str]
 ) -> None:
-    assert metrics["protocol"] == {
+    assert details["protocol"] == {
         "split": "test",
         "documents": len(texts),
         "scored_tokens": len(tokens.tokens) - 1,
@@ -111,14 +138,14 @@ def test_the_protocol_says_how_the_figures_were_taken(
         # Fewer documents than samples were asked for.
         "samples": len(texts),
         "guard_tokens": project.params.evaluate.guard_tokens,
-        "copy_tokens": stage.COPY_TOKENS,
-        "repeat_tokens": stage.REPEAT_TOKENS,
+        "copy_tokens": systems.COPY_TOKENS,
+        "repeat_tokens": systems.REPEAT_TOKENS,
     }
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_perplexity_and_bits_a_byte_are_those_of_pytorch(
-    name: str, project: Project, metrics: dict[str, Any], tokens: TokenArrays, texts: list[str]
+def test_perplexity_and_bits_per_byte_are_those_of_pytorch(
+    name: str, project: Project, details: dict[str, Any], tokens: TokenArrays, texts: list[str]
 ) -> None:
     model = GPT2LMHeadModel.from_pretrained(project.out / CHECKPOINTS[name]).eval()
     documents = [tokens.document(index).tolist() for index in range(len(tokens))]
@@ -129,8 +156,9 @@ def test_perplexity_and_bits_a_byte_are_those_of_pytorch(
         for loss in reference_losses(model, document, project.params.evaluate.stride_tokens)
     ]
     text_bytes = sum(len(text.encode()) for text in texts)
-    assert metrics[name]["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
-    assert metrics[name]["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / text_bytes, rel=1e-5)
+    found = details["documents"][name]
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / text_bytes, rel=1e-5)
 
 
 @pytest.mark.parametrize("stride_tokens", [1, 17, 63])
@@ -150,9 +178,7 @@ def test_samples_of_models_and_people_stand_side_by_side(
     prompts = [leading_words(text, project.params.samples.prompt_words) for text in texts]
     by_system = {name: [row for row in rows if row["system"] == name] for name in SYSTEMS}
     for own in by_system.values():
-        assert [row["prompt"] for row in own] == [
-            leading_words(text, project.params.samples.prompt_words) for text in texts
-        ]
+        assert [row["prompt"] for row in own] == prompts
         assert all(row["tokens"] <= params.decoding.max_new_tokens for row in own)
         assert {row["finish_reason"] for row in own} <= {"stop", "length"}
     for row, text in zip(by_system["human"], texts, strict=True):
@@ -163,7 +189,7 @@ def test_samples_of_models_and_people_stand_side_by_side(
 
 
 def test_each_system_is_decoded_as_its_name_says(project: Project, rows: list[dict[str, Any]]) -> None:
-    hand_set, found = project.params.evaluate.decoding, read_json(project.out / "tune" / "decoding.json")
+    hand_set, found = project.params.evaluate.decoding, read_json(project.out / "tune" / "found.json")["balanced"]
     given = {row["system"]: SamplingParams.from_mapping(row["decoding"]) for row in rows if row["decoding"] is not None}
     tuned = replace(hand_set, **found)
     assert given == {
@@ -178,9 +204,9 @@ def test_each_system_is_decoded_as_its_name_says(project: Project, rows: list[di
 
 def test_without_an_index_nothing_is_guarded(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     params = project.params.evaluate
-    assert "guarded" not in stage.decodings_of(params, {}, holds_index=False)
+    assert "guarded" not in systems.decodings_of(params, {}, holds_index=False)
     assert "evaluate.guard_tokens: left out, as the engine holds no index" in capsys.readouterr().err
-    assert "guarded" not in stage.decodings_of(params.model_copy(update={"guard_tokens": None}), {}, holds_index=True)
+    assert "guarded" not in systems.decodings_of(params.model_copy(update={"guard_tokens": None}), {}, holds_index=True)
     assert capsys.readouterr().err == ""
 
 
@@ -201,106 +227,113 @@ def test_marks_stand_where_a_sample_copies_or_repeats(project: Project, rows: li
             assert all(0 <= edge <= len(row["text"]) for edge in edges)
 
 
-def test_figures_of_a_system_are_those_of_its_samples(metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def test_figures_of_a_system_are_those_of_its_samples(
+    figures: dict[str, dict[str, float]], rows: list[dict[str, Any]]
+) -> None:
     for name in SYSTEMS:
         own = [row for row in rows if row["system"] == name]
-        assert metrics[name]["mean_tokens"] == pytest.approx(np.mean([row["tokens"] for row in own]))
+        assert figures[name]["mean_tokens"] == pytest.approx(np.mean([row["tokens"] for row in own]))
         copies = [row["longest_copy_tokens"] for row in own]
-        assert metrics[name]["mean_copy_tokens"] == pytest.approx(np.mean(copies))
-        assert metrics[name]["longest_copy_tokens"] == max(copies)
-        assert metrics[name]["looping_share"] == pytest.approx(np.mean([row["looping"] for row in own]))
+        assert figures[name]["mean_copy_tokens"] == pytest.approx(np.mean(copies))
+        assert figures[name]["longest_copy_tokens"] == max(copies)
+        assert figures[name]["looping_share"] == pytest.approx(np.mean([row["looping"] for row in own]))
         stopped = [row["finish_reason"] == "stop" for row in own]
-        assert metrics[name]["finished_share"] == pytest.approx(np.mean(stopped))
+        assert figures[name]["finished_share"] == pytest.approx(np.mean(stopped))
 
 
 def test_the_same_inputs_give_the_same_bytes(project: Project, tmp_path: Path) -> None:
     out = project.out
     folders = (out / name for name in ("export", "prepare", "tokenize", "finetune", "tune"))
-    evaluate(*folders, tmp_path / "out", project.params.evaluate, project.params.samples, {"run": "another"})
-    for name in FILES - {"report.html"}:
+    with project.entered():
+        evaluate(*folders, tmp_path / "out", project.params.evaluate, project.params.samples)
+    for name in FILES:
         assert sha256_file(tmp_path / "out" / name) == sha256_file(out / "evaluate" / name), name
-    assert "another" in (tmp_path / "out" / "report.html").read_text()
 
 
-def compared(*distances: float) -> Compared:
+def comparison(*distances: float) -> Comparison:
     """A set of samples at these distances without each of its prompts, and at their mean."""
-    scores = Scores(**dict.fromkeys(TERMS, 1.0))
+    scores = SetFigures(**dict.fromkeys(TERMS, 1.0))
     total = float(np.mean(distances))
-    return Compared(scores, Distance(total, {}, 0.0, 0.0), np.array(distances))
+    return Comparison(scores, Distance(total, {}, 0.0, 0.0), np.array(distances))
 
 
 def test_the_tuned_decoding_is_kept_where_it_is_nearer_beyond_chance() -> None:
-    hand_set = compared(9.0, 9.1, 9.2, 8.9)
-    near, about = compared(5.0, 5.1, 5.2, 4.9), compared(5.0, 13.0, 5.0, 5.0)
-    assert choose(near, hand_set) == {
+    hand_set = comparison(9.0, 9.1, 9.2, 8.9)
+    near, about = comparison(5.0, 5.1, 5.2, 4.9), comparison(5.0, 13.0, 5.0, 5.0)
+    assert choose_decoding(near, hand_set) == {
         "kept": "tuned",
         "difference": pytest.approx(-4.0),
         "difference_low": pytest.approx(-4.0),
         "difference_high": pytest.approx(-4.0),
     }
-    chance = choose(about, hand_set)
+    chance = choose_decoding(about, hand_set)
     assert chance["kept"] == "hand_set"
     assert chance["difference_low"] < chance["difference"] < 0 < chance["difference_high"]
-    assert choose(hand_set, near)["kept"] == "hand_set"
-    assert choose(hand_set, hand_set)["kept"] == "hand_set"
+    assert choose_decoding(hand_set, near)["kept"] == "hand_set"
+    assert choose_decoding(hand_set, hand_set)["kept"] == "hand_set"
 
 
-def test_what_was_chosen_is_what_the_model_brings(project: Project, metrics: dict[str, Any]) -> None:
+def test_what_was_chosen_is_what_the_model_brings(project: Project, details: dict[str, Any]) -> None:
     hand_set, tune = project.params.evaluate.decoding, project.out / "tune"
-    presets = {name: replace(hand_set, **values) for name, values in read_json(tune / "presets.json").items()}
-    kept = {"hand_set": hand_set, "tuned": presets["balanced"]}[metrics["choice"]["kept"]]
+    presets = {name: replace(hand_set, **values) for name, values in read_json(tune / "found.json").items()}
+    kept = {"hand_set": hand_set, "tuned": presets["balanced"]}[details["choice"]["kept"]]
     out = project.out / "evaluate"
     assert read_decoding(out / "decoding.json", out / "presets.json") == ModelDecoding(kept, presets)
 
 
 def test_the_report_is_of_this_evaluation(
-    project: Project, metrics: dict[str, Any], rows: list[dict[str, Any]]
+    project: Project, details: dict[str, Any], figures: dict[str, dict[str, float]]
 ) -> None:
     page = (project.out / "evaluate" / "report.html").read_text()
-    assert f"{metrics['finetuned']['bits_per_byte']:.3f} bits a byte" in page
-    assert f"{metrics['tuned']['distance']:.2f}" in page
-    assert read_json(project.out / "finetune" / "run.json")["run_id"] in page
+    assert f"{details['documents']['finetuned']['bits_per_byte']:.3f} bits per byte" in page
+    assert f"{figures['tuned']['distance']:.2f}" in page
+    with project.entered():
+        # An id would differ from one machine to the next.
+        assert project.run_of("finetune") not in page
 
 
-def test_loss_by_position_averages_to_the_loss(project: Project, metrics: dict[str, Any], tokens: TokenArrays) -> None:
+def test_loss_by_position_averages_to_the_loss(project: Project, details: dict[str, Any], tokens: TokenArrays) -> None:
     rows = table(project.out / "evaluate" / "loss_by_position.csv")
-    width = stage.POSITION_BIN_TOKENS
+    width = POSITION_BIN_TOKENS
     counts = np.zeros(len(rows))
     for length in tokens.document_tokens():
         counts += np.clip(length - 1 - width * np.arange(len(rows)), 0, width)
     assert [int(row["position"]) for row in rows] == [width * index + width // 2 for index in range(len(rows))]
     for name in CHECKPOINTS:
         mean = np.average([float(row[name]) for row in rows], weights=counts)
-        assert math.exp(mean) == pytest.approx(metrics[name]["perplexity"])
+        assert math.exp(mean) == pytest.approx(details["documents"][name]["perplexity"])
 
 
-def test_copies_stand_longest_first(project: Project, metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def test_copies_come_longest_first(
+    project: Project, figures: dict[str, dict[str, float]], rows: list[dict[str, Any]]
+) -> None:
     ranked = table(project.out / "evaluate" / "copies.csv")
     for name in SYSTEMS:
         lengths = [int(row[name]) for row in ranked]
         copies = [row["longest_copy_tokens"] for row in rows if row["system"] == name]
         assert lengths == sorted(copies, reverse=True)
-        assert lengths[0] == metrics[name]["longest_copy_tokens"]
+        assert lengths[0] == figures[name]["longest_copy_tokens"]
 
 
-def test_scores_and_samples_are_in_a_child_of_the_run(project: Project, metrics: dict[str, Any]) -> None:
+def test_scores_and_samples_are_in_a_child_of_the_run(
+    project: Project, details: dict[str, Any], figures: dict[str, dict[str, float]]
+) -> None:
     with project.entered():
         client = store.connect()
-        parent = read_json(project.out / "finetune" / "run.json")["run_id"]
-        child = runs.find_child(client, parent, "evaluate")
-        assert child is not None
+        child = project.run_of("evaluate")
         run = client.get_run(child)
+        assert run.data.tags["mlflow.parentRunId"] == project.run_of("finetune")
         artifacts = {file.path for file in client.list_artifacts(child)}
         table = client.load_table(store.experiment_id(client), "decodings.json", run_ids=[child])
     for name in CHECKPOINTS:
-        assert run.data.metrics[f"{name}/bits_per_byte"] == metrics[name]["bits_per_byte"]
+        assert run.data.metrics[f"{name}/bits_per_byte"] == details["documents"][name]["bits_per_byte"]
     assert run.data.params["evaluate.seed"] == str(read_yaml(project.root / PARAMS_FILE)["evaluate"]["seed"])
     assert artifacts == FILES | {"samples.json", "decodings.json", "parity.json"}
     assert set(table["system"]) == set(SYSTEMS)
     # MLflow writes ten digits.
     assert table.set_index("system")["zipf"].to_dict() == pytest.approx(
-        {name: metrics[name]["zipf"] for name in SYSTEMS}
+        {name: figures[name]["zipf"] for name in SYSTEMS}
     )
-    assert run.data.tags["decoding.kept"] == metrics["choice"]["kept"]
-    assert run.data.metrics["tuned/distance"] == metrics["tuned"]["distance"]
+    assert run.data.tags["decoding.kept"] == details["choice"]["kept"]
+    assert run.data.metrics["tuned/distance"] == figures["tuned"]["distance"]
     assert run.data.metrics["parity.float32/next_token_agreement"] == 1.0

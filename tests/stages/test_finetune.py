@@ -1,3 +1,5 @@
+"""`finetune`: its checkpoint, curves and metrics agree with each other and with its run."""
+
 import csv
 import json
 import math
@@ -15,12 +17,11 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.params.file import PARAMS_FILE, read_yaml
 from pipeline.params.finetune import FinetuneParams
-from pipeline.stages import finetune as stage
 from pipeline.stages.finetune import finetune
 from pipeline.tokens import TOKENIZER_FILE, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.tracking import runs, store
 
-METRICS = {
+DETAILS = {
     *("train_loss", "validation_loss", "validation_perplexity", "base_validation_loss"),
     *("best_step", "steps", "train_tokens"),
 }
@@ -44,13 +45,13 @@ def client(project: Project) -> Iterator[MlflowClient]:
 
 
 @pytest.fixture
-def run_id(project: Project) -> str:
-    return str(read_json(project.out / "finetune" / "run.json")["run_id"])
+def run_id(project: Project, client: MlflowClient) -> str:
+    return project.run_of("finetune")
 
 
 def test_the_stage_writes_what_later_stages_read(project: Project) -> None:
     assert {file.name for file in (project.out / "finetune").iterdir()} == {
-        *("checkpoint", "loss_train.csv", "loss_validation.csv", "metrics.json", "run.json")
+        *("checkpoint", "loss_train.csv", "loss_validation.csv", "metrics.json", "details.json")
     }
 
 
@@ -64,35 +65,35 @@ def test_the_checkpoint_loads_with_the_tokenizer_of_the_base(project: Project) -
     assert sha256_file(checkpoint / "model.safetensors") != sha256_file(base / "model.safetensors")
 
 
-def test_the_curves_begin_at_the_base_and_agree_with_the_metrics(project: Project) -> None:
+def test_the_curves_begin_at_the_base_and_agree_with_the_details(project: Project) -> None:
     out, params = project.out / "finetune", project.params.finetune
-    metrics, validation = read_json(out / "metrics.json"), curve(out / "loss_validation.csv")
+    details, validation = read_json(out / "details.json"), curve(out / "loss_validation.csv")
     assert len(validation) == params.evaluations + 1
-    assert validation[0] == (0, metrics["base_validation_loss"])
+    assert validation[0] == (0, details["base_validation_loss"])
     best_step, best_loss = min(validation[1:], key=lambda point: point[1])
-    assert (metrics["best_step"], metrics["validation_loss"]) == (best_step, best_loss)
-    assert metrics["validation_perplexity"] == pytest.approx(math.exp(best_loss))
-    assert metrics["validation_loss"] < metrics["base_validation_loss"]
-    assert curve(out / "loss_train.csv")[-1] == (metrics["steps"], metrics["train_loss"])
+    assert (details["best_step"], details["validation_loss"]) == (best_step, best_loss)
+    assert details["validation_perplexity"] == pytest.approx(math.exp(best_loss))
+    assert details["validation_loss"] < details["base_validation_loss"]
+    assert curve(out / "loss_train.csv")[-1] == (details["steps"], details["train_loss"])
     tokens = load_tokens(project.out / "tokenize" / "train", tokenizer_sha256(project.out / "base"))
     # An end-of-text ends one document and begins the next; in the windows it stands twice.
-    assert metrics["train_tokens"] == len(tokens.tokens) + len(tokens) - 1
+    assert details["train_tokens"] == len(tokens.tokens) + len(tokens) - 1
 
 
-def test_metrics_hold_numbers_of_the_training_alone(project: Project) -> None:
-    # A time, an id or a path would make every run look changed to `dvc metrics diff`.
+def test_figures_are_numbers_of_the_training_alone(project: Project) -> None:
+    # A time, an id or a path would differ from one run to the next.
+    details = read_json(project.out / "finetune" / "details.json")
+    assert set(details) == DETAILS
+    assert all(type(value) in (int, float) for value in details.values())
     metrics = read_json(project.out / "finetune" / "metrics.json")
-    assert set(metrics) == METRICS
-    assert all(type(value) in (int, float) for value in metrics.values())
+    assert metrics == {name: details[name] for name in ("base_validation_loss", "validation_loss")}
 
 
 def test_the_same_seed_trains_the_same_model(project: Project, tmp_path: Path) -> None:
     again = tmp_path / "finetune"
     with isolated_store(tmp_path), runs.start_run("finetune", {}) as run:
         finetune(project.out / "tokenize", project.out / "base", again, project.params.finetune, run)
-    expected, found = digests(project.out / "finetune"), digests(again)
-    assert expected.pop("run.json") != found.pop("run.json")
-    assert found == expected
+    assert digests(again) == digests(project.out / "finetune")
 
 
 def test_the_run_has_parameters_lineage_and_curves(project: Project, client: MlflowClient, run_id: str) -> None:
@@ -108,7 +109,7 @@ def test_the_run_has_parameters_lineage_and_curves(project: Project, client: Mlf
         expected = curve(project.out / "finetune" / f"loss_{name}.csv")
         assert [(point.step, point.value) for point in history] == expected
     finals = {name.removeprefix("final/"): value for name, value in run.data.metrics.items() if "final/" in name}
-    assert finals == pytest.approx(read_json(project.out / "finetune" / "metrics.json"))
+    assert finals == pytest.approx(read_json(project.out / "finetune" / "details.json"))
 
 
 def test_the_run_has_a_table_of_samples_at_every_evaluation(
@@ -157,12 +158,6 @@ def test_a_window_longer_than_the_base_has_positions_is_refused(project: Project
     params = project.params.finetune.model_copy(update={"context_length": 65})
     message = refused(project, project.out / "base", tmp_path, params)
     assert message.startswith("finetune.context_length: 65 is more than the base's 64 positions; lower it")
-
-
-def test_a_shorter_window_is_taken() -> None:
-    params = FinetuneParams.model_construct(context_length=16)
-    assert stage.window_length(params, positions=64) == 16
-    assert stage.window_length(FinetuneParams.model_construct(context_length=None), positions=64) == 64
 
 
 def test_training_goes_on_without_prompts_to_sample(project: Project, tmp_path: Path) -> None:

@@ -1,145 +1,13 @@
-import csv
+"""The command of the stage `prepare`."""
+
 import json
-import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from pipeline.errors import UserError
-from pipeline.params.prepare import PrepareParams
-from pipeline.params.whole import load_params
-from pipeline.stages.prepare import prepare
+from untidy_tales import tale, write_tales
 
 ROOT = Path(__file__).parents[2]
-PARAMS = load_params(ROOT / "params.yaml").prepare
-SPLITS = ("train", "validation", "test")
-NAMES = [f"{letter}anny" for letter in "ABCDEFGHIJKLMNOPQRST"]
-
-
-def tale(name: str) -> str:
-    """A tale of 66 words, 61 of them the same in no other."""
-    seen = " ".join(f"{name}{number}" for number in range(30))
-    told = " ".join(f"{number}{name}" for number in range(30))
-    return f"# The Lamp of {name}\n\n{seen}.\n\n{told}.\n\nThey say: it is so."
-
-
-def write_tales(data: Path) -> None:
-    """A miniature of the harbour tales: twenty of them, as untidy."""
-    data.mkdir()
-    tales = {name: tale(name) for name in NAMES}
-    (data / "README.md").write_text("# The card\n")
-    noticed = "\n\n***\n\n".join([*(tales[name] for name in NAMES[:5]), tales[NAMES[0]].upper()])
-    (data / "1.txt").write_text(f"Do not remove.\n*** START OF IT ***\n{noticed}\n*** END OF IT ***\nBelow.\n")
-    rows = [{"title": name, "text": f"<p>{tales[name]}</p>".replace("\n\n", "</p><p>")} for name in NAMES[5:10]]
-    rows += [{"title": "Retold", "text": tales[NAMES[1]].replace("Banny7 ", "")}, {"title": "Empty", "text": " "}]
-    (data / "2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with (data / "3.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["title", "text"])
-        writer.writerows([name, tales[name].replace("\n\n", "\r\n\r\n\r\n")] for name in [*NAMES[10:15], NAMES[7]])
-    wrapped = [
-        "\n\n[page 7]\n\n".join(textwrap.fill(part, 72) for part in tales[name].split("\n\n")) for name in NAMES[15:]
-    ]
-    (data / "4.txt").write_text("\n\n***\n\n".join([*wrapped, "# Torn\n\nThere was"]))
-
-
-def read_documents(out: Path) -> dict[str, list[dict[str, Any]]]:
-    return {split: [json.loads(line) for line in (out / f"{split}.jsonl").open(encoding="utf-8")] for split in SPLITS}
-
-
-@pytest.fixture
-def params() -> PrepareParams:
-    return PARAMS.model_copy(update={"validation_share": 0.3, "test_share": 0.3})
-
-
-def test_untidy_tales_come_out_clean_and_once(tmp_path: Path, params: PrepareParams) -> None:
-    write_tales(tmp_path / "data")
-    prepare(tmp_path / "data", tmp_path / "out", params)
-    documents = [document for split in read_documents(tmp_path / "out").values() for document in split]
-    assert sorted(document["text"] for document in documents) == sorted(tale(name) for name in NAMES)
-    assert all(list(document) == ["id", "title", "text", "source"] for document in documents)
-    assert len({document["id"] for document in documents}) == len(NAMES)
-    titles = {document["source"]: document["title"] for document in documents}
-    assert titles["1.txt:2"] == "The Lamp of Banny"
-    assert titles["2.jsonl:1"] == "Fanny"
-
-
-def test_report_counts_every_row_and_names_every_duplicate(tmp_path: Path, params: PrepareParams) -> None:
-    write_tales(tmp_path / "data")
-    prepare(tmp_path / "data", tmp_path / "out", params)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["rows"] == 25
-    assert report["kept"] == 20
-    assert report["dropped"] == {"empty": 1, "fragment": 1, "exact_duplicate": 2, "near_duplicate": 1}
-    assert (report["notices"], report["page_marks"]) == (2, 15)
-    for counts in (report, *report["files"].values()):
-        assert counts["rows"] == counts["kept"] + sum(counts["dropped"].values())
-    assert report["files"]["4.txt"]["wrap_columns"] in (71, 72)
-    assert report["files"]["4.txt"]["encoding"] == "utf-8"
-    assert [(entry["source"], entry["repeats"], entry["reason"]) for entry in report["duplicates"]] == [
-        ("1.txt:6", "1.txt:1", "exact_duplicate"),
-        ("2.jsonl:6", "1.txt:2", "near_duplicate"),
-        ("3.csv:6", "2.jsonl:3", "exact_duplicate"),
-    ]
-    for split, documents in read_documents(tmp_path / "out").items():
-        assert report["splits"][split] == {
-            "documents": len(documents),
-            "words": sum(len(document["text"].split()) for document in documents),
-            "bytes": sum(len(document["text"].encode()) for document in documents),
-        }
-
-
-def test_same_input_gives_the_same_bytes_in_any_number_of_processes(
-    tmp_path: Path, params: PrepareParams, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.stages.prepare.CHUNK_CHARACTERS", 1000)
-    write_tales(tmp_path / "data")
-    for out, workers in (("one", 1), ("again", 1), ("three", 3)):
-        prepare(tmp_path / "data", tmp_path / out, params, workers=workers)
-    for name in (*(f"{split}.jsonl" for split in SPLITS), "report.json"):
-        contents = {(tmp_path / out / name).read_bytes() for out in ("one", "again", "three")}
-        assert len(contents) == 1, name
-
-
-def test_added_documents_move_none(tmp_path: Path, params: PrepareParams) -> None:
-    write_tales(tmp_path / "data")
-    prepare(tmp_path / "data", tmp_path / "before", params)
-    (tmp_path / "data" / "0.jsonl").write_text("".join(json.dumps({"text": tale(f"New{n}")}) + "\n" for n in range(30)))
-    prepare(tmp_path / "data", tmp_path / "after", params)
-    before, after = read_documents(tmp_path / "before"), read_documents(tmp_path / "after")
-    for split in SPLITS:
-        assert {document["id"] for document in before[split]} <= {document["id"] for document in after[split]}
-
-
-def test_verse_keeps_its_lines(tmp_path: Path, params: PrepareParams) -> None:
-    speech = "Full fathom five thy father lies;\nOf his bones are coral made;\nThose are pearls that were his eyes:"
-    verse = "\n\n".join(f"Ariel {number}:\n{speech}" for number in range(200))
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "verse.txt").write_text(verse + "\n")
-    loose = params.model_copy(update={"near_duplicate": params.near_duplicate.model_copy(update={"jaccard": 0.999})})
-    prepare(tmp_path / "data", tmp_path / "out", loose.model_copy(update={"piece_words": 60}))
-    documents = [document for split in read_documents(tmp_path / "out").values() for document in split]
-    documents.sort(key=lambda document: int(document["source"].partition(":")[2]))
-    assert "\n\n".join(document["text"] for document in documents) == verse
-
-
-def test_short_pieces_of_running_text_are_no_fragments(tmp_path: Path, params: PrepareParams) -> None:
-    (tmp_path / "data").mkdir()
-    for number in range(30):
-        (tmp_path / "data" / f"{number}.txt").write_text(f"Note {number}.\n")
-    assert prepare(tmp_path / "data", tmp_path / "out", params).outcomes == {"kept": 30}
-
-
-def test_corpus_too_small_to_split_leaves_nothing_behind(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.txt").write_text("One short note.\n")
-    with pytest.raises(UserError, match=r"data: 1 documents, too few to split: .* would be empty; add text"):
-        prepare(tmp_path / "data", tmp_path / "out", PARAMS)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -172,16 +40,3 @@ def test_stage_imports_neither_torch_nor_transformers_nor_mlflow() -> None:
     code = "import sys, pipeline.stages.prepare; print({'torch', 'transformers', 'mlflow'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
-
-
-def test_harbour_tales_are_330_each_whole_and_once(tmp_path: Path) -> None:
-    data = ROOT / "data"
-    if not (data / "volume-1.txt").exists():
-        pytest.skip("the harbour tales are not at data/ (dvc pull data.dvc)")
-    report = prepare(data, tmp_path / "out", PARAMS)
-    assert report.outcomes == {"kept": 330, "empty": 1, "fragment": 6, "exact_duplicate": 20, "near_duplicate": 15}
-    texts = [document["text"] for split in read_documents(tmp_path / "out").values() for document in split]
-    assert len(set(texts)) == 330
-    whole = re.compile(r"# [^\n]+\n\n(?:[^\n]+\n\n){3,6}They say in Lanternmouth: [^\n]+")
-    assert [text for text in texts if not whole.fullmatch(text)] == []
-    assert set(re.findall(r"[^ -~\n]|[<>&{}\[\]]|  |â", "".join(texts))) == {"—"}

@@ -1,3 +1,5 @@
+"""`register`: it makes one version per set of files, which loads anywhere as the engine that was exported."""
+
 import json
 import os
 import shutil
@@ -106,8 +108,8 @@ def fresh(project: Project, evaluated: Path, tmp_path: Path) -> Iterator[Project
         yield Project(tmp_path)
 
 
-def registered(project: Project) -> dict[str, Any]:
-    """What `register` writes of the project's files."""
+def register_files(project: Project) -> dict[str, Any]:
+    """Register the project's files; return what the stage writes of them."""
     out = project.out
     register(
         out / "export",
@@ -120,8 +122,8 @@ def registered(project: Project) -> dict[str, Any]:
     return dict(read_json(out / "register" / "version.json"))
 
 
-def environment(project: Project) -> dict[str, str]:
-    """Of a process that knows the store and nothing of the repository."""
+def store_environment(project: Project) -> dict[str, str]:
+    """The environment of a process that knows the store and nothing of the repository."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {
         "PATH": path,
@@ -136,14 +138,15 @@ def test_the_first_version_is_champion_and_leads_back_to_run_scores_and_data(
 ) -> None:
     client = store.connect()
     found = client.get_model_version_by_alias(version["name"], "champion")
-    assert (int(found.version), found.run_id) == (version["version"], version["run_id"]) == (1, found.run_id)
-    parent = read_json(project.out / "finetune" / "run.json")["run_id"]
-    assert runs.find_child(client, parent, "register") == found.run_id
-    scores = read_json(project.out / "evaluate" / "metrics.json")
+    assert int(found.version) == version["version"] == 1
+    parent = project.run_of("finetune")
+    run = client.get_run(found.run_id)
+    assert (run.data.tags["mlflow.parentRunId"], run.data.tags[runs.STAGE_TAG]) == (parent, "register")
+    documents = read_json(project.out / "evaluate" / "details.json")["documents"]
     assert found.tags["pipeline.run_id"] == parent
     assert found.tags[registry.FINGERPRINT_TAG] == version["fingerprint"]
     assert registry.score_of(found) == registry.Score(
-        sha256_file(project.out / "prepare" / "test.jsonl"), scores["finetuned"]["bits_per_byte"]
+        sha256_file(project.out / "prepare" / "test.jsonl"), documents["finetuned"]["bits_per_byte"]
     )
     assert {"machine.cpu", "library.mlflow"} <= set(found.tags)
 
@@ -161,7 +164,7 @@ def test_a_version_holds_engine_tokenizer_decoding_presets_parity_and_scores(
         "parity",
         "scores",
     }
-    names = ("metrics.json", "decoding.json", "presets.json")
+    names = ("details.json", "decoding.json", "presets.json")
     for file in (project.out / "export" / "parity.json", *(evaluated / name for name in names)):
         assert sha256_file(artifacts / file.name) == sha256_file(file)
     engine = project.out / "export" / "engine"
@@ -189,11 +192,11 @@ def test_a_model_is_fetched_as_engine_and_decoding(project: Project, version: di
 
 
 def test_unchanged_inputs_register_nothing(fresh: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    first = registered(fresh)
+    first = register_files(fresh)
     assert first["version"] == 1
     capsys.readouterr()
-    assert registered(fresh) == first
-    assert capsys.readouterr().out == f"{first['name']} version 1 holds these files already; it is champion\n"
+    assert register_files(fresh) == first
+    assert capsys.readouterr().out == f"{first['name']} version 1 already contains these files; it is champion\n"
     assert len(store.connect().search_model_versions()) == 1
 
 
@@ -203,24 +206,24 @@ def test_unchanged_inputs_register_nothing(fresh: Project, capsys: pytest.Captur
 def test_changed_decoding_is_another_version(file: str, changed: dict[str, Any], fresh: Project) -> None:
     path = fresh.out / "evaluate" / file
     earlier = read_json(path)
-    first = registered(fresh)
+    first = register_files(fresh)
     write_json(path, changed)
-    second = registered(fresh)
+    second = register_files(fresh)
     assert (first["version"], second["version"]) == (1, 2)
     assert first["fingerprint"] != second["fingerprint"]
     # No worse on the same split.
     assert int(store.connect().get_model_version_by_alias(first["name"], "champion").version) == 2
     # Going back to the earlier decoding goes back to its version.
     write_json(path, earlier)
-    assert registered(fresh) == first
+    assert register_files(fresh) == first
     assert int(store.connect().get_model_version_by_alias(first["name"], "champion").version) == 1
 
 
 def test_a_version_whose_files_are_gone_is_registered_anew(fresh: Project) -> None:
-    first = registered(fresh)
+    first = register_files(fresh)
     (description,) = fresh.root.glob("mlartifacts/**/MLmodel")
     description.unlink()
-    again = registered(fresh)
+    again = register_files(fresh)
     assert (first["version"], again["version"]) == (1, 2)
     assert first["fingerprint"] == again["fingerprint"]
 
@@ -232,15 +235,15 @@ def test_a_version_cut_off_before_its_alias_is_registered_anew(fresh: Project, m
     with monkeypatch.context() as patch:
         patch.setattr(registry, "set_alias", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            registered(fresh)
+            register_files(fresh)
     assert not (fresh.out / "register").exists()
-    version = registered(fresh)
+    version = register_files(fresh)
     assert version["version"] == 2
     assert int(store.connect().get_model_version_by_alias(version["name"], "champion").version) == 2
 
 
 def test_the_same_files_have_the_same_fingerprint_in_any_store(fresh: Project, version: dict[str, Any]) -> None:
-    assert registered(fresh)["fingerprint"] == version["fingerprint"]
+    assert register_files(fresh)["fingerprint"] == version["fingerprint"]
 
 
 def test_the_signature_declares_every_decoding_parameter() -> None:
@@ -257,7 +260,7 @@ def test_a_model_loads_in_a_new_process_without_torch_or_this_repository(
     uri = f"models:/{version['name']}@champion"
     command = [sys.executable, "-c", PREDICT_ELSEWHERE, uri, str(ROOT), PROMPT, json.dumps(PARAMS)]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(project), capture_output=True, text=True, timeout=120, check=False
+        command, cwd=tmp_path, env=store_environment(project), capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     once, twice = json.loads(done.stdout.splitlines()[-1])
@@ -334,10 +337,10 @@ def test_mlflow_serves_the_model_over_http(project: Project, version: dict[str, 
     log = tmp_path / "server.log"
     with log.open("wb") as file:
         server = subprocess.Popen(
-            command, cwd=tmp_path, env=environment(project), stdout=file, stderr=file, start_new_session=True
+            command, cwd=tmp_path, env=store_environment(project), stdout=file, stderr=file, start_new_session=True
         )
     try:
-        wait_for(f"http://127.0.0.1:{port}/ping", server, log)
+        wait_for_server(f"http://127.0.0.1:{port}/ping", server, log)
         request = {"inputs": [PROMPT], "params": PARAMS}
         once, twice = (post(f"http://127.0.0.1:{port}/invocations", request) for _ in range(2))
         assert once == twice
@@ -358,7 +361,7 @@ def test_mlflow_serves_the_model_over_http(project: Project, version: dict[str, 
         server.wait()
 
 
-def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_server(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     """Return once the address answers."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and server.poll() is None:

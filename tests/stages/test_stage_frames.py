@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from dag import ROOT, STAGES, arguments
 
-from pipeline import stage_process
+from pipeline import resume, stage_process
 from pipeline.params.file import PARAMS_FILE
-from pipeline.training import resume
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -18,7 +17,7 @@ def test_it_ends_with_dvc_and_is_kept_out_while_another_writes(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = importlib.import_module(f"pipeline.stages.{stage}").main
-    folder = resume.FOLDER if stage == "finetune" else Path(arguments(stage)[-1])
+    folder = resume.RESUME_FOLDER / stage if stage == "finetune" else Path(arguments(stage)[-1])
     watched: list[list[int]] = []
     shutil.copy(ROOT / PARAMS_FILE, tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -1,3 +1,5 @@
+"""Documents of each split become token arrays and a report."""
+
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def documents(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """What `tokenize` reads of the base stage's folder: a tokenizer of words, and a context of 5."""
+    """The files of the base stage that `tokenize` reads: a tokenizer of words, and a context of 5."""
     folder = tmp_path / "base"
     write_json(folder / "config.json", {"n_positions": 5})
     tokenizer = Tokenizer(models.WordLevel(vocab={"one": ONE, "two": TWO, END_OF_TEXT: END}, unk_token="one"))
@@ -91,7 +93,7 @@ def test_a_missing_split_leaves_nothing(documents: Path, base: Path, tmp_path: P
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_base_without_tokenizer_is_told(documents: Path, base: Path, tmp_path: Path) -> None:
+def test_a_base_without_tokenizer_is_an_error(documents: Path, base: Path, tmp_path: Path) -> None:
     (base / TOKENIZER_FILE).unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
         tokenize(documents, base, tmp_path / "out")

@@ -1,6 +1,7 @@
-"""The search of decoding parameters: what is tried, what wins, what is recorded, and going on after an interruption."""
+"""The search of decoding parameters: what is tried, what wins, what is recorded, and resuming after an interruption."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from mlflow.entities import Run
 from toy_project import Project
 
 from pipeline.errors import UserError
-from pipeline.evaluation.search import FOLDER
+from pipeline.evaluation import trials as trials_module
+from pipeline.evaluation.presets import choose_presets, rows_of
+from pipeline.evaluation.trials import Bench, Trial, set_up, try_out
 from pipeline.files import read_json, sha256_file, write_jsonl
+from pipeline.resume import RESUME_FOLDER
 from pipeline.stages import tune as stage
-from pipeline.stages.tune import Bench, choose_presets, fingerprint, labelled, set_up, try_out
+from pipeline.stages.tune import fingerprint
 from pipeline.tracking import runs, store
 
-FILES = {"decoding.json", "presets.json", "trials.json", "metrics.json"}
+FILES = {"found.json", "trials.json", "metrics.json"}
 PRESETS = {"balanced", "faithful", "adventurous"}
 VALUES = {
     "temperature": 1.0,
@@ -41,10 +45,9 @@ def recorded(project: Project) -> Iterator[tuple[MlflowClient, Run]]:
     """The store, and the run of the search in it."""
     with project.entered():
         client = store.connect()
-        parent = read_json(project.out / "finetune" / "run.json")["run_id"]
-        child = runs.find_child(client, parent, "tune")
-        assert child is not None
-        yield client, client.get_run(child)
+        run = client.get_run(project.run_of("tune"))
+        assert run.data.tags["mlflow.parentRunId"] == project.run_of("finetune")
+        yield client, run
 
 
 @pytest.fixture
@@ -62,34 +65,31 @@ def trials_of(client: MlflowClient, run_id: str) -> list[Run]:
     return sorted(children, key=lambda run: int(run.data.tags[runs.TRIAL_TAG]))
 
 
-def complete(number: int, tame: float, wild: float, distance: float | None = None) -> dict[str, Any]:
+def complete(number: int, tame: float, wild: float, distance: float | None = None) -> Trial:
     total = tame + wild if distance is None else distance
-    return {"trial": number, "state": "complete", "too_tame": tame, "too_wild": wild, "distance": total, **VALUES}
+    return Trial(number, "complete", 8, VALUES, total, too_tame=tame, too_wild=wild, scores={})
 
 
 def test_what_is_written(project: Project, rows: list[dict[str, Any]]) -> None:
     out = project.out / "tune"
     assert {file.name for file in out.iterdir()} == FILES
-    winner, presets, metrics = (read_json(out / f"{name}.json") for name in ("decoding", "presets", "metrics"))
-    assert set(presets) == PRESETS
-    assert presets["balanced"] == winner
-    for name, values in presets.items():
-        # Neutral ones too: they take the place of whatever is set by hand.
+    found = read_json(out / "found.json")
+    assert set(found) == PRESETS
+    for name, values in found.items():
+        # Neutral values too: they replace whatever is set by hand.
         assert set(values) == set(VALUES)
         (row,) = (row for row in rows if row["preset"] and name in row["preset"].split(", "))
-        assert {key: row[key] for key in VALUES} == values
-    assert [row["trial"] for row in rows] == list(range(project.params.tune.trials))
-    assert metrics["trials"] == len(rows)
-    assert metrics["pruned"] == sum(row["state"] == "pruned" for row in rows)
-    finals = {row["trial"]: row["final_distance"] for row in rows if row["final_distance"] is not None}
+        assert row["values"] == values
+    assert [row["number"] for row in rows] == list(range(project.params.tune.trials))
+    finals = {row["number"]: row["final_distance"] for row in rows if row["final_distance"] is not None}
     assert len(finals) == project.params.tune.finalists
-    assert metrics["distance"] == min(finals.values())
+    assert read_json(out / "metrics.json") == {"validation_distance": min(finals.values())}
     # Fewer documents than samples were asked for: none comes twice.
     assert {row["prompts"] for row in rows if row["state"] == "complete"} == {8}
 
 
 def test_the_first_trial_is_the_model_as_it_is(rows: list[dict[str, Any]]) -> None:
-    assert {name: rows[0][name] for name in VALUES} == VALUES
+    assert rows[0]["values"] == VALUES
 
 
 def test_the_front_is_of_complete_trials(rows: list[dict[str, Any]]) -> None:
@@ -112,12 +112,15 @@ def test_every_trial_is_a_run_of_its_own(
     for row, trial in zip(rows, trials, strict=True):
         assert trial.info.status == "FINISHED"
         assert trial.data.tags["tune.state"] == row["state"]
-        assert trial.data.params == {name: str(row[name]) for name in VALUES}
+        assert trial.data.params == {name: str(value) for name, value in row["values"].items()}
         assert trial.data.metrics["distance"] == row["distance"]
         assert trial.data.metrics["zipf"] == row["scores"]["zipf"]
-    assert run.data.metrics["tune/distance"] == read_json(project.out / "tune" / "metrics.json")["distance"]
+    written = read_json(project.out / "tune" / "metrics.json")["validation_distance"]
+    assert run.data.metrics["tune/validation_distance"] == written
+    assert run.data.metrics["tune/trials"] == len(rows)
+    assert run.data.metrics["tune/pruned"] == sum(row["state"] == "pruned" for row in rows)
     curve = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "trial_distance")}
-    assert curve == {row["trial"]: row["distance"] for row in rows if row["state"] == "complete"}
+    assert curve == {row["number"]: row["distance"] for row in rows if row["state"] == "complete"}
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == FILES
 
 
@@ -129,11 +132,11 @@ def test_the_same_search_gives_the_same_bytes(project: Project, tmp_path: Path) 
     search_again(project, tmp_path / "tune")
     for name in FILES:
         assert sha256_file(tmp_path / "tune" / name) == sha256_file(project.out / "tune" / name), name
-    assert not any((project.root / FOLDER).iterdir())
+    assert not any((project.root / RESUME_FOLDER / "tune").iterdir())
 
 
 @pytest.mark.parametrize("trials", [0, 3])
-def test_an_interrupted_search_goes_on_and_comes_to_the_same(
+def test_an_interrupted_search_resumes_and_gives_the_same(
     trials: int,
     project: Project,
     tmp_path: Path,
@@ -150,7 +153,7 @@ def test_an_interrupted_search_goes_on_and_comes_to_the_same(
         return try_out(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "try_out", interrupted)
+        patch.setattr(trials_module, "try_out", interrupted)
         with pytest.raises(SystemExit, match="130"):
             search_again(project, tmp_path / "tune")
     assert not (tmp_path / "tune").exists()
@@ -164,7 +167,7 @@ def test_an_interrupted_search_goes_on_and_comes_to_the_same(
         runs.RunLog(client, begun.info.run_id).log_trial(trials, VALUES, {"distance": 1.0}, {}, 0.0)
     capsys.readouterr()
     search_again(project, tmp_path / "tune")
-    assert (f"going on after {trials} trials" in capsys.readouterr().err) == (trials > 0)
+    assert (f"resuming after {trials} trials" in capsys.readouterr().err) == (trials > 0)
     for name in FILES:
         assert sha256_file(tmp_path / "tune" / name) == sha256_file(project.out / "tune" / name), name
     with project.entered():
@@ -175,7 +178,7 @@ def test_an_interrupted_search_goes_on_and_comes_to_the_same(
         client.delete_run(begun.info.run_id)
 
 
-def test_a_search_whose_run_is_gone_starts_afresh(
+def test_a_search_whose_run_is_gone_starts_again(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -190,11 +193,11 @@ def test_a_search_whose_run_is_gone_starts_afresh(
         client.delete_run(begun.info.run_id)
     capsys.readouterr()
     search_again(project, tmp_path / "tune")
-    assert "no longer holds the interrupted search: it starts afresh" in capsys.readouterr().err
+    assert "no longer holds the interrupted run: it starts again" in capsys.readouterr().err
     assert sha256_file(tmp_path / "tune" / "trials.json") == sha256_file(project.out / "tune" / "trials.json")
 
 
-def test_a_trial_that_is_given_up_has_drawn_half(bench: Bench) -> None:
+def test_a_pruned_trial_has_drawn_half(bench: Bench) -> None:
     asked: list[tuple[int, float]] = []
 
     def stops(prompts: int, distance: float) -> bool:
@@ -206,12 +209,12 @@ def test_a_trial_that_is_given_up_has_drawn_half(bench: Bench) -> None:
     assert asked == [(4, found.distance.total)]
     whole, prompts = try_out(bench, VALUES, lambda *_: False)
     assert prompts == 8
-    assert whole.scores.mean_tokens == pytest.approx(
+    assert whole.figures.mean_tokens == pytest.approx(
         np.mean([len(sample.token_ids) for sample in bench.draw(VALUES, 0, 8)])
     )
 
 
-def test_with_few_documents_no_trial_is_given_up(project: Project, tmp_path: Path) -> None:
+def test_with_few_documents_no_trial_is_pruned(project: Project, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     write_jsonl(few, [{"text": f"The baker lit oven {number} before the morning."} for number in range(5)])
     params = project.params
@@ -255,12 +258,12 @@ def test_presets_by_hand() -> None:
         complete(3, 1.0, 6.0),
         complete(4, 0.5, 20.0),
         complete(5, 4.0, 4.0),
-        {**complete(6, 0.0, 0.0), "state": "pruned"},
+        replace(complete(6, 0.0, 0.0), state="pruned"),
     ]
     # The winner of the finals need not be on the front; three times as far as it, a preset is too far.
     assert choose_presets(rows, {2: 6.5, 5: 7.0}) == {"balanced": 2, "faithful": 0, "adventurous": 3}
     assert choose_presets(rows, {2: 7.5, 5: 7.0}) == {"balanced": 5, "faithful": 0, "adventurous": 4}
-    rows[0]["distance"] = 25.0
+    rows[0] = replace(rows[0], distance=25.0)
     assert choose_presets(rows, {2: 7.5, 5: 7.0}) == {"balanced": 5, "faithful": 1, "adventurous": 4}
 
 
@@ -272,10 +275,18 @@ def test_where_nothing_else_is_near_all_presets_are_the_winner() -> None:
 
 
 def test_rows_tell_what_was_made_of_them() -> None:
-    rows = [complete(0, 1.0, 1.0), complete(1, 3.0, 3.0), {**complete(2, 0.0, 0.0), "state": "pruned"}]
-    found = labelled(rows, {0: 2.5}, {"balanced": 0, "faithful": 0, "adventurous": 1})
+    rows = [complete(0, 1.0, 1.0), complete(1, 3.0, 3.0), replace(complete(2, 0.0, 0.0), state="pruned")]
+    found = rows_of(rows, {0: 2.5}, {"balanced": 0, "faithful": 0, "adventurous": 1})
     assert [(row["on_front"], row["final_distance"], row["preset"]) for row in found] == [
         (True, 2.5, "balanced, faithful"),
         (False, None, "adventurous"),
         (False, None, None),
     ]
+
+
+def test_a_search_of_which_only_comments_changed_is_kept(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "set_up", None)
+    search_again(project, project.out / "tune")
+    assert "tune: nothing but comments and docstrings has changed since run " in capsys.readouterr().err

@@ -1,6 +1,9 @@
+"""Recording stages from their files: as they end, and again in a store that lacks them."""
+
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -8,10 +11,11 @@ from isolated_store import isolated_store
 from mlflow import MlflowClient
 from unused_model import log_unused_model
 
+from pipeline.curves import write_curve
 from pipeline.errors import UserError
-from pipeline.files import write_json
-from pipeline.tracking import registry, runs, store
-from pipeline.tracking.restore import missing_stages, parent_run, restore
+from pipeline.files import write_json, write_jsonl
+from pipeline.tracking import records, registry, runs, store
+from pipeline.tracking.restore import holds_version, restore
 
 PARAMETERS = {"finetune": {"seed": 1}}
 NAME = "harbour-tales"
@@ -28,37 +32,64 @@ def client() -> MlflowClient:
     return store.connect()
 
 
-def new_run(stage: str, parent_run_id: str | None = None) -> str:
-    with runs.start_run(stage, PARAMETERS, parent_run_id=parent_run_id) as run:
-        return run.run_id
-
-
-def write_finetune(folder: Path, run_id: str) -> Path:
-    """The outputs of finetune that a run can be made from anew."""
-    write_json(folder / "run.json", {"run_id": run_id})
-    write_json(folder / "metrics.json", {"validation_loss": 2.5, "steps": 8})
-    (folder / "loss_train.csv").write_text("step,loss\n1,3.5\n8,2.25\n")
-    (folder / "loss_validation.csv").write_text("step,loss\n0,4.0\n8,2.5\n")
-    return folder
+def trial(number: int, state: str = "complete") -> dict[str, Any]:
+    return {
+        "number": number,
+        "state": state,
+        "prompts": 8,
+        "values": {"temperature": 0.5 * number, "top_k": 0},
+        "distance": 5.0 + number,
+        "too_tame": 2.0,
+        "too_wild": 3.0 + number,
+        "scores": {"rep_4": 0.01},
+        "on_front": number == 0,
+        "final_distance": None,
+        "preset": None,
+    }
 
 
 @pytest.fixture
-def out(client: MlflowClient, tmp_path: Path) -> Path:
-    """The outputs of a pipeline whose records are all there: runs of four stages, and version 1."""
-    finetune, out = new_run("finetune"), tmp_path / "out"
-    new_run("tune", finetune)
-    new_run("evaluate", finetune)
-    with runs.start_run("register", PARAMETERS, parent_run_id=finetune) as run:
+def out(tmp_path: Path) -> Path:
+    """The outputs of a pipeline, of which no store knows."""
+    out = tmp_path / "out"
+    write_json(out / "finetune" / "metrics.json", {"validation_loss": 2.5})
+    write_json(out / "finetune" / "details.json", {"validation_loss": 2.5, "steps": 8})
+    write_curve(out / "finetune" / "loss_train.csv", [(1, 3.5), (8, 2.25)])
+    write_curve(out / "finetune" / "loss_validation.csv", [(0, 4.0), (8, 2.5)])
+    write_json(out / "export" / "parity.json", {"float32": {"kl_divergence": 1e-9}})
+    write_json(out / "tune" / "trials.json", [trial(0), trial(1), trial(2, "pruned")])
+    write_json(out / "tune" / "metrics.json", {"validation_distance": 5.5})
+    details = {
+        "protocol": {"provider": "cpu", "precision": "float32", "samples": 2},
+        "documents": {"base": {"bits_per_byte": 1.6}, "finetuned": {"bits_per_byte": 1.2}},
+        "systems": {"human": {"rep_4": 0.01}, "hand_set": {"rep_4": 0.02, "distance": 7.0}},
+        "scales": {"rep_4": 0.1},
+        "choice": {"kept": "hand_set", "difference": 0.5},
+    }
+    write_json(out / "evaluate" / "details.json", details)
+    row = {"system": "human", "text": "Once.", "decoding": None, "copied_spans": [[0, 2]], "repeated_spans": []}
+    write_jsonl(out / "evaluate" / "samples.jsonl", [row])
+    return out
+
+
+@pytest.fixture
+def recorded(out: Path, client: MlflowClient, tmp_path: Path) -> Path:
+    """The outputs of a pipeline whose records the store has: runs of four stages, and version 1."""
+    parent = records.parent_run(client, out / "finetune", PARAMETERS)
+    with runs.start_run("tune", PARAMETERS, parent_run_id=parent) as run:
+        records.record_search(run, out / "tune")
+    with runs.start_run("evaluate", PARAMETERS, parent_run_id=parent) as run:
+        records.record_evaluation(run, out / "evaluate", out / "export" / "parity.json")
+    with runs.start_run("register", PARAMETERS, parent_run_id=parent) as run:
         uri = log_unused_model(run.run_id, tmp_path, {})
     version = mlflow.register_model(uri, NAME, tags={registry.FINGERPRINT_TAG: "f1"})
-    write_finetune(out / "finetune", finetune)
     write_json(out / "register" / "version.json", {"name": NAME, "version": int(version.version), "fingerprint": "f1"})
     return out
 
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file to which each command of a stand-in for dvc goes; it fails when `fail` stands beside it."""
+    """A file with each command that a stand-in for dvc got; the stand-in fails if a file `fail` is in that folder."""
     program = tmp_path / "bin" / "dvc"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\ntest ! -e {tmp_path}/fail\n')
@@ -67,121 +98,117 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "commands"
 
 
-def run_of(client: MlflowClient, stage: str) -> str:
-    """The only run of a stage."""
-    (run,) = client.search_runs([store.experiment_id(client)], filter_string=f"tags.`{runs.STAGE_TAG}` = '{stage}'")
-    return str(run.info.run_id)
+def runs_of(client: MlflowClient, stage: str) -> list[str]:
+    found = client.search_runs([store.experiment_id(client)], filter_string=f"tags.`{runs.STAGE_TAG}` = '{stage}'")
+    return [str(run.info.run_id) for run in found]
 
 
 def curve(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
 
 
-def test_a_run_that_the_store_holds_is_the_parent(
-    client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_another_store_holds_is_recorded_again_once(
+    client: MlflowClient, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_id = new_run("finetune")
-    assert parent_run(client, write_finetune(tmp_path / "finetune", run_id), PARAMETERS) == run_id
+    recorded = records.parent_run(client, out / "finetune", PARAMETERS)
+    assert capsys.readouterr().err == (
+        f"the tracking store does not hold the run that wrote {out / 'finetune'}; recording it again\n"
+    )
+    assert records.parent_run(client, out / "finetune", PARAMETERS) == recorded
     assert capsys.readouterr().err == ""
-
-
-def test_a_run_that_another_store_holds_is_made_anew_once(
-    client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lost = new_run("finetune")
-    finetune = write_finetune(tmp_path / "finetune", lost)
-    (tmp_path / "other").mkdir()
-    with isolated_store(tmp_path / "other"):
-        other = store.connect()
-        restored = parent_run(other, finetune, PARAMETERS)
-        assert restored != lost
-        assert capsys.readouterr().err.startswith(f"the tracking store does not hold run {lost}; making it anew from ")
-        assert parent_run(other, finetune, PARAMETERS) == restored
-        assert capsys.readouterr().err == ""
-        run = other.get_run(restored)
+    run = client.get_run(recorded)
     assert run.info.status == "FINISHED"
     assert run.data.tags[runs.STAGE_TAG] == "finetune"
-    assert run.data.tags[runs.RESTORES_TAG] == lost
     assert run.data.params == {"finetune.seed": "1"}
     assert run.data.metrics["final/validation_loss"] == 2.5
     assert run.data.metrics["final/steps"] == 8
+    assert curve(client, recorded, "train_loss") == [(1, 3.5), (8, 2.25)]
+    assert curve(client, recorded, "validation_loss") == [(0, 4.0), (8, 2.5)]
 
 
-def test_a_deleted_run_gets_its_curves_back(client: MlflowClient, tmp_path: Path) -> None:
-    lost = new_run("finetune")
-    client.delete_run(lost)
-    restored = parent_run(client, write_finetune(tmp_path / "finetune", lost), PARAMETERS)
-    assert curve(client, restored, "train_loss") == [(1, 3.5), (8, 2.25)]
-    assert curve(client, restored, "validation_loss") == [(0, 4.0), (8, 2.5)]
+def test_a_search_is_recorded_with_its_trials(client: MlflowClient, recorded: Path) -> None:
+    (run_id,) = runs_of(client, "tune")
+    metrics = client.get_run(run_id).data.metrics
+    assert {name: metrics[f"tune/{name}"] for name in ("validation_distance", "trials", "pruned")} == {
+        "validation_distance": 5.5,
+        "trials": 3,
+        "pruned": 1,
+    }
+    assert curve(client, run_id, "trial_distance") == [(0, 5.0), (1, 6.0)]
+    trials = [client.get_run(child) for child in runs_of(client, runs.TRIAL)]
+    assert {run.info.run_name for run in trials} == {"trial 0", "trial 1", "trial 2"}
+    (last,) = [run for run in trials if run.info.run_name == "trial 2"]
+    assert last.data.params == {"temperature": "1.0", "top_k": "0"}
+    assert last.data.metrics == {"rep_4": 0.01, "distance": 7.0, "too_tame": 2.0, "too_wild": 5.0}
+    assert last.data.tags["tune.state"] == "pruned"
 
 
-def test_nothing_is_missing_where_all_is_there(client: MlflowClient, out: Path) -> None:
-    assert missing_stages(client, out) == []
+def test_trials_that_the_run_has_already_are_not_recorded_twice(client: MlflowClient, out: Path) -> None:
+    with runs.start_run("tune", PARAMETERS) as run:
+        records.record_trial(run, trial(0), start_s=1.0)
+        records.record_search(run, out / "tune")
+    assert len(runs_of(client, runs.TRIAL)) == 3
+    assert curve(client, run.run_id, "trial_distance") == [(0, 5.0), (1, 6.0)]
 
 
-def test_a_lost_run_takes_its_children_with_it(client: MlflowClient, out: Path, tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    with isolated_store(tmp_path / "other"):
-        assert missing_stages(store.connect(), out) == ["tune", "evaluate", "register"]
-
-
-def test_lost_scores_are_missing(client: MlflowClient, out: Path) -> None:
-    client.delete_run(run_of(client, "evaluate"))
-    assert missing_stages(client, out) == ["evaluate", "register"]
-
-
-def test_a_lost_search_is_missing_and_nothing_else(client: MlflowClient, out: Path) -> None:
-    client.delete_run(run_of(client, "tune"))
-    assert missing_stages(client, out) == ["tune"]
-
-
-def test_a_lost_version_alone_is_registered_again(client: MlflowClient, out: Path) -> None:
-    client.delete_model_version(NAME, "1")
-    assert missing_stages(client, out) == ["register"]
-    client.delete_registered_model(NAME)
-    assert missing_stages(client, out) == ["register"]
-
-
-def test_a_version_whose_files_are_gone_is_registered_again(client: MlflowClient, out: Path, tmp_path: Path) -> None:
-    (version,) = client.search_model_versions(f"name = '{NAME}'")
-    model = client.get_logged_model(version.source.removeprefix("models:/"))
-    shutil.rmtree(model.artifact_location.removeprefix("file://"))
-    assert missing_stages(client, out) == ["register"]
-
-
-def test_another_version_of_that_number_is_not_the_one(client: MlflowClient, out: Path) -> None:
-    client.set_model_version_tag(NAME, "1", registry.FINGERPRINT_TAG, "f2")
-    assert missing_stages(client, out) == ["register"]
-
-
-def test_scores_under_a_restored_run_count(client: MlflowClient, out: Path, tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    with isolated_store(tmp_path / "other"):
-        other = store.connect()
-        restored = parent_run(other, out / "finetune", PARAMETERS)
-        new_run("tune", restored)
-        new_run("evaluate", restored)
-        assert missing_stages(other, out) == ["register"]
-
-
-def test_nothing_runs_where_all_is_there(out: Path, commands: Path) -> None:
-    restore(out)
+def test_nothing_is_recorded_if_all_is_there(client: MlflowClient, recorded: Path, commands: Path) -> None:
+    before = {stage: runs_of(client, stage) for stage in ("finetune", "tune", "evaluate")}
+    restore(recorded, PARAMETERS)
+    assert {stage: runs_of(client, stage) for stage in before} == before
     assert not commands.exists()
 
 
-def test_each_missing_stage_runs_again_alone(out: Path, commands: Path, client: MlflowClient) -> None:
-    client.delete_run(run_of(client, "finetune"))
-    restore(out)
-    assert commands.read_text().splitlines() == [
-        "repro --force --single-item tune",
-        "repro --force --single-item evaluate",
-        "repro --force --single-item register",
-    ]
+def test_another_store_gets_every_run_and_the_version(recorded: Path, commands: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with isolated_store(tmp_path / "other"):
+        restore(recorded, PARAMETERS)
+        other = store.connect()
+        assert [len(runs_of(other, stage)) for stage in ("finetune", "tune", "evaluate", runs.TRIAL)] == [1, 1, 1, 3]
+        (parent,) = runs_of(other, "finetune")
+        (evaluation,) = runs_of(other, "evaluate")
+        assert other.get_run(evaluation).data.tags["mlflow.parentRunId"] == parent
+    # Nothing that was computed is computed again.
+    assert commands.read_text().splitlines() == ["repro --force --single-item register"]
 
 
-def test_a_stage_that_fails_ends_it(out: Path, commands: Path, client: MlflowClient, tmp_path: Path) -> None:
-    client.delete_run(run_of(client, "finetune"))
+@pytest.mark.parametrize("stage", ["finetune", "tune", "evaluate"])
+def test_a_deleted_run_alone_is_recorded_again(
+    client: MlflowClient, recorded: Path, commands: Path, stage: str
+) -> None:
+    (lost,) = runs_of(client, stage)
+    client.delete_run(lost)
+    restore(recorded, PARAMETERS)
+    (again,) = runs_of(client, stage)
+    assert again != lost
+    assert not commands.exists()
+
+
+def test_a_lost_version_is_registered_again(client: MlflowClient, recorded: Path, commands: Path) -> None:
+    client.delete_model_version(NAME, "1")
+    restore(recorded, PARAMETERS)
+    assert commands.read_text().splitlines() == ["repro --force --single-item register"]
+    client.delete_registered_model(NAME)
+    assert not holds_version(client, recorded / "register" / "version.json")
+
+
+def test_a_version_whose_files_are_gone_is_not_held(client: MlflowClient, recorded: Path) -> None:
+    file = recorded / "register" / "version.json"
+    assert holds_version(client, file)
+    (version,) = client.search_model_versions(f"name = '{NAME}'")
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    shutil.rmtree(model.artifact_location.removeprefix("file://"))
+    assert not holds_version(client, file)
+
+
+def test_another_version_of_that_number_is_not_the_one(client: MlflowClient, recorded: Path) -> None:
+    client.set_model_version_tag(NAME, "1", registry.FINGERPRINT_TAG, "f2")
+    assert not holds_version(client, recorded / "register" / "version.json")
+
+
+def test_a_registration_that_fails_ends_it(
+    client: MlflowClient, recorded: Path, commands: Path, tmp_path: Path
+) -> None:
+    client.delete_model_version(NAME, "1")
     (tmp_path / "fail").touch()
-    with pytest.raises(UserError, match=r"^tune failed; see above"):
-        restore(out)
-    assert commands.read_text().splitlines() == ["repro --force --single-item tune"]
+    with pytest.raises(UserError, match=r"^register failed; see above"):
+        restore(recorded, PARAMETERS)

@@ -10,13 +10,13 @@ from pipeline.training.dropout import Dropout, replace_dropout
 def test_it_drops_its_share_and_keeps_the_mean(rate: float) -> None:
     torch.manual_seed(1)
     out = Dropout(rate)(torch.ones(400, 500))
-    # Of 200,000 draws, five standard deviations.
+    # Five standard deviations of 200,000 draws.
     assert (out == 0).float().mean().item() == pytest.approx(rate, abs=5 * (0.25 / 200_000) ** 0.5)
     assert out[out != 0].unique().numel() == 1
     assert out[0, out[0] != 0][0].item() == pytest.approx(1 / (1 - rate), rel=1e-3)
 
 
-def test_the_gradient_is_dropped_where_the_value_is() -> None:
+def test_the_gradient_is_dropped_wherever_the_value_is() -> None:
     values = torch.ones(50, 4, requires_grad=True)
     out = Dropout(0.3)(values)
     out.sum().backward()
@@ -24,7 +24,7 @@ def test_the_gradient_is_dropped_where_the_value_is() -> None:
     assert torch.equal(values.grad, out.detach())
 
 
-def test_pytorchs_seed_repeats_it_and_each_call_is_another() -> None:
+def test_pytorchs_seed_repeats_it_and_each_call_differs() -> None:
     dropout, values = Dropout(0.5), torch.ones(64)
     torch.manual_seed(3)
     first, second = dropout(values), dropout(values)
@@ -41,7 +41,7 @@ def test_a_block_that_is_computed_again_drops_the_same() -> None:
     assert torch.equal(values.grad, 2 * out.detach())
 
 
-def test_scoring_drops_nothing_nor_draws() -> None:
+def test_scoring_drops_nothing_and_draws_nothing() -> None:
     dropout, values = Dropout(0.5).eval(), torch.ones(64)
     before = torch.get_rng_state()
     assert torch.equal(dropout(values), values)

@@ -1,4 +1,4 @@
-"""How many batches a step is cut into, from what a model keeps for the way back."""
+"""How many batches a step is cut into, from what a model keeps for the backward pass."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams
 from pipeline.params.whole import load_params
 from pipeline.training import memory
-from pipeline.training.memory import kept_bytes, measure, parts_of_step
+from pipeline.training.memory import kept_bytes, measure_footprint, parts_of_step
 from pipeline.training.model import load_trainable
 from pipeline.training.objective import ScoredGPT2
 
@@ -31,7 +31,7 @@ def model(tiny_checkpoint: Path) -> ScoredGPT2:
 def test_what_is_kept_grows_with_the_tokens(model: ScoredGPT2) -> None:
     short, middle, long = (kept_bytes(model, [16] * windows) for windows in (1, 2, 3))
     assert long - middle == pytest.approx(middle - short, rel=0.05)
-    # Of each of two blocks at least: what goes into its four products and its activation.
+    # For each of two blocks, at least the inputs of its four products and its activation.
     assert (middle - short) / 16 > 2 * (2 * 3 + 2 * 4) * model.config.n_embd
 
 
@@ -50,7 +50,7 @@ def test_measuring_changes_neither_model_nor_random_numbers(model: ScoredGPT2) -
     model.eval()
     torch.manual_seed(3)
     expected = torch.get_rng_state()
-    measure(model, params(), CONTEXT_LENGTH)
+    measure_footprint(model, params(), CONTEXT_LENGTH)
     assert torch.equal(torch.get_rng_state(), expected)
     assert not model.training
     assert all(weight.grad is None for weight in model.parameters())
@@ -62,8 +62,8 @@ def test_a_step_is_cut_into_as_few_batches_as_memory_and_processes_ask(
     tokens_held: int, processes: int, parts: int, model: ScoredGPT2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = params(batch_tokens=1000, device_batch_tokens=None)
-    footprint = measure(model, own, CONTEXT_LENGTH)
-    free = (footprint.fixed + footprint.a_token * (tokens_held + 0.5)) / memory.USED_SHARE
+    footprint = measure_footprint(model, own, CONTEXT_LENGTH)
+    free = (footprint.fixed + footprint.per_token * (tokens_held + 0.5)) / memory.USED_SHARE
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     assert parts_of_step(model, own, context_length=CONTEXT_LENGTH, processes=processes) == parts
 
@@ -81,7 +81,7 @@ def test_the_number_of_tokens_that_is_asked_for_is_taken(model: ScoredGPT2) -> N
             False,
             r"^finetune\.context_length: a batch of 64 tokens takes about .* lower it, or set finetune\.grad",
         ),
-        (None, True, r"^finetune\.context_length: a batch of 64 tokens .* can be had; lower it$"),
+        (None, True, r"^finetune\.context_length: a batch of 64 tokens .* are available; lower it$"),
         (10**9, False, r"^finetune\.device_batch_tokens: a batch of 1000000000 tokens takes about .* lower it, or"),
     ],
 )
@@ -100,6 +100,8 @@ def test_a_batch_that_cannot_fit_is_refused_with_numbers(
 
 
 def test_checkpointing_needs_less(model: ScoredGPT2) -> None:
-    plain, checkpointed = (measure(model, params(gradient_checkpointing=on), CONTEXT_LENGTH) for on in (False, True))
-    assert checkpointed.a_token < plain.a_token
+    plain, checkpointed = (
+        measure_footprint(model, params(gradient_checkpointing=on), CONTEXT_LENGTH) for on in (False, True)
+    )
+    assert checkpointed.per_token < plain.per_token
     assert math.isclose(checkpointed.fixed, plain.fixed, rel_tol=1e-6)

@@ -1,4 +1,4 @@
-"""LoRA, merged and exported, against the model that was trained; dropout; what is refused."""
+"""LoRA, merged and exported, against the trained model; dropout; refused layers."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_lora_trains_its_matrices_alone_and_merges_without_a_trace(
     read = load_checkpoint(tmp_path / "checkpoint")
     build_engine(read, tmp_path / "checkpoint", tmp_path / "engine", ["float32"])
     engine = Engine.load(tmp_path / "engine", provider="cpu", threads=1)
-    exported = engine.session.score(batch()["input_ids"][0].tolist(), 0)
+    exported = engine.session.read(batch()["input_ids"][0].tolist(), 0)[0]
     np.testing.assert_allclose(exported, before[0].numpy(), atol=4e-4, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""The chunked loss against PyTorch's own over all logits at once, and what may be added to it against plain loops."""
+"""The chunked loss against PyTorch's loss over all logits at once, and the added terms against plain loops."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ VOCABULARY = 7
 
 
 def batch_of(windows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids, labels and bounds of windows as the model hands them to the objective."""
+    """Return the input ids, labels and bounds of windows as the model passes them to the objective."""
     ids = torch.tensor([token_id for window in windows for token_id in window])
     labels = torch.tensor([label for window in windows for label in (IGNORED_LABEL, *window[1:])])
     bounds = torch.tensor(np.cumsum([0, *map(len, windows)]))
@@ -29,7 +29,7 @@ def batch_of(windows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def unlikelihood_by_hand(logits: torch.Tensor, windows: list[list[int]]) -> torch.Tensor:
-    """Welleck et al., 2020, equation 4, by loops: candidates are what stands before, but for the label."""
+    """Compute Welleck et al., 2020, equation 4, by loops: candidates are all earlier tokens except the label."""
     total = torch.zeros(())
     offset = 0
     for window in windows:
@@ -80,7 +80,7 @@ def test_four_tokens_by_hand() -> None:
     ids, labels, bounds = batch_of([[0, 1, 2, 3]])
     loss = Objective(unlikelihood=1.0).score(ids, labels, bounds)
     likelihood = -np.log([0.2, 0.3, 0.4]).sum()
-    # At the second position 1 stands before, at the third 1 and 2.
+    # Before the second position is 1, before the third 1 and 2.
     unlikelihood = -np.log(0.8) - np.log(0.8) - np.log(0.7)
     assert loss(logits, 0, 3).item() == pytest.approx(likelihood + unlikelihood)
 
@@ -115,16 +115,16 @@ def test_scoring_leaves_out_what_training_adds(model: ScoredGPT2) -> None:
     torch.testing.assert_close(model.eval()(**batch).loss, plain)
 
 
-def test_its_head_is_trained_both_as_head_and_as_embedding(model: ScoredGPT2) -> None:
+def test_the_tied_head_is_trained_as_head_and_as_embedding(model: ScoredGPT2) -> None:
     batch = PackedSteps(tokens(), context_length=16, batch_tokens=100)[0]
     model.eval()(**batch).loss.backward()
     embedding = model.transformer.wte.weight
     assert embedding is model.lm_head.weight
     assert embedding.grad is not None
-    # A token that the batch does not hold has a gradient as a wrong answer alone, one that it holds as input too.
+    # A token outside the batch has a gradient only as a wrong answer; one in the batch also has one as an input.
     assert embedding.grad[200].abs().sum() > 0
 
 
-def test_it_is_saved_as_the_gpt2_that_it_is(model: ScoredGPT2, tmp_path: Path) -> None:
+def test_it_is_saved_as_a_plain_gpt2(model: ScoredGPT2, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json")["architectures"] == ["GPT2LMHeadModel"]

@@ -1,4 +1,4 @@
-"""The joint optimizer against the two that it is made of."""
+"""The joint optimizer against the two that it combines."""
 
 import copy
 
@@ -54,7 +54,7 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest() -> None:
     joint = build_optimizer(model, params("muon"))
     for step in range(3):
         set_gradients(model, step)
-        # The same to the bit: both optimizers make much of the rounding of a gradient that is next to nothing.
+        # Bit for bit: both optimizers amplify the rounding of a gradient near zero.
         for name, weight in model.named_parameters():
             weights[name].grad = weight.grad.clone()
         joint.step()
@@ -64,7 +64,7 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest() -> None:
         torch.testing.assert_close(weight, weights[name])
 
 
-def test_it_goes_on_from_its_state_and_follows_its_schedule() -> None:
+def test_it_resumes_from_its_state_and_follows_its_schedule() -> None:
     model, again = tiny_gpt2(), tiny_gpt2()
     optimizer = build_optimizer(model, params("muon"))
     schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -73,20 +73,20 @@ def test_it_goes_on_from_its_state_and_follows_its_schedule() -> None:
         optimizer.step()
         schedule.step()
     again.load_state_dict(model.state_dict())
-    taken_up = build_optimizer(again, params("muon"))
-    schedule_again = LambdaLR(taken_up, lambda step: 1 / (1 + step))
-    assert isinstance(taken_up, JointOptimizer)
-    taken_up.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed = build_optimizer(again, params("muon"))
+    schedule_again = LambdaLR(resumed, lambda step: 1 / (1 + step))
+    assert isinstance(resumed, JointOptimizer)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     schedule_again.load_state_dict(schedule.state_dict())
     for step in range(2, 4):
         for each, its_optimizer, its_schedule in (
             (model, optimizer, schedule),
-            (again, taken_up, schedule_again),
+            (again, resumed, schedule_again),
         ):
             set_gradients(each, step)
             its_optimizer.step()
             its_schedule.step()
-    assert {group["lr"] for part in taken_up.optimizers for group in part.param_groups} == {0.01 / 5}
+    assert {group["lr"] for part in resumed.optimizers for group in part.param_groups} == {0.01 / 5}
     for name, weight in again.named_parameters():
         assert torch.equal(weight, model.get_parameter(name)), name
 
@@ -113,7 +113,7 @@ def test_frozen_blocks_and_embeddings_stay_and_the_rest_is_trained() -> None:
     assert changed == {name for name in before if ".h.1." in name or "ln_f" in name}
 
 
-def test_nothing_is_frozen_where_nothing_is_asked_and_all_of_it_is_refused() -> None:
+def test_zero_frozen_layers_freeze_nothing_and_all_of_them_are_refused() -> None:
     model = tiny_gpt2()
     freeze(model, 0)
     assert all(weight.requires_grad for weight in model.parameters())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.tokens import TokenArrays
 from pipeline.training.attention import PACKED, padded_attention
 from pipeline.training.objective import ScoredGPT2
-from pipeline.training.packing import IGNORED_LABEL, PackedSteps, Window, cut_windows, deal
+from pipeline.training.packing import IGNORED_LABEL, PackedSteps, TrainingWindow, cut_windows, deal
 
 END = 0
 
@@ -20,7 +20,7 @@ document_tokens = st.lists(st.integers(2, 60), max_size=30)
 
 
 def token_arrays(documents: Sequence[Sequence[int]]) -> TokenArrays:
-    """Arrays of documents given by the ids of their texts alone."""
+    """Return the arrays of documents, given by the ids of their texts without end-of-texts."""
     tokens, bounds = [END], [0]
     for ids in documents:
         tokens += [*ids, END]
@@ -49,11 +49,11 @@ def test_no_window_is_longer_than_the_context_nor_without_a_label(tokens: list[i
 
 
 def test_a_window_begins_with_the_last_token_of_the_one_before() -> None:
-    assert cut_windows([7, 3], 4) == [Window(0, 0, 4), Window(0, 3, 7), Window(1, 0, 3)]
+    assert cut_windows([7, 3], 4) == [TrainingWindow(0, 0, 4), TrainingWindow(0, 3, 7), TrainingWindow(1, 0, 3)]
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 12))
-def test_groups_are_consecutive_and_off_their_share_by_a_thing_at_most(sizes: list[int], groups: int) -> None:
+def test_groups_are_consecutive_and_off_their_share_by_at_most_one_item(sizes: list[int], groups: int) -> None:
     bounds = deal(sizes, groups).tolist()
     assert (bounds[0], bounds[-1], len(bounds)) == (0, len(sizes), groups + 1)
     assert bounds == sorted(bounds)
@@ -61,7 +61,7 @@ def test_groups_are_consecutive_and_off_their_share_by_a_thing_at_most(sizes: li
         assert abs(sum(sizes[start:end]) - sum(sizes) / groups) <= max(sizes, default=0)
 
 
-def test_more_groups_than_things_leave_some_empty() -> None:
+def test_more_groups_than_items_leave_some_empty() -> None:
     assert deal([3, 3], 4).tolist() == [0, 0, 1, 1, 2]
 
 
@@ -117,7 +117,7 @@ def test_epochs_differ_in_order_and_the_seed_repeats_them() -> None:
     assert order(1) == order(1) != order(2)
 
 
-def test_a_share_of_the_documents_is_part_of_any_greater_one() -> None:
+def test_a_share_of_the_documents_is_part_of_every_larger_one() -> None:
     arrays = token_arrays([[index + 1] for index in range(20)])
 
     def documents(share: float) -> set[int]:
@@ -166,7 +166,7 @@ LEAK_DOCUMENTS = [[40, 41, 42, 43, 44, 45, 46], [50, 51, 52, 53], [60, 61], [70,
 
 @pytest.fixture(params=["usual", "by depth", "unscaled"])
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> ScoredGPT2:
-    """As it is trained, with each way in which a GPT-2 may scale its attention."""
+    """The model as it is trained, with each way in which a GPT-2 may scale its attention."""
     changes = {
         "usual": {},
         "by depth": {"scale_attn_by_inverse_layer_idx": True},
@@ -176,7 +176,7 @@ def model(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> ScoredGPT2:
 
 
 def packed_logits(model: ScoredGPT2, documents: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits of each document, `[tokens, vocabulary]`, in one batch as the trainer feeds it."""
+    """Return the logits of each document, `[tokens, vocabulary]`, from one batch as the trainer feeds it."""
     batch = dict(PackedSteps(token_arrays(documents), context_length=16, batch_tokens=1000)[0])
     bounds = batch["cu_seq_lens_q"]
     del batch["labels"]

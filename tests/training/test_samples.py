@@ -25,10 +25,10 @@ def test_a_row_holds_prompt_and_what_follows_it(tiny_model: GPT2LMHeadModel, tin
     assert all(sample["text"] and not sample["text"].startswith("The lamp") for sample in samples)
 
 
-def test_a_prompt_gives_the_likeliest_text_alone_and_in_a_batch(
+def test_a_prompt_gives_the_same_likeliest_text_alone_and_in_a_batch(
     tiny_model: GPT2LMHeadModel, tiny_tokenizer: Tokenizer
 ) -> None:
-    # So small a nucleus holds one token: nothing is left to chance.
+    # A nucleus this small holds one token, so nothing is random.
     likeliest = PARAMS.model_copy(update={"top_p": 1e-6})
     together = generate_samples(tiny_model, tiny_tokenizer, likeliest)
     alone = [

@@ -11,6 +11,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel, set_seed
 
+from pipeline.curves import Curves
 from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams, TrainingSamplesParams
 from pipeline.tokens import TokenArrays, load_tokens, write_tokens
@@ -20,9 +21,9 @@ from pipeline.training.model import load_trainable
 from pipeline.training.objective import ScoredGPT2
 from pipeline.training.packing import PackedSteps
 from pipeline.training.processes import join_processes
-from pipeline.training.resume import ResumeState
 from pipeline.training.samples import generate_samples
-from pipeline.training.trainer import Curves, finetune_model, training_arguments
+from pipeline.training.state import TrainingState
+from pipeline.training.trainer import finetune_model, training_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +34,7 @@ VALIDATION_TEXTS = ["The lamp on the rock, and the tide that nobody had seen. Th
 
 
 class Recorder:
-    """A log of metrics that keeps them."""
+    """A metrics log that keeps what it gets."""
 
     def __init__(self) -> None:
         self.metrics: list[tuple[int, dict[str, float]]] = []
@@ -44,14 +45,14 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def float32_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever machine this is: losses are compared more closely than bfloat16 holds them."""
+    """Use float32 on any machine: losses are compared more closely than bfloat16 holds them."""
     monkeypatch.setattr(trainer, "supports_bfloat16", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
 def tokenized(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Callable[[Sequence[str]], TokenArrays]:
-    """Texts as token arrays, in a folder of the test's own."""
+    """Turn texts into token arrays, in a folder of the test's own."""
 
     def tokenize(texts: Sequence[str]) -> TokenArrays:
         folder = tmp_path / f"tokens{len(list(tmp_path.iterdir()))}"
@@ -140,13 +141,13 @@ def run(
 
 
 class Killed(BaseException):
-    """Stands in for a signal that cannot be caught."""
+    """Replaces a signal that cannot be caught."""
 
 
 @pytest.mark.parametrize(
     ("killed_at", "optimizer"), [(1, "adamw"), (8, "adamw"), (9, "muon"), (13, "adamw"), (13, "muon"), (24, "adamw")]
 )
-def test_an_interrupted_training_ends_as_if_it_had_not_been(
+def test_an_interrupted_training_ends_like_an_uninterrupted_one(
     killed_at: int,
     optimizer: str,
     tiny_checkpoint: Path,
@@ -154,7 +155,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With dropout, early stopping's patience and the order of windows; killed before, at and after checkpoints."""
+    """With dropout, early stopping and the order of windows; killed before, at and after checkpoints."""
     train, validation = tokenized(TRAINING_TEXTS * 2), tokenized(VALIDATION_TEXTS)
     params = finetune_params(epochs=8.0, evaluations=3, dropout=0.1, optimizer=optimizer, batch_tokens=32)
     model = trainable(tiny_checkpoint, dropout=0.1)
@@ -178,10 +179,10 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
     with pytest.raises(Killed):
         run(model, train, validation, tmp_path / "parts", params)
     monkeypatch.setattr(trainer.PackedTrainer, "training_step", step)
-    state = ResumeState(tmp_path / "parts" / "work")
+    state = TrainingState(tmp_path / "parts" / "work")
     assert (state.checkpoint is None) == (killed_at <= 8)
 
-    # Whatever is in the model by then, the checkpoint has the weights.
+    # Whatever the model holds now, the checkpoint has the weights.
     model.load_state_dict(start)
     found, rest = run(model, train, validation, tmp_path / "parts", params, resume_from=state.checkpoint)
     assert found == curves
@@ -191,7 +192,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
 
 
 def loss_by_hand(model: GPT2LMHeadModel, tokens: TokenArrays) -> float:
-    """Mean over all labels of all documents, each run alone."""
+    """Return the mean over all labels of all documents, each run alone."""
     losses = []
     model.eval()
     with torch.inference_mode(), padded_attention(model):
@@ -250,7 +251,7 @@ def test_the_best_checkpoints_weights_are_left_in_the_model(
     model: ScoredGPT2, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
     validation = tokenized(VALIDATION_TEXTS)
-    # A rate so high that what is learned first is lost again.
+    # A rate so high that the model loses what it learned first.
     params = finetune_params(epochs=12.0, evaluations=12, learning_rate=0.05, warmup_share=0.0)
     curves, _ = run(model, tokenized(TRAINING_TEXTS[:1]), validation, tmp_path, params)
     step, loss = curves.best_validation
@@ -283,7 +284,7 @@ def test_the_same_seed_gives_the_same_weights(
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_samples_while_training_change_nothing_of_it(
+def test_samples_while_training_do_not_change_it(
     tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
     train = tokenized(TRAINING_TEXTS)
@@ -304,7 +305,7 @@ def test_samples_while_training_change_nothing_of_it(
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_base_that_gives_no_finite_loss_is_told(
+def test_a_base_without_a_finite_loss_is_an_error(
     weight: float, model: ScoredGPT2, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
     tokens = tokenized(TRAINING_TEXTS)
@@ -314,10 +315,10 @@ def test_a_base_that_gives_no_finite_loss_is_told(
         run(model, tokens, tokens, tmp_path, finetune_params())
 
 
-@pytest.mark.parametrize(("spoiled", "told"), [(math.nan, "nan"), (1e4, "")])
-def test_a_loss_that_explodes_is_told_with_its_batch_and_the_last_good_checkpoint(
+@pytest.mark.parametrize(("spoiled", "shown"), [(math.nan, "nan"), (1e4, "")])
+def test_a_loss_that_explodes_is_an_error_with_its_batch_and_the_last_good_checkpoint(
     spoiled: float,
-    told: str,
+    shown: str,
     model: ScoredGPT2,
     tokenized: Callable[[Sequence[str]], TokenArrays],
     tmp_path: Path,
@@ -341,15 +342,15 @@ def test_a_loss_that_explodes_is_told_with_its_batch_and_the_last_good_checkpoin
     with pytest.raises(UserError) as caught:
         run(model, tokens, tokens, tmp_path, params, parts=2)
     message = str(caught.value)
-    assert message.startswith(f"finetune: the training loss is {told}")
+    assert message.startswith(f"finetune: the training loss is {shown}")
     assert f" at step {last}, batch 2 of 2, which learns from training documents " in message
     assert f"documents {', '.join(map(str, documents))}; lower finetune.learning_rate" in message
-    kept = ResumeState(tmp_path / "work").checkpoint
+    kept = TrainingState(tmp_path / "work").checkpoint
     assert kept is not None
     assert message.endswith(f"the last good checkpoint is kept in {kept}")
 
 
-def test_a_validation_loss_beyond_any_perplexity_is_told(
+def test_a_validation_loss_beyond_any_perplexity_is_logged(
     model: ScoredGPT2, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
     rows = tokenized(TRAINING_TEXTS)

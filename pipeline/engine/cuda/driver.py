@@ -1,4 +1,4 @@
-"""What CUDA needs on this machine, and what of it is missing."""
+"""What CUDA needs on this machine, and what is missing."""
 
 import ctypes
 import io
@@ -12,7 +12,7 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import EPFail, Fail, RuntimeException
 
 ERRORS = (RuntimeError, EPFail, Fail, RuntimeException)
-"""What onnxruntime raises where a provider does not start or run, and this package where CUDA itself does not."""
+"""What onnxruntime raises if a provider does not start or run, and what this package raises if CUDA does not."""
 PROVIDER = "CUDAExecutionProvider"
 PROCESSOR = "CPUExecutionProvider"
 DRIVER_LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
@@ -25,13 +25,13 @@ LIBRARIES = {
     "libnvrtc.so.13": "nvidia-cuda-nvrtc",
     "libcudnn.so.9": "nvidia-cudnn-cu13",
 }
-"""What onnxruntime-gpu 1.31 and our kernel load besides the driver, and the packages that bring it."""
+"""The libraries that onnxruntime-gpu 1.31 and our kernel load besides the driver, and the packages that bring them."""
 WARNING, FATAL = 2, 4  # levels of onnxruntime's log
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Something that CUDA lacks, and what to do about it."""
+    """Something that CUDA lacks here, and what to do about it."""
 
     problem: str
     remedy: str
@@ -41,7 +41,7 @@ class Obstacle:
 
 
 def obstacles() -> list[Obstacle]:
-    """What stands in the way of CUDA, the first thing to mend first; nothing where it should run."""
+    """Return what keeps CUDA from running, the first thing to fix first; empty if it should run."""
     found = []
     if PROVIDER not in ort.get_available_providers():
         if _installed() >= {"onnxruntime", "onnxruntime-gpu"}:
@@ -49,23 +49,23 @@ def obstacles() -> list[Obstacle]:
             remedy = "pip uninstall onnxruntime onnxruntime-gpu, then install the project again"
         else:
             problem = "this build of onnxruntime has no CUDA provider"
-            remedy = "install onnxruntime-gpu, and no onnxruntime beside it"
+            remedy = "install onnxruntime-gpu, without onnxruntime"
         found.append(Obstacle(problem, remedy))
     if driver() is None:
         found.append(Obstacle("no NVIDIA driver (libcuda) is installed", "install one of version 580 or later"))
     if sys.platform == "linux":
-        with quiet():
+        with mute_onnxruntime():
             ort.preload_dlls()
         missing = {library: package for library, package in LIBRARIES.items() if load(library) is None}
         if missing:
             packages = " ".join(sorted(set(missing.values())))
-            remedy = f"pip install '.[cuda]' brings them ({packages}), and so does a PyTorch built for CUDA 13"
+            remedy = f"install them by pip install '.[cuda]' ({packages}) or with a PyTorch built for CUDA 13"
             found.append(Obstacle(f"libraries of CUDA 13 are missing: {', '.join(missing)}", remedy))
     return found or _driver_obstacles()
 
 
 def _driver_obstacles() -> list[Obstacle]:
-    """What the driver has against it, once all libraries are there."""
+    """Return why the driver offers no GPU, once all libraries are there."""
     if sys.platform != "linux":
         return []
     runtime = ctypes.CDLL(RUNTIME)
@@ -76,31 +76,34 @@ def _driver_obstacles() -> list[Obstacle]:
         return []
     runtime.cudaGetLastError()
     reason = runtime.cudaGetErrorString(code).decode() if code else "no GPU is visible"
-    remedy = "nvidia-smi shows driver and GPUs; version 580 is the least, and CUDA_VISIBLE_DEVICES may hide them"
+    remedy = "check with nvidia-smi that the driver is 580 or later, and that CUDA_VISIBLE_DEVICES hides no GPU"
     return [Obstacle(f"the driver offers no GPU ({reason})", remedy)]
 
 
-def reason_in(said: str) -> str:
-    """Why a provider did not start, of what onnxruntime printed meanwhile."""
-    lines = [line.strip() for line in said.splitlines()]
-    told = next((line for line in lines if line.startswith("EP Error ")), None)
-    return told or next((line for line in lines if line.strip("* ")), "onnxruntime could not start it")
+def reason_in(output: str) -> str:
+    """Find in what onnxruntime printed why a provider did not start."""
+    lines = [line.strip() for line in output.splitlines()]
+    error = next((line for line in lines if line.startswith("EP Error ")), None)
+    return error or next((line for line in lines if line.strip("* ")), "onnxruntime could not start it")
 
 
 @contextmanager
-def quiet() -> Iterator[io.StringIO]:
-    """Gather what onnxruntime prints where CUDA does not start; it would go on without."""
-    said = io.StringIO()
+def mute_onnxruntime() -> Iterator[io.StringIO]:
+    """Collect what onnxruntime prints if CUDA does not start, and log only fatal errors meanwhile.
+
+    onnxruntime has no way to ask for its log level, so afterwards it is the default, `WARNING`, again.
+    """
+    output = io.StringIO()
     ort.set_default_logger_severity(FATAL)
     try:
-        with redirect_stdout(said):
-            yield said
+        with redirect_stdout(output):
+            yield output
     finally:
         ort.set_default_logger_severity(WARNING)
 
 
 def nodes_elsewhere(graph: ort.InferenceSession) -> list[str]:
-    """The nodes of a graph that do not run on CUDA, as `operator name`; its session recorded where each went."""
+    """Return the nodes of a graph that do not run on CUDA, as `operator name`. Its session must record assignments."""
     return [
         f"{node.op_type} {node.name}"
         for part in graph.get_provider_graph_assignment_info()
@@ -110,7 +113,7 @@ def nodes_elsewhere(graph: ort.InferenceSession) -> list[str]:
 
 
 def load(library: str) -> ctypes.CDLL | None:
-    """A library of the system; none where it is not there."""
+    """Load a library of the system; None if it is missing."""
     try:
         return ctypes.CDLL(library)
     except OSError:
@@ -118,7 +121,7 @@ def load(library: str) -> ctypes.CDLL | None:
 
 
 def driver() -> ctypes.CDLL | None:
-    """NVIDIA's driver; none where it is not installed."""
+    """Load NVIDIA's driver; None if it is not installed."""
     return next((found for library in DRIVER_LIBRARIES if (found := load(library)) is not None), None)
 
 

@@ -1,4 +1,4 @@
-"""The sampler's kernel: compiled for the GPU at hand when an engine is loaded, launched once a step."""
+"""The sampler's kernel: compiled for this machine's GPU when an engine is loaded, launched once per step."""
 
 import ctypes
 import sys
@@ -12,15 +12,15 @@ from pipeline.engine.memory import Buffer
 
 SOURCE = Path(__file__).with_name("sampler.cu")
 COMPILER = "nvrtc64_130_0.dll" if sys.platform == "win32" else "libnvrtc.so.13"
-# Products and sums stay apart: NumPy rounds between them.
+# Do not contract products and sums: NumPy rounds between them.
 OPTIONS = ("--fmad=false",)
 THREADS = 1024
-"""Of a block, which draws for a row."""
+"""The number of threads per block; a block draws for a row."""
 MAJOR, MINOR = 75, 76  # the driver's numbers for the two parts of a GPU's capability
 
 
 class Rows(ctypes.Structure):
-    """What the kernel is given: where each field of every row lies. The struct of the same name in `SOURCE`."""
+    """The kernel's argument: the address of each field's array. It mirrors the struct of the same name in `SOURCE`."""
 
     _fields_ = [
         ("logits", ctypes.c_void_p),
@@ -33,16 +33,16 @@ class Rows(ctypes.Structure):
 
 
 def rows_of(buffers: Mapping[str, Buffer], vocabulary_size: int, context_length: int) -> Rows:
-    """The kernel's argument from `logits`, the fields of `STATE`, and `keys` and `weights` to work in."""
+    """Return the kernel's argument for `logits`, the fields of `STATE`, and the scratch `keys` and `weights`."""
     places = {name: buffer.address for name, buffer in buffers.items()}
     return Rows(**places, vocabulary=vocabulary_size, context=context_length)
 
 
 class Kernel:
-    """`draw` of `SOURCE` on the first GPU, whose context the CUDA runtime has opened in this thread."""
+    """`draw` of `SOURCE` on the first GPU. The CUDA runtime must have opened the GPU's context in this thread."""
 
     def __init__(self, stream: int) -> None:
-        """Raises `RuntimeError` with the compiler's or driver's reason."""
+        """Compile and load the kernel. Raises `RuntimeError` with the compiler's or driver's reason."""
         self._stream = ctypes.c_void_p(stream)
         cuda = driver.driver()
         if cuda is None:
@@ -74,7 +74,7 @@ class Kernel:
 
 
 def compile_for(capability: str) -> bytes:
-    """The machine code of `SOURCE` for a GPU of this capability, such as `90`. Needs NVRTC, and no GPU."""
+    """Compile `SOURCE` for a GPU of this capability, such as `90`. Needs NVRTC, but no GPU."""
     compiler = ctypes.CDLL(COMPILER)
     program = ctypes.c_void_p()
     _check(

@@ -8,31 +8,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engine import filters
-from pipeline.engine.sampler import Continuation
+from pipeline.engine.sampler import OUTSIDE_THE_DRAW, Continuation
 
+DEVICE_FIELDS = (OUTSIDE_THE_DRAW - {"logprobs"}) | {
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("min_new_tokens", "stop_token_ids"),
+    *("logit_bias", "banned_token_ids", "allowed_token_ids"),
+}
+"""The fields of `SamplingParams` that the device supports. If any other is set, as a new one would be, the host draws.
+N-grams that must not repeat and runs of the training text need the text itself, log-probabilities need the logits on
+the host, and the kernel has no typical-p."""
 ENDING_IDS = 8
-"""Tokens that may end a continuation."""
+"""The number of tokens that may end a continuation."""
 LOGGED = 8
-"""Tokens of a row that the log holds, each in the place of the one drawn so many steps before."""
+"""The number of tokens per row that the log holds. A token replaces the one drawn this many steps before."""
 ASKS_HOST, STEP_BITS, TAG_BITS = (1 << 24) - 1, 24, 40
-"""An entry is the token, or `ASKS_HOST` where the host has to draw it, with the number of the draw since the row joined
-in the bits from `STEP_BITS` on, and a tag, which grows each time that a row joins, in those from `TAG_BITS` on. So the
-reader knows the token that it waits for from any that stood there before."""
+"""An entry of the log holds the token, or `ASKS_HOST` if the host must draw it; from bit `STEP_BITS` on, the number of
+the draw since the row joined; and from bit `TAG_BITS` on, a tag, which grows each time that a row joins. So a reader
+can distinguish the token that it waits for from an older one in the same place."""
 NEVER = -1
 """An ending id that no token has."""
 LOWEST = np.finfo(np.float32).min
 
 
+def round_up_rows(rows: int) -> int:
+    """Return how many rows a device runs for the first `rows`: the next power of two, as each is captured once."""
+    return 1 << (rows - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Field:
-    """An array `[rows, width]`."""
+    """An array of the state, `[rows, width]`."""
 
     dtype: type[np.generic]
     width: str
+    """A key of `widths`."""
 
 
 STATE: dict[str, Field] = {
-    # What each token of the vocabulary has done to it: logit + bias, then the penalty, then less the offset.
+    # What changes each token's logit: add the bias, apply the penalty, subtract the offset.
     "bias": Field(np.float32, "vocabulary"),
     "penalty": Field(np.float32, "vocabulary"),
     "offset": Field(np.float32, "vocabulary"),
@@ -46,21 +61,22 @@ STATE: dict[str, Field] = {
     "log_min_p": Field(np.float32, "one"),
     "ending_ids": Field(np.int64, "endings"),
     "uniforms": Field(np.float64, "context"),
-    # How many were drawn, which is the uniform that comes next; how many may still be.
+    # How many tokens were drawn, which is the index of the next uniform; how many may still be drawn.
     "drawn": Field(np.int64, "one"),
     "left": Field(np.int64, "one"),
     "tag": Field(np.int64, "one"),
     "log": Field(np.int64, "logged"),
-    # What the model is fed next, and where it stands.
+    # The token that the model is fed next, and its position.
     "input_ids": Field(np.int64, "one"),
     "position_ids": Field(np.int64, "one"),
     "last_positions": Field(np.int32, "none"),
 }
-"""In the order of `Rows` in `sampler.cu`; a `top_k` of 0, a `top_p` of 1, a `log_min_p` of `LOWEST` filter nothing."""
+"""The fields in the order of `Rows` in `sampler.cu`. A `top_k` of 0, a `top_p` of 1 and a `log_min_p` of `LOWEST`
+filter nothing."""
 
 
 def widths(vocabulary_size: int, context_length: int) -> dict[str, tuple[int, ...]]:
-    """What follows the rows in the shape of a field of each width."""
+    """Return the dimensions that follow the rows in the shape of a field, by its width."""
     return {
         "none": (),
         "one": (1,),
@@ -72,18 +88,10 @@ def widths(vocabulary_size: int, context_length: int) -> dict[str, tuple[int, ..
 
 
 def can_be_drawn(continuation: Continuation) -> bool:
-    """Whether the device can draw what comes next: all but what looks at the text itself, or is looked at by the host.
-
-    Those are n-grams that may not repeat, runs of the training text, log-probabilities, typical-p, and a least number
-    of tokens not yet reached.
-    """
-    params = continuation.params
+    """Return whether the device can draw the next token: a minimum length must have been reached."""
     return (
-        params.typical_p == 1
-        and params.no_repeat_ngram_size == 0
-        and params.max_verbatim_tokens == 0
-        and params.logprobs is None
-        and len(continuation.output_ids) >= params.min_new_tokens
+        continuation.active_fields <= DEVICE_FIELDS
+        and len(continuation.output_ids) >= continuation.params.min_new_tokens
         and len(continuation.ending_ids) <= ENDING_IDS
     )
 
@@ -91,20 +99,20 @@ def can_be_drawn(continuation: Continuation) -> bool:
 def row_of(
     continuation: Continuation, token_id: int, position: int, left: int, tag: int, context_length: int
 ) -> dict[str, NDArray[Any]]:
-    """The row of each field of `STATE` but the log, where `token_id` is fed next, and `left` may be drawn.
+    """Return the row of each field of `STATE` except the log.
 
-    `position` is where the token stands, `tag` what is added to the entries of the log.
+    `token_id` is fed next, at `position`, and up to `left` tokens are drawn; `tag` is added to the entries of the log.
     """
     params = continuation.params
-    bias, penalty, offset, counts = continuation.dense_changes()
+    bias, penalty, offset, counts = continuation.expand_changes()
     greedy = params.temperature == 0
     endings = list(continuation.ending_ids)
     numbers = {
         "repetition_penalty": filters.penalty_factor(params.repetition_penalty),
         "presence_penalty": params.presence_penalty,
         "frequency_penalty": params.frequency_penalty,
-        "temperature": 1 if greedy else filters.cooling(params.temperature),
-        # The likeliest token, the first among equals: what the smallest uniform draws of the largest logits.
+        "temperature": 1 if greedy else filters.temperature_divisor(params.temperature),
+        # Greedy takes the likeliest token, the first of several: the smallest uniform draws it from the top-1.
         "top_k": 1 if greedy else params.top_k,
         "top_p": 1 if greedy else params.top_p,
         "log_min_p": LOWEST if greedy or params.min_p == 0 else math.log(params.min_p),

@@ -1,17 +1,17 @@
-// The filters, the draw and what follows from it on the GPU: a step of every row of a batch, without the host.
+// Filter, draw and update the state on the GPU: a step of every row of a batch, without the host.
 //
-// It says what pipeline/engine/filters.py says: the same filters in the same order, the same uniform, the same token,
-// unless the uniform, or a filter's edge, lies within rounding. A block draws for a row. What penalties and bans do to
-// each token of the vocabulary is kept in rows of its width, which a step changes in one place, so that its work does
-// not grow with the context. A row whose `left` is 0 rests: it draws nothing, and nothing of it changes.
+// The kernel does what pipeline/engine/filters.py does: the same filters in the same order, the same uniform, the same
+// token, unless the uniform or a filter's edge is within rounding. A block draws for a row. What penalties and bans do
+// to each token is kept in rows as wide as the vocabulary. A step changes one place in each, so its work does not grow
+// with the context. A row with a `left` of 0 rests: it draws nothing and does not change.
 //
-// Logits become keys, unsigned numbers in the same order, so that a threshold is found exactly, three bits at a time;
-// weights become whole numbers, so that their sums do not depend on the order in which threads add. Most tokens are far
-// below a top-k: the k-th largest of the threads' largest keys is a bound that at least k tokens reach, and what reaches
-// it is listed in shared memory. Where the list is too short, or nothing limits the number of tokens, the row is read.
+// Logits become keys, unsigned numbers in the same order, so that a threshold is found exactly, three bits at a time.
+// Weights become integers, so that their sums do not depend on the order in which threads add. Most tokens are far
+// below top-k: at least k tokens reach the k-th largest of the threads' largest keys, and the tokens that reach this
+// bound are listed in shared memory. If they do not fit in the list, or nothing limits their number, the row is read.
 //
-// Compiled by NVRTC, without contraction of products and sums; by a C++ compiler, with tests/engine/cuda_on_host.h, for
-// the tests.
+// NVRTC compiles it without contraction of products and sums. For the tests, a C++ compiler does, with
+// tests/engine/cuda/cuda_on_host.h.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -24,10 +24,10 @@ typedef long long i64;
 #define WAYS 7
 #define WAY_BITS 3
 #define LISTED 2048
-// The largest weight: sums over a vocabulary of a million tokens fit in 64 bits.
+// The largest weight. Sums over a vocabulary of a million tokens fit in 64 bits.
 #define UNIT 1099511627776.0f
 
-// As in pipeline/engine/cuda/rows.py, which gives the fields in this order.
+// As in pipeline/engine/cuda/rows.py, which has the fields in the same order.
 #define ENDING_IDS 8
 #define LOGGED 8
 #define ASKS_HOST ((1LL << 24) - 1)
@@ -57,8 +57,8 @@ struct Rows {
     i64 *input_ids;
     i64 *position_ids;
     int *last_positions;
-    u32 *keys;       // scratch of a row of the vocabulary
-    float *weights;  // likewise
+    u32 *keys;       // scratch, as wide as the vocabulary
+    float *weights;  // scratch, as wide as the vocabulary
     i64 vocabulary;
     i64 context;
 };
@@ -71,7 +71,7 @@ struct Shared {
     int listed;
 };
 
-// A number that is larger the larger the float; NaN is above infinity, or below its negative.
+// Map a float to a number in the same order. NaN is above infinity or below minus infinity.
 __device__ u32 key_of(float value) {
     u32 bits = __float_as_uint(value);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -89,8 +89,8 @@ __device__ u64 larger(u64 one, u64 other) {
     return one > other ? one : other;
 }
 
-// The sums over the block's threads of `ways` numbers each, given to all threads. `turn` alternates between calls, so
-// that one barrier suffices: who writes the sums of the next call has read those of the last.
+// Sum `ways` numbers each over the block's threads, and give the sums to all threads. `turn` alternates between calls,
+// so that one barrier is enough: a thread that writes the sums of the next call has read those of the last.
 __device__ void add_up(u64 *own, int ways, Shared *shared, int *turn) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = (blockDim.x + WARP - 1) / WARP;
     for (int way = 0; way < ways; way++)
@@ -110,7 +110,7 @@ __device__ void add_up(u64 *own, int ways, Shared *shared, int *turn) {
     *turn = 1 - *turn;
 }
 
-// The largest key that a thread of the block has, given to all threads.
+// Find the largest key of the block's threads, and give it to all threads.
 __device__ u32 largest_of(u32 key, Shared *shared, int *turn) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = (blockDim.x + WARP - 1) / WARP;
     u64 largest = key;
@@ -127,11 +127,11 @@ __device__ u32 largest_of(u32 key, Shared *shared, int *turn) {
     return (u32)largest;
 }
 
-// The largest key at or above which the weights sum to at least `need`; without weights, each token counts as one.
+// Find the largest key at or above which the weights sum to at least `need`. Without weights, each token counts as one.
 __device__ u32 find_edge(const u32 *keys, const float *weights, int count, u64 need, Shared *shared, int *turn) {
     u32 edge = 0;
     for (int shift = 30; shift >= 0; shift -= WAY_BITS) {
-        // Of 32 bits, the first two are taken together.
+        // 32 is not a multiple of 3: the first pass takes two bits.
         int ways = shift == 30 ? 3 : WAYS;
         u64 reached[WAYS] = {0, 0, 0, 0, 0, 0, 0};
         for (int place = threadIdx.x; place < count; place += blockDim.x) {
@@ -153,8 +153,8 @@ __device__ u32 find_edge(const u32 *keys, const float *weights, int count, u64 n
     return edge;
 }
 
-// The token was drawn, or the host has to: log it, count it, and say what comes next. One thread does it.
-__device__ void go_on(Rows rows, i64 row, i64 token, bool is_drawn) {
+// Log a drawn token, count it, and set what is fed next; or ask the host to draw. One thread does this.
+__device__ void advance(Rows rows, i64 row, i64 token, bool is_drawn) {
     i64 step = rows.drawn[row];
     rows.log[row * LOGGED + step % LOGGED] = rows.tag[row] + (step << STEP_BITS) + (is_drawn ? token : ASKS_HOST);
     if (!is_drawn) {
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) draw(Rows rows) {
     int turn = 0;
     int thread = threadIdx.x, threads = blockDim.x, lane = thread % WARP, warp = thread / WARP;
     i64 row = blockIdx.x;
-    // What `go_on` changes is read before the first barrier.
+    // Everything that `advance` changes is read before the first barrier.
     if (rows.left[row] <= 0)
         return;
     i64 step = rows.drawn[row] < rows.context ? rows.drawn[row] : rows.context - 1;
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) draw(Rows rows) {
     u32 *keys = rows.keys + start;
     float *weights = rows.weights + start;
 
-    // Bias, penalties. Each thread keeps the largest key of the tokens that it reads here, which it reads below too.
+    // Bias and penalties. Each thread keeps the largest key of its tokens, which are the same ones in the loops below.
     u32 largest = 0;
     u64 wrong = 0;
     for (int token = thread; token < vocabulary; token += threads) {
@@ -209,11 +209,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) draw(Rows rows) {
     u32 top = largest_of(largest, &shared, &turn);
     if (wrong || top <= REMOVED) {
         if (thread == 0)
-            go_on(rows, row, 0, false);
+            advance(rows, row, 0, false);
         return;
     }
 
-    // The temperature. The likeliest token is at 0, and its weight is 1.
+    // Temperature. The likeliest token gets the logit 0 and the weight 1.
     float peak = value_of(top), temperature = rows.temperature[row];
     for (int token = thread; token < vocabulary; token += threads) {
         float cooled = (value_of(keys[token]) - peak) / temperature;
@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) draw(Rows rows) {
     }
     largest = key_of((value_of(largest) - peak) / temperature);
 
-    // Top-k, among the row or what may reach it.
+    // Top-k, among the list if it holds all candidates, else among the row.
     const u32 *read_keys = keys;
     const float *read_weights = weights;
     int count = vocabulary;
@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) draw(Rows rows) {
         edge_k = find_edge(read_keys, 0, count, top_k, &shared, &turn);
     }
 
-    // Top-p, of what top-k has left.
+    // Top-p, among what top-k has kept.
     double top_p = rows.top_p[row];
     if (top_p < 1) {
         u64 mass = 0;
@@ -269,8 +269,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) draw(Rows rows) {
     }
     edge = edge_k > edge ? edge_k : edge;
 
-    // The token at which the CDF in vocabulary order first exceeds the uniform: the warp's run of tokens, then which.
-    // Until now each thread has read only what it wrote.
+    // Find the token at which the CDF in vocabulary order first exceeds the uniform: first the warp with its range of
+    // tokens, then the token. Until now each thread has read only keys and weights that it wrote.
     __syncthreads();
     int warps = (threads + WARP - 1) / WARP, run = (vocabulary + warps - 1) / warps;
     int first = warp * run, end = first + run < vocabulary ? first + run : vocabulary;
@@ -301,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) draw(Rows rows) {
         }
         through += before;
         if (target < through && target >= through - weight)
-            go_on(rows, row, token, true);
+            advance(rows, row, token, true);
         before = __shfl_sync(0xffffffffu, through, WARP - 1);
         if (target < before)
             return;

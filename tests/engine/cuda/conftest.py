@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from shared_folder import shared_folder
 
 from pipeline.engine.cuda.kernel import SOURCE, Rows
 
@@ -17,25 +18,30 @@ Launch = Callable[[Rows, int, int], None]
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Draw for so many rows with blocks of so many threads, a warp of one each."""
-    return compiled(tmp_path_factory.mktemp("kernel"), 1)
+def launch() -> Launch:
+    """Return the kernel for blocks of any number of threads, with warps of one."""
+    return compiled(1)
 
 
 @pytest.fixture(scope="session")
-def launch_warps(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """The same with warps of four threads, of which there must be a multiple."""
-    return compiled(tmp_path_factory.mktemp("kernel"), 4)
+def launch_warps() -> Launch:
+    """Return the kernel for blocks of a multiple of four threads, with warps of four."""
+    return compiled(4)
 
 
-def compiled(folder: Path, warp: int) -> Launch:
+def compiled(warp: int) -> Launch:
     if COMPILER is None:
         pytest.skip("the kernel's tests need a C++ compiler (c++ or g++)")
-    library = folder / "draw.so"
-    header = Path(__file__).with_name("cuda_on_host.h")
-    command = [COMPILER, *FLAGS, f"-DWARP={warp}", f"-I{SOURCE.parent}", "-x", "c++", str(header), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    compiler = COMPILER
+
+    def build(folder: Path) -> None:
+        header = Path(__file__).with_name("cuda_on_host.h")
+        flags = [*FLAGS, f"-DWARP={warp}", f"-I{SOURCE.parent}", "-x", "c++"]
+        command = [compiler, *flags, str(header), "-o", str(folder / "draw.so")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    library = shared_folder(f"kernel-{warp}", build) / "draw.so"
     function = ctypes.CDLL(str(library)).draw_on_host
     function.restype = None
 

@@ -1,5 +1,5 @@
-// Just enough of CUDA to run a kernel of one block a row on the host: a thread of the system for each of the block's, and
-// blocks one after the other. A warp has WARP threads, which exchange values through memory; of one, nothing is exchanged.
+// Just enough of CUDA to run a kernel with one block per row on the host: a system thread per thread of the block, and
+// blocks one after the other. The WARP threads of a warp exchange values through memory.
 
 #include <atomic>
 #include <barrier>

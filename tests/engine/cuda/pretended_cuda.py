@@ -1,8 +1,8 @@
 """Stand-ins for the libraries of CUDA: they answer, keep memory on the host, and compute nothing.
 
-With them ONNX Runtime's CUDA provider starts on any machine, takes the nodes that it has kernels for, and captures; and
-our own calls of the runtime, the driver and the compiler are made with their true arguments. What is computed is
-nothing: no result means anything. Every function that a library is asked for and that is not written out here gives 0.
+With them ONNX Runtime's CUDA provider starts on any machine, takes the nodes for which it has kernels, and captures.
+Our own calls of the runtime, the driver and the compiler are made with their real arguments. Nothing is computed, so no
+result means anything. Every function that a library needs and that is not written out here returns 0.
 """
 
 import re
@@ -130,11 +130,11 @@ LIBRARIES = {
     "libcudnn.so.9": (CUDNN, "cudnn\\w*"),
     "libnvrtc.so.13": (COMPILER, "nvrtc\\w*"),
 }
-"""The source of each, and what the names of its functions look like."""
+"""The source of each library, and a pattern of its functions' names."""
 
 
 def obstacle() -> str | None:
-    """What is missing to make them."""
+    """Return what is missing to make the stand-ins."""
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         return f"{' and '.join(missing)} is needed to make stand-ins for CUDA's libraries"
     if not provider_library().is_file():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_device_loop import PROMPTS, SETTINGS
+from test_loop import PROMPTS, SETTINGS
 from transformers import GPT2LMHeadModel
 
 from pipeline.engine import Engine, SamplingParams
@@ -32,7 +32,7 @@ def test_logits_are_those_of_pytorch(engine: Engine, tiny_model: GPT2LMHeadModel
     text = [(17 * index) % 300 for index in range(40)]
     with torch.inference_mode():
         expected = tiny_model(torch.tensor([text])).logits[0].numpy()
-    np.testing.assert_allclose(engine.session.score(text, 0), expected, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(engine.session.read(text, 0)[0], expected, atol=tolerance, rtol=0)
     engine.session.prefill(1, text[:30], 0)
     engine.session.prefill(0, text[:20], 0)
     for step in range(3):

@@ -1,4 +1,4 @@
-"""The sampler's kernel, run on the host, says what the readable reference says, and keeps its own books."""
+"""The sampler's kernel, run on the host, draws what the readable reference draws, and updates its state."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_sampler import END_OF_TEXT, VOCABULARY, continued, histories, make_logits, near_an_edge, outcome, parameters
+from sampler_cases import END_OF_TEXT, VOCABULARY, continued, histories, make_logits, near_an_edge, outcome, parameters
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.cuda import driver, kernel
+from pipeline.engine.cuda import driver, kernel, rows
 from pipeline.engine.cuda.rows import ASKS_HOST, LOGGED, STATE, STEP_BITS, TAG_BITS, can_be_drawn, row_of
 from pipeline.engine.filters import Logits, sample
 from pipeline.engine.sampler import Continuation
 
 CONTEXT = 64
 FEEDS = 5, 20
-"""The token that is fed, and where it stands."""
+"""The token that is fed, and its position."""
 TAG = 3 << TAG_BITS
 
 Rows = dict[str, NDArray[Any]]
@@ -31,13 +31,13 @@ def stack(rows: list[Rows]) -> Rows:
 
 
 def state_of(continuation: Continuation, left: int = 10) -> Rows:
-    """A row whose log holds what somebody else drew."""
+    """Return a row with a log that an earlier request filled."""
     row = row_of(continuation, *FEEDS, left, TAG, CONTEXT)
     return {**row, "log": np.full(LOGGED, TAG - 1, np.int64)}
 
 
 def drawn(state: Rows) -> list[list[int | None]]:
-    """What each row has drawn in its first steps; None where nothing was."""
+    """Return what each row has drawn in its first steps; None if nothing."""
     return [
         [
             int(entry) - first if 0 <= int(entry) - first <= ASKS_HOST else None
@@ -48,7 +48,7 @@ def drawn(state: Rows) -> list[list[int | None]]:
 
 
 def step(launch: Launch, logits: Logits, state: Rows, threads: int = 3) -> Rows:
-    """One step, which writes over a copy of the state."""
+    """Run a step on a copy of the state, and return it."""
     arrays = {name: np.ascontiguousarray(values.copy()) for name, values in {"logits": logits, **state}.items()}
     arrays |= {"keys": np.zeros(logits.shape, np.uint32), "weights": np.zeros(logits.shape, np.float32)}
     places = {name: values.ctypes.data for name, values in arrays.items()}
@@ -130,7 +130,7 @@ def test_the_books_are_those_of_the_host(launch: Launch) -> None:
 
 
 def test_a_row_rests_when_it_ends(launch: Launch) -> None:
-    """By an ending id, by its last token, and where the host is asked; the others go on."""
+    """By an ending id, by its last token, and if the host is asked; the others continue."""
     ending = continued(SamplingParams(temperature=0, stop_token_ids=(9,), seed=0), [], [])
     last = continued(SamplingParams(temperature=0, seed=0), [], [])
     asking = continued(SamplingParams(top_p=0.9, seed=1), [], [])
@@ -167,6 +167,13 @@ def test_what_looks_at_the_text_is_the_hosts() -> None:
         assert not can_be_drawn(continued(replace(params, seed=1), [], []))
     later = continued(SamplingParams(min_new_tokens=3, seed=1), [], [5, 6, 7])
     assert can_be_drawn(later)
+
+
+def test_a_parameter_that_the_device_does_not_state_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    continuation = continued(SamplingParams(top_k=5, min_p=0.1, seed=1), [], [])
+    assert can_be_drawn(continuation)
+    monkeypatch.setattr(rows, "DEVICE_FIELDS", rows.DEVICE_FIELDS - {"min_p"})
+    assert not can_be_drawn(continuation)
 
 
 def test_a_vocabulary_smaller_than_the_block(launch: Launch) -> None:

@@ -1,4 +1,4 @@
-"""The loop of a device says what the host's says; run on the processor, where both can be."""
+"""The device's loop gives the tokens of the host's; both run on the processor."""
 
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.engine import Completion, Engine, SamplingParams
 from pipeline.engine.cuda.kernel import Rows
+from pipeline.engine.cuda.rows import DEVICE_FIELDS
 from pipeline.engine.memory import Buffer, HostMemory
 from pipeline.engine.scheduler import Scheduler
 
@@ -23,7 +24,7 @@ Launch = Callable[[Rows, int, int], None]
 
 
 class LaggingMemory(HostMemory):
-    """Memory whose log is seen some looks late, as that of a GPU is that has steps in its queue."""
+    """Memory in which a peek is some looks late, as on a GPU with steps in its queue."""
 
     def __init__(self) -> None:
         self.seen: deque[NDArray[Any]] = deque(maxlen=LAG)
@@ -34,7 +35,7 @@ class LaggingMemory(HostMemory):
 
 
 def load(folder: Path, launch: Launch | None, memory: HostMemory | None = None) -> Engine:
-    """An engine whose rows `launch` draws, if given."""
+    """Load an engine; `launch` draws for it, if given."""
     engine = Engine.load(folder, provider="cpu", precision="float16", threads=1)
     if memory is not None:
         engine.session.memory = memory
@@ -56,12 +57,12 @@ def by_device(tiny_engine_folder: Path, launch: Launch) -> Engine:
 
 @pytest.fixture
 def late(tiny_engine_folder: Path, launch: Launch) -> Engine:
-    """One whose host is always some steps behind."""
+    """An engine with a host that is always some steps behind."""
     return load(tiny_engine_folder, launch, LaggingMemory())
 
 
 def steps_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each step of the device was asked for, as it goes on."""
+    """Return a list that grows by the number of rows of each step of the device."""
     asked: list[int] = []
     loop = engine.scheduler._loop
     assert loop is not None
@@ -86,7 +87,14 @@ SETTINGS: list[SamplingParams] = [
     SamplingParams(seed=9, top_p=0.9999, temperature=3.0, max_new_tokens=8, ignore_eos=True),
     SamplingParams(seed=10, top_k=30, context_overflow="slide", max_new_tokens=90, ignore_eos=True),
     SamplingParams(seed=11, temperature=0.3, repetition_detection=(8, 2), max_new_tokens=50, ignore_eos=True),
+    SamplingParams(seed=12, top_k=50, min_new_tokens=4, max_new_tokens=20),
 ]
+
+
+def test_every_parameter_that_the_device_supports_is_tried() -> None:
+    tried = {name for params in SETTINGS for name in params.active_fields()}
+    # The engine reads ids, and refuses texts that stop it.
+    assert tried == DEVICE_FIELDS - {"stop"}
 
 
 @pytest.mark.parametrize("params", SETTINGS)

@@ -1,4 +1,4 @@
-"""All that leads to a GPU, with stand-ins for its libraries: the calls are real, and nothing is computed."""
+"""Everything up to a GPU, with stand-ins for its libraries: the calls are real, but nothing is computed."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ assert (session.provider, session.slots) == ("cuda", 4)
 session.prefill(0, [1, 2, 3], 0)
 session.decode([1, 2], [3, 0])
 session.decode([1, 2], [4, 1])
-session.score([1, 2, 3], 0)
+session.read([1, 2, 3], 0)
 session.copy(0, 1, 3)
 print("ready", flush=True)
 loop.park(2, 4)

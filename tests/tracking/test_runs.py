@@ -1,3 +1,5 @@
+"""What a run records in the MLflow store, where the store is, and what happens if it does not answer."""
+
 import hashlib
 import json
 import os
@@ -253,43 +255,48 @@ def test_trials_from_a_number_on_are_forgotten() -> None:
     assert len(trials_of(other.client, other.run_id)) == 1
 
 
-def test_a_child_is_found_by_parent_and_stage() -> None:
+def test_a_run_is_found_by_stage_and_outputs(tmp_path: Path) -> None:
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "tune" / "found.json").write_text("{}")
     client, parent = logged_run()
-    _, other = logged_run()
-    _, first = logged_run("evaluate", parent_run_id=parent.info.run_id)
-    _, second = logged_run("evaluate", parent_run_id=parent.info.run_id)
-    assert first.data.tags[MLFLOW_PARENT_RUN_ID] == parent.info.run_id
-    assert first.info.run_name == "evaluate"
-    assert runs.find_child(client, parent.info.run_id, "evaluate") == second.info.run_id
-    assert runs.find_child(client, parent.info.run_id, "register") is None
-    assert runs.find_child(client, other.info.run_id, "evaluate") is None
+    assert runs.find_run(client, "tune", tmp_path / "tune") is None
+    with runs.start_run("tune", {}, parent_run_id=parent.info.run_id) as first:
+        first.tag_outputs(tmp_path / "tune")
+    with runs.start_run("tune", {}, parent_run_id=parent.info.run_id) as second:
+        second.tag_outputs(tmp_path / "tune")
+    assert client.get_run(first.run_id).data.tags[MLFLOW_PARENT_RUN_ID] == parent.info.run_id
+    assert client.get_run(first.run_id).info.run_name == "tune"
+    # The newest of those that wrote the same.
+    assert runs.find_run(client, "tune", tmp_path / "tune") == second.run_id
+    client.delete_run(second.run_id)
+    assert runs.find_run(client, "tune", tmp_path / "tune") == first.run_id
+    assert runs.find_run(client, "evaluate", tmp_path / "tune") is None
+    (tmp_path / "tune" / "found.json").write_text("{ }")
+    assert runs.find_run(client, "tune", tmp_path / "tune") is None
 
 
-def test_a_child_that_failed_is_not_found() -> None:
-    client, parent = logged_run()
-    with pytest.raises(RuntimeError), runs.start_run("evaluate", {}, parent_run_id=parent.info.run_id):
-        raise RuntimeError
-    assert runs.find_child(client, parent.info.run_id, "evaluate") is None
+def test_a_run_that_failed_is_not_found(tmp_path: Path) -> None:
+    (tmp_path / "tune").mkdir()
+    with runs.start_run("tune", {}) as run:
+        run.tag_outputs(tmp_path / "tune")
+    assert runs.find_run(run.client, "tune", tmp_path / "tune") == run.run_id
+    run.client.set_terminated(run.run_id, "FAILED")
+    assert runs.find_run(run.client, "tune", tmp_path / "tune") is None
 
 
-def test_a_run_is_found_by_its_id() -> None:
+def test_the_store_holds_a_run_until_it_is_deleted() -> None:
     client, run = logged_run()
-    assert runs.find_run(client, run.info.run_id) == run.info.run_id
-    assert runs.find_run(client, "0" * 32) is None
-
-
-def test_a_deleted_run_is_found_in_the_one_that_restores_it() -> None:
-    client, run = logged_run()
+    assert runs.holds_run(run.info.run_id)
     client.delete_run(run.info.run_id)
-    assert runs.find_run(client, run.info.run_id) is None
-    _, restored = logged_run(tags={runs.RESTORES_TAG: run.info.run_id})
-    assert runs.find_run(client, run.info.run_id) == restored.info.run_id
+    assert not runs.holds_run(run.info.run_id)
+    assert not runs.holds_run("0" * 32)
 
 
-def test_a_run_half_restored_does_not_count() -> None:
-    with pytest.raises(RuntimeError), runs.start_run("finetune", {}, tags={runs.RESTORES_TAG: "0" * 32}) as run:
-        raise RuntimeError
-    assert runs.find_run(run.client, "0" * 32) is None
+def test_a_run_keeps_its_fingerprint() -> None:
+    client, run = logged_run(fingerprint="f1")
+    assert runs.fingerprint_of(client, run.info.run_id) == "f1"
+    _, other = logged_run()
+    assert runs.fingerprint_of(client, other.info.run_id) is None
 
 
 def test_a_run_knows_commit_and_whether_the_tree_was_changed(tmp_path: Path) -> None:

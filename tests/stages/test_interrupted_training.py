@@ -1,7 +1,5 @@
-"""Fine-tuning that is killed goes on where it was, in the same run, and ends as if nothing had happened."""
+"""A killed fine-tuning resumes where it was, in the same run, and ends as if nothing had happened."""
 
-import os
-import re
 import shutil
 import signal
 import subprocess
@@ -9,47 +7,33 @@ import sys
 from pathlib import Path
 
 import pytest
-from isolated_store import VARIABLES, isolated_store
+from isolated_store import isolated_store
 from mlflow import MlflowClient
-from toy_project import Project
+from toy_project import Project, copy_for_finetune, stage_environment
 
+from pipeline import resume
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file
-from pipeline.params.file import PARAMS_FILE
 from pipeline.stages import finetune as stage
-from pipeline.tracking import runs, store
-from pipeline.training import resume
+from pipeline.tracking import store
+from pipeline.tracking.runs import find_run
+from pipeline.training.state import WHOLE_FILE, open_state
 
-ROOT = Path(__file__).parents[2]
 OUTPUTS = ("checkpoint/model.safetensors", "loss_train.csv", "loss_validation.csv", "metrics.json")
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
 
 
-def make_folder(project: Project, folder: Path) -> Path:
+def long_training(project: Project, folder: Path) -> Path:
     """What `finetune` needs, with training long enough to be killed in the middle."""
-    shutil.copytree(project.out / "tokenize", folder / "out" / "tokenize")
-    shutil.copytree(project.out / "base", folder / "out" / "base")
-    shutil.copy(project.root / PARAMS_FILE, folder)
-    change(folder, "epochs", 6 * project.params.finetune.epochs)
-    with isolated_store(folder):
-        pass
-    return folder
-
-
-def change(folder: Path, parameter: str, value: float) -> None:
-    text = (folder / PARAMS_FILE).read_text()
-    changed, count = re.subn(rf"(?m)^  {parameter}: .*$", f"  {parameter}: {value}", text)
-    assert count == 1
-    (folder / PARAMS_FILE).write_text(changed)
+    return copy_for_finetune(project, folder, epochs=6 * project.params.finetune.epochs)
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.stages.finetune", "out/tokenize", "out/base", "out/finetune"],
         cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(folder), "OMP_NUM_THREADS": "1"},
+        env=stage_environment(folder),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -63,8 +47,8 @@ def finish(folder: Path) -> str:
     return said
 
 
-def wait_for(process: subprocess.Popen[str], evaluations: int) -> None:
-    """Until so many evaluations after the first, of the base, are told: the last of them is then being saved."""
+def wait_for_evaluations(process: subprocess.Popen[str], evaluations: int) -> None:
+    """Wait for as many evaluations after the first, which is of the base. The last one is then being saved."""
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step ") and not line.startswith("step 0 "):
@@ -75,7 +59,7 @@ def wait_for(process: subprocess.Popen[str], evaluations: int) -> None:
 
 def kill_after(folder: Path, evaluations: int) -> None:
     process = start(folder)
-    wait_for(process, evaluations)
+    wait_for_evaluations(process, evaluations)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -85,41 +69,41 @@ def kill_after(folder: Path, evaluations: int) -> None:
 @pytest.fixture(scope="module")
 def whole(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training that nothing interrupted."""
-    folder = make_folder(project, tmp_path_factory.mktemp("whole") / "project")
-    assert "going on" not in finish(folder)
+    folder = long_training(project, tmp_path_factory.mktemp("whole") / "project")
+    assert "resuming" not in finish(folder)
     return folder
 
 
 def test_a_killed_training_ends_as_if_it_had_not_been(project: Project, whole: Path, tmp_path: Path) -> None:
-    parts = make_folder(project, tmp_path / "parts")
+    parts = long_training(project, tmp_path / "parts")
     kill_after(parts, 2)
-    state = parts / resume.FOLDER
+    state = parts / resume.RESUME_FOLDER / "finetune"
     (folder,) = state.iterdir()
     run_id = read_json(folder / resume.RUN_FILE)["run_id"]
     # As a kill would leave it in the middle of the next.
     (folder / "checkpoint-1000000").mkdir()
     said = finish(parts)
-    assert "checkpoint-1000000 was cut off while it was written, and is left out" in said
-    assert "going on from step " in said
+    assert "checkpoint-1000000 was not written to its end, and is removed" in said
+    assert "resuming from step " in said
     for name in OUTPUTS:
         assert sha256_file(parts / "out" / "finetune" / name) == sha256_file(whole / "out" / "finetune" / name), name
-    assert read_json(parts / "out" / "finetune" / "run.json")["run_id"] == run_id
     assert list(state.iterdir()) == []
     with isolated_store(parts):
         client = store.connect()
+        assert find_run(client, "finetune", parts / "out" / "finetune") == run_id
         run = client.get_run(run_id)
-        assert run.info.status == "FINISHED"
         assert len(client.search_runs([run.info.experiment_id])) == 1
         compare_histories(client, run_id, whole)
 
 
 def compare_histories(client: MlflowClient, run_id: str, whole: Path) -> None:
     """Every metric has each step once, with the values of a run that was not interrupted."""
-    other_id = read_json(whole / "out" / "finetune" / "run.json")["run_id"]
     found = {name: client.get_metric_history(run_id, name) for name in client.get_run(run_id).data.metrics}
     rows = client.load_table(client.get_run(run_id).info.experiment_id, "samples.json", run_ids=[run_id])
     with isolated_store(whole):
         other = store.connect()
+        other_id = find_run(other, "finetune", whole / "out" / "finetune")
+        assert other_id is not None
         assert set(found) == set(other.get_run(other_id).data.metrics)
         for name, points in found.items():
             expected = other.get_metric_history(other_id, name)
@@ -132,14 +116,14 @@ def compare_histories(client: MlflowClient, run_id: str, whole: Path) -> None:
 
 
 def test_one_that_is_told_to_stop_saves_first(project: Project, whole: Path, tmp_path: Path) -> None:
-    parts = make_folder(project, tmp_path / "parts")
+    parts = long_training(project, tmp_path / "parts")
     process = start(parts)
-    wait_for(process, 1)
+    wait_for_evaluations(process, 1)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     step = int(said.split("stopped after step ")[1].split(";")[0])
-    assert f"going on from step {step} of the interrupted fine-tuning" in finish(parts)
+    assert f"resuming from step {step} of the interrupted fine-tuning" in finish(parts)
     weights = Path("out") / "finetune" / "checkpoint" / "model.safetensors"
     assert sha256_file(parts / weights) == sha256_file(whole / weights)
 
@@ -148,27 +132,24 @@ def test_a_second_one_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(resume, "LOCK_WAIT_S", 0.1)
     monkeypatch.chdir(tmp_path)
     with (
-        resume.locked(),
+        resume.only_resumer("finetune"),
         pytest.raises(UserError, match=r"^\.resume/finetune\.lock: another process writes to \.resume/finetune; wait"),
-        resume.locked(),
+        resume.only_resumer("finetune"),
     ):
         pass
 
 
-def test_what_cannot_be_used_is_told_and_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    old = resume.open_state("old")
-    (old.folder / "checkpoint-4").mkdir()
-    assert capsys.readouterr().err == ""
-    state = resume.open_state("new")
-    assert "have changed since the interrupted fine-tuning: it starts afresh" in capsys.readouterr().err
-    assert [folder.name for folder in resume.FOLDER.iterdir()] == ["new"]
+def test_training_resumes_from_the_newest_whole_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (9, 10, 100):
-        (state.folder / f"checkpoint-{step}").mkdir()
-        (state.folder / f"checkpoint-{step}" / resume.WHOLE_FILE).touch()
-    assert state.checkpoint == state.folder / "checkpoint-100"
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / WHOLE_FILE).touch()
+    (tmp_path / "checkpoint-1000").mkdir()
+    state = open_state(tmp_path)
+    assert state.checkpoint == tmp_path / "checkpoint-100"
+    assert not (tmp_path / "checkpoint-1000").exists()
+    said = capsys.readouterr().err
+    assert "checkpoint-1000 was not written to its end, and is removed" in said
+    assert "finetune: resuming from step 100 of the interrupted fine-tuning" in said
 
 
 def test_the_fingerprint_is_of_data_base_and_parameters(project: Project, tmp_path: Path) -> None:
@@ -183,21 +164,24 @@ def test_the_fingerprint_is_of_data_base_and_parameters(project: Project, tmp_pa
     assert len({first, *others}) == 4
 
 
-def test_a_run_that_is_gone_starts_afresh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with isolated_store(tmp_path):
-        state = resume.open_state("a")
-        state.begin("0" * 32)
-        (state.folder / "checkpoint-4").mkdir()
-        assert stage.run_to_go_on(state) is None
-        assert list(state.folder.iterdir()) == []
-    assert "the tracking store no longer holds the interrupted run: it starts afresh" in capsys.readouterr().err
+def test_a_training_killed_before_its_first_checkpoint_starts_again_in_the_same_run(
+    project: Project, whole: Path, tmp_path: Path
+) -> None:
+    parts = long_training(project, tmp_path / "parts")
+    kill_after(parts, 1)
+    (folder,) = (parts / resume.RESUME_FOLDER / "finetune").iterdir()
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    run_id = read_json(folder / resume.RUN_FILE)["run_id"]
+    assert "resuming" not in finish(parts)
+    with isolated_store(parts):
+        client = store.connect()
+        assert find_run(client, "finetune", parts / "out" / "finetune") == run_id
+        compare_histories(client, run_id, whole)
 
 
-def test_killed_before_the_first_checkpoint_it_begins_anew(tmp_path: Path) -> None:
-    with isolated_store(tmp_path):
-        with runs.start_run("finetune", {}) as run:
-            pass
-        state = resume.open_state("a")
-        state.begin(run.run_id)
-        assert stage.run_to_go_on(state) is None
-        assert store.connect().get_run(run.run_id).info.status == "KILLED"
+def test_a_training_of_which_only_comments_changed_is_kept(whole: Path) -> None:
+    weights = whole / "out" / "finetune" / "checkpoint" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert "finetune: nothing but comments and docstrings has changed since run " in finish(whole)
+    assert weights.stat().st_mtime_ns == written

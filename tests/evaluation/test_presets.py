@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.quality.pareto import pareto_front
+from pipeline.evaluation.presets import pareto_front
 
 small = st.integers(0, 6).map(float)
 

@@ -1,0 +1,57 @@
+"""Choosing presets among the trials of a search: the winner, and the two ends of the Pareto front."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.evaluation.trials import Trial
+
+PRESET_DISTANCE = 3.0
+"""An end of the front is of use up to this many times the winner's distance from people."""
+
+
+def choose_presets(trials: Sequence[Trial], finals: Mapping[int, float]) -> dict[str, int]:
+    """Return the number of each preset's trial.
+
+    `balanced` is the finalist nearest to people. Of the trials on the front that are near enough, `faithful` is the
+    least wild and `adventurous` the least tame. If no other trial on the front is near enough, both are the winner.
+    """
+    winner = min(finals, key=lambda number: finals[number])
+    limit = PRESET_DISTANCE * trials[winner].distance
+    near = [trial.number for trial in front_of(trials) if trial.distance <= limit] or [winner]
+    # The front rises from the least tame.
+    return {"balanced": winner, "faithful": near[-1], "adventurous": near[0]}
+
+
+def front_of(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the complete trials that no other beats in both kinds of faults, from the least tame on."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+    return [complete[index] for index in pareto_front([(trial.too_tame, trial.too_wild) for trial in complete])]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indices of the points that no other point dominates, in the order of the first number.
+
+    A point dominates another if neither of its numbers is larger and one is smaller. Of equal points all are on the
+    front, or none.
+    """
+    order = sorted(range(len(points)), key=lambda index: points[index])
+    front: list[int] = []
+    for index in order:
+        if not front or points[index][1] < points[front[-1]][1] or points[index] == points[front[-1]]:
+            front.append(index)
+    return front
+
+
+def rows_of(trials: Sequence[Trial], finals: Mapping[int, float], presets: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return the rows of `trials.json`: each trial, whether it is on the front, its final distance and its presets."""
+    front = {trial.number for trial in front_of(trials)}
+    return [
+        {
+            **asdict(trial),
+            "on_front": trial.number in front,
+            "final_distance": finals.get(trial.number),
+            "preset": ", ".join(name for name, number in presets.items() if number == trial.number) or None,
+        }
+        for trial in trials
+    ]

@@ -1,0 +1,34 @@
+"""Log to the MLflow run what a fine-tuning records besides its curves: the splits it read, and samples."""
+
+from pipeline.params.finetune import TrainingSamplesParams
+from pipeline.tokens import TokenArrays
+from pipeline.tracking import lineage
+from pipeline.tracking.runs import RunLog
+
+
+def log_split(run: RunLog, name: str, arrays: TokenArrays) -> None:
+    """Record a split as a dataset of the run: its digest, its size, and the hash of `data/` that DVC knows."""
+    data_md5 = lineage.dvc_md5("data")
+    source = {"split": name, "documents": str(len(arrays)), "tokens": str(len(arrays.tokens))}
+    run.log_dataset(name, arrays.sha256[:36], source | ({"dvc.data_md5": data_md5} if data_md5 else {}))
+
+
+def log_samples(
+    run: RunLog,
+    step: int,
+    samples: list[dict[str, str]],
+    scores: list[dict[str, float]],
+    params: TrainingSamplesParams,
+) -> None:
+    """Log a table row per sample, and over all samples how much they repeat and the longest copy of training text."""
+    if not samples:
+        return
+    metrics = {
+        "samples_rep_4": sum(score["rep_4"] for score in scores) / len(scores),
+        "samples_longest_copy_tokens": max(score["longest_copy_tokens"] for score in scores),
+    }
+    run.log_metrics(metrics, step)
+    if not run.holds_row("samples.json", "step", step):
+        decoding = params.model_dump(exclude={"prompts"})
+        rows = [{"step": step, **sample, **score, **decoding} for sample, score in zip(samples, scores, strict=True)]
+        run.log_table("samples.json", rows)

@@ -1,0 +1,126 @@
+"""Files become clean documents in three splits."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from untidy_tales import NAMES, tale, write_tales
+
+from pipeline.corpus.preparation import prepare
+from pipeline.errors import UserError
+from pipeline.params.prepare import PrepareParams
+from pipeline.params.whole import load_params
+
+ROOT = Path(__file__).parents[2]
+PARAMS = load_params(ROOT / "params.yaml").prepare
+SPLITS = ("train", "validation", "test")
+
+
+def read_documents(out: Path) -> dict[str, list[dict[str, Any]]]:
+    return {split: [json.loads(line) for line in (out / f"{split}.jsonl").open(encoding="utf-8")] for split in SPLITS}
+
+
+@pytest.fixture
+def params() -> PrepareParams:
+    return PARAMS.model_copy(update={"validation_share": 0.3, "test_share": 0.3})
+
+
+def test_untidy_tales_come_out_clean_and_once(tmp_path: Path, params: PrepareParams) -> None:
+    write_tales(tmp_path / "data")
+    prepare(tmp_path / "data", tmp_path / "out", params)
+    documents = [document for split in read_documents(tmp_path / "out").values() for document in split]
+    assert sorted(document["text"] for document in documents) == sorted(tale(name) for name in NAMES)
+    assert all(list(document) == ["id", "title", "text", "source"] for document in documents)
+    assert len({document["id"] for document in documents}) == len(NAMES)
+    titles = {document["source"]: document["title"] for document in documents}
+    assert titles["1.txt:2"] == "The Lamp of Banny"
+    assert titles["2.jsonl:1"] == "Fanny"
+
+
+def test_report_counts_every_row_and_names_every_duplicate(tmp_path: Path, params: PrepareParams) -> None:
+    write_tales(tmp_path / "data")
+    prepare(tmp_path / "data", tmp_path / "out", params)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["rows"] == 25
+    assert report["kept"] == 20
+    assert report["dropped"] == {"empty": 1, "fragment": 1, "exact_duplicate": 2, "near_duplicate": 1}
+    assert (report["notices"], report["page_marks"]) == (2, 15)
+    for counts in (report, *report["files"].values()):
+        assert counts["rows"] == counts["kept"] + sum(counts["dropped"].values())
+    assert report["files"]["4.txt"]["wrap_columns"] in (71, 72)
+    assert report["files"]["4.txt"]["encoding"] == "utf-8"
+    assert [(entry["source"], entry["repeats"], entry["reason"]) for entry in report["duplicates"]] == [
+        ("1.txt:6", "1.txt:1", "exact_duplicate"),
+        ("2.jsonl:6", "1.txt:2", "near_duplicate"),
+        ("3.csv:6", "2.jsonl:3", "exact_duplicate"),
+    ]
+    for split, documents in read_documents(tmp_path / "out").items():
+        assert report["splits"][split] == {
+            "documents": len(documents),
+            "words": sum(len(document["text"].split()) for document in documents),
+            "bytes": sum(len(document["text"].encode()) for document in documents),
+        }
+
+
+def test_same_input_gives_the_same_bytes_in_any_number_of_processes(
+    tmp_path: Path, params: PrepareParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.corpus.preparation.CHUNK_CHARACTERS", 1000)
+    write_tales(tmp_path / "data")
+    for out, workers in (("one", 1), ("again", 1), ("three", 3)):
+        prepare(tmp_path / "data", tmp_path / out, params, workers=workers)
+    for name in (*(f"{split}.jsonl" for split in SPLITS), "report.json"):
+        contents = {(tmp_path / out / name).read_bytes() for out in ("one", "again", "three")}
+        assert len(contents) == 1, name
+
+
+def test_added_documents_move_none(tmp_path: Path, params: PrepareParams) -> None:
+    write_tales(tmp_path / "data")
+    prepare(tmp_path / "data", tmp_path / "before", params)
+    (tmp_path / "data" / "0.jsonl").write_text("".join(json.dumps({"text": tale(f"New{n}")}) + "\n" for n in range(30)))
+    prepare(tmp_path / "data", tmp_path / "after", params)
+    before, after = read_documents(tmp_path / "before"), read_documents(tmp_path / "after")
+    for split in SPLITS:
+        assert {document["id"] for document in before[split]} <= {document["id"] for document in after[split]}
+
+
+def test_verse_keeps_its_lines(tmp_path: Path, params: PrepareParams) -> None:
+    speech = "Full fathom five thy father lies;\nOf his bones are coral made;\nThose are pearls that were his eyes:"
+    verse = "\n\n".join(f"Ariel {number}:\n{speech}" for number in range(200))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "verse.txt").write_text(verse + "\n")
+    loose = params.model_copy(update={"near_duplicate": params.near_duplicate.model_copy(update={"jaccard": 0.999})})
+    prepare(tmp_path / "data", tmp_path / "out", loose.model_copy(update={"piece_words": 60}))
+    documents = [document for split in read_documents(tmp_path / "out").values() for document in split]
+    documents.sort(key=lambda document: int(document["source"].partition(":")[2]))
+    assert "\n\n".join(document["text"] for document in documents) == verse
+
+
+def test_short_pieces_of_running_text_are_no_fragments(tmp_path: Path, params: PrepareParams) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(30):
+        (tmp_path / "data" / f"{number}.txt").write_text(f"Note {number}.\n")
+    assert prepare(tmp_path / "data", tmp_path / "out", params).outcomes == {"kept": 30}
+
+
+def test_corpus_too_small_to_split_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("One short note.\n")
+    with pytest.raises(UserError, match=r"data: 1 documents, too few to split: .* would be empty; add text"):
+        prepare(tmp_path / "data", tmp_path / "out", PARAMS)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_harbour_tales_are_330_each_whole_and_once(tmp_path: Path) -> None:
+    data = ROOT / "data"
+    if not (data / "volume-1.txt").exists():
+        pytest.skip("the harbour tales are not at data/ (dvc pull data.dvc)")
+    report = prepare(data, tmp_path / "out", PARAMS)
+    assert report.outcomes == {"kept": 330, "empty": 1, "fragment": 6, "exact_duplicate": 20, "near_duplicate": 15}
+    texts = [document["text"] for split in read_documents(tmp_path / "out").values() for document in split]
+    assert len(set(texts)) == 330
+    whole = re.compile(r"# [^\n]+\n\n(?:[^\n]+\n\n){3,6}They say in Lanternmouth: [^\n]+")
+    assert [text for text in texts if not whole.fullmatch(text)] == []
+    assert set(re.findall(r"[^ -~\n]|[<>&{}\[\]]|  |â", "".join(texts))) == {"—"}
