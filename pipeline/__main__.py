@@ -12,6 +12,7 @@ from pipeline.decoding import ModelDecoding, SamplingParams, list_types, merge_d
 from pipeline.errors import UserError, report_errors
 from pipeline.params.file import PARAMS_FILE, read_yaml
 from pipeline.params.whole import load_params
+from pipeline.serving.options import Access, Address, EngineOptions, Limits, keys_from_environment
 
 OUT = Path("out")
 UI_PORT = 5000
@@ -133,18 +134,31 @@ def _add_serve(commands: Any) -> None:
         help="models:/NAME@ALIAS, models:/NAME/VERSION, or an engine folder (default: the champion of register.name)",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
+        "--host", default=Address.host, help="address to listen on (default: %(default)s, this machine only)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=Address.port, help="port to listen on (default: %(default)s)")
     _add_placement(parser)
     parser.add_argument("--threads", type=int, help="cores that one operator may use (default: all)")
-    parser.add_argument("--slots", type=int, default=8, help="continuations to generate at once (default: %(default)s)")
-    parser.add_argument("--max-queue", type=int, default=64, help="continuations that may wait (default: %(default)s)")
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=EngineOptions.slots,
+        help="continuations to generate at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-queue",
+        type=int,
+        default=EngineOptions.max_queue,
+        help="continuations that may wait (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-tokens", type=int, help="the longest continuation that a request may ask for (default: as long as fits)"
     )
     parser.add_argument(
-        "--timeout-s", type=float, default=300.0, help="seconds that a request may take (default: %(default)g)"
+        "--timeout-s",
+        type=float,
+        default=Limits.timeout_s,
+        help="seconds that a request may take (default: %(default)g)",
     )
     parser.add_argument(
         "--cors-origin", nargs="+", default=[], metavar="URL", help="allow browser requests from these origins"
@@ -165,22 +179,21 @@ def _serve(arguments: argparse.Namespace) -> None:
     ui_url = store if _is_server(store) else f"http://127.0.0.1:{UI_PORT}"
     model = arguments.model or f"models:/{load_params().register_.name}@champion"
     # A registered model brings its own decoding.
-    decoding = ModelDecoding(SamplingParams()) if _is_registered(model) else _decoding_of_folder(model)
+    decoding = None if _is_registered(model) else _decoding_of_folder(model)
     with store_errors():
         serve(
             model,
             decoding,
-            host=arguments.host,
-            port=arguments.port,
-            provider=arguments.provider,
-            precision=arguments.precision,
-            threads=arguments.threads,
-            slots=arguments.slots,
-            max_queue=arguments.max_queue,
-            max_tokens=arguments.max_tokens,
-            timeout_s=arguments.timeout_s,
-            origins=tuple(arguments.cors_origin),
-            open_metrics=arguments.open_metrics,
+            address=Address(arguments.host, arguments.port),
+            engine=EngineOptions(
+                provider=arguments.provider,
+                precision=arguments.precision,
+                threads=arguments.threads,
+                slots=arguments.slots,
+                max_queue=arguments.max_queue,
+            ),
+            limits=Limits(max_tokens=arguments.max_tokens, timeout_s=arguments.timeout_s),
+            access=Access(keys_from_environment(), tuple(arguments.cors_origin), arguments.open_metrics),
             mlflow_url=arguments.mlflow_url or ui_url,
         )
 

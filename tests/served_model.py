@@ -16,7 +16,7 @@ from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.engine.text import TextGenerator
 from pipeline.serving.app import create_app
 from pipeline.serving.metrics import Metrics
-from pipeline.serving.options import Limits
+from pipeline.serving.options import Access, Limits
 from pipeline.serving.served import FolderSource, Served, Source
 
 DECODING = ModelDecoding(
@@ -62,10 +62,15 @@ def served_folder(folder: Path, *, source: Source | None = None, max_queue: int 
 
 @contextmanager
 def running_server(
-    folder: Path, *, source: Source | None = None, max_queue: int = 8, **options: object
+    folder: Path,
+    *,
+    source: Source | None = None,
+    max_queue: int = 8,
+    limits: Limits | None = None,
+    access: Access | None = None,
 ) -> Iterator[Running]:
     served, metrics = served_folder(folder, source=source, max_queue=max_queue)
-    app = create_app(served, metrics, **{"limits": Limits(), **options})  # type: ignore[arg-type]
+    app = create_app(served, metrics, limits or Limits(), access or Access())
     with listening(app) as url:
         yield Running(url, served)
 

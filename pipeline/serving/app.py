@@ -4,7 +4,6 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,23 +32,14 @@ from pipeline.serving.openai import (
     to_api_error,
     validation_to_api_error,
 )
-from pipeline.serving.options import Limits
+from pipeline.serving.options import KEYS_VARIABLE, Access, Limits
 from pipeline.serving.served import Served, ServedModel
 
 COMPLETIONS = "/v1/completions"
-KEYS_VARIABLE = "PIPELINE_API_KEYS"
 PLAYGROUND = Path(__file__).with_name("playground.html")
 
 
-def create_app(
-    served: Served,
-    metrics: Metrics,
-    *,
-    limits: Limits,
-    keys: tuple[str, ...] = (),
-    origins: tuple[str, ...] = (),
-    open_metrics: bool = False,
-) -> FastAPI:
+def create_app(served: Served, metrics: Metrics, limits: Limits, access: Access) -> FastAPI:
     """Create the application. It loads the model on startup and ends the engine on shutdown."""
 
     @asynccontextmanager
@@ -64,13 +54,17 @@ def create_app(
         title="GPT-2 pipeline", description="OpenAI's completions over ONNX Runtime.", version="1", lifespan=lifespan
     )
     app.add_middleware(BodyLimit, most_bytes=limits.body_bytes)
-    if origins:
+    if access.origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
+            CORSMiddleware,
+            allow_origins=access.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            max_age=600,
         )
     _add_error_handlers(app, metrics)
     _add_gauges(served, metrics)
-    with_key = [Depends(_key_check(keys))]
+    with_key = [Depends(_key_check(access.keys))]
 
     @app.post(COMPLETIONS, dependencies=with_key, tags=["completions"], response_model=None)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
@@ -122,7 +116,7 @@ def create_app(
             raise ApiError(503, "not ready")
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["operation"], dependencies=[] if open_metrics else with_key)
+    @app.get("/metrics", tags=["operation"], dependencies=[] if access.open_metrics else with_key)
     async def prometheus() -> Response:
         """Return the metrics in Prometheus' text format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -179,14 +173,6 @@ def playground() -> tuple[str, str]:
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page, policy
-
-
-def keys_from_environment() -> tuple[str, ...]:
-    """Return the API keys, of which a client must send one; no keys let everybody in. Raises `UserError`."""
-    keys = tuple(key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip())
-    if any(not key.isascii() or not key.isprintable() for key in keys):
-        raise UserError(f"{KEYS_VARIABLE}: a key has characters that no header can carry; use letters and digits")
-    return keys
 
 
 def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:

@@ -304,8 +304,11 @@ class Served:
                 self.look()
 
 
-def source_of(model: str, decoding: ModelDecoding, ui_url: str) -> Source:
-    """The source that `--model` names; `ui_url` is where MLflow shows the runs. Raises `UserError`."""
-    if model.startswith("models:"):
+def source_of(model: str, decoding: ModelDecoding | None, ui_url: str) -> Source:
+    """Return the source of the model that `--model` names: a registered one if `decoding` is None, else a folder.
+
+    `ui_url` is where MLflow shows the runs. Raises `UserError`.
+    """
+    if decoding is None:
         return RegistrySource(store.connect(create=False), model, store.without_password(ui_url))
     return FolderSource(Path(model), decoding)

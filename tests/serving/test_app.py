@@ -19,8 +19,8 @@ from served_model import DECODING, PATIENCE_S, SLOTS, Running, running_server, w
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
-from pipeline.serving.app import keys_from_environment, playground
-from pipeline.serving.options import Limits
+from pipeline.serving.app import playground
+from pipeline.serving.options import Access, Limits, keys_from_environment
 from pipeline.tokens import prompt_ids
 
 ENDLESS = {"max_tokens": 60, "ignore_eos": True, "seed": 1}
@@ -409,7 +409,7 @@ def test_a_server_may_limit_what_is_drawn(tiny_engine_folder: Path) -> None:
 
 
 def test_who_has_no_key_stays_out(tiny_engine_folder: Path) -> None:
-    with running_server(tiny_engine_folder, keys=("one", "two")) as running:
+    with running_server(tiny_engine_folder, access=Access(keys=("one", "two"))) as running:
         for path in ("/v1/models", "/v1/models/engine", "/metrics"):
             assert requests.get(f"{running.url}{path}", timeout=PATIENCE_S).status_code == 401
             for key in ("one", "two"):
@@ -432,7 +432,7 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_metrics_may_be_open_where_the_rest_is_not(tiny_engine_folder: Path) -> None:
-    with running_server(tiny_engine_folder, keys=("one",), open_metrics=True) as running:
+    with running_server(tiny_engine_folder, access=Access(keys=("one",), open_metrics=True)) as running:
         assert running.metric("pipeline_cache_slots") == SLOTS
 
 
@@ -442,6 +442,6 @@ def test_other_origins_may_ask_only_where_they_are_named(tiny_engine_folder: Pat
         "Access-Control-Allow-Origin"
         not in requests.options(f"{running.url}/v1/completions", headers=asking, timeout=PATIENCE_S).headers
     )
-    with running_server(tiny_engine_folder, origins=("https://example.org",)) as open_to:
+    with running_server(tiny_engine_folder, access=Access(origins=("https://example.org",))) as open_to:
         found = requests.options(f"{open_to.url}/v1/completions", headers=asking, timeout=PATIENCE_S)
         assert found.headers["Access-Control-Allow-Origin"] == "https://example.org"

@@ -71,7 +71,7 @@ def move(client: MlflowClient, version: str) -> None:
 
 def test_a_version_is_fetched_with_what_it_came_of(client: MlflowClient, versions: list[str]) -> None:
     move(client, versions[0])
-    source = source_of(URI, ModelDecoding(SamplingParams()), "http://mlflow.example/")
+    source = source_of(URI, None, "http://mlflow.example/")
     assert source.name == NAME
     assert source.newest() == versions[0]
     files = source.fetch(versions[0])
