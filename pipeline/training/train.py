@@ -63,7 +63,7 @@ def train(
         for name, arrays in splits.items():
             log_split(run, name, arrays)
         precision = "bfloat16" if supports_bfloat16() else "float32"
-        run.set_tags({"finetune.precision": precision, "finetune.batches_a_step": str(parts)})
+        run.set_tags({"finetune.precision": precision, "finetune.batches_per_step": str(parts)})
 
     def on_evaluation(model: GPT2LMHeadModel, step: int) -> None:
         # In every process, as the weights may be spread over all.

@@ -84,7 +84,7 @@ def test_two_processes_learn_what_one_does_and_record_it_once(project: Project, 
         (run,) = client.search_runs([store.experiment_id(client)])
         assert run.info.run_id == find_run(client, "finetune", folder / "out" / "finetune")
         assert run.info.status == "FINISHED"
-        assert run.data.tags["finetune.batches_a_step"] == "2"
+        assert run.data.tags["finetune.batches_per_step"] == "2"
         history = client.get_metric_history(run.info.run_id, "validation_loss")
         assert [(point.step, point.value) for point in history] == losses(folder, "validation")
     assert not list((folder / ".resume" / "finetune").iterdir())
