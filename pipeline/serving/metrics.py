@@ -48,7 +48,7 @@ class Metrics:
         self.generated_tokens = Counter("pipeline_generated_tokens", "Tokens drawn", registry=self._registry)
 
     def on_tokens(self, count: int, seconds: float, is_first: bool) -> None:
-        """Count the new tokens of a continuation, `seconds` after its last one, or its request if they are the first."""
+        """Count new tokens of a continuation, `seconds` after its last one, or its request if they are the first."""
         self.generated_tokens.inc(count)
         if is_first:
             self.time_to_first_token.observe(seconds)
