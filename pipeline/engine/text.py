@@ -1,4 +1,4 @@
-"""Text around the engine: prompts in, continuations out, stop texts, and characters never cut in a stream."""
+"""Text around the engine, which knows only token ids: prompts, continuations, stop texts, and whole characters."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from pipeline.engine.scheduler import FinishReason, Request
 from pipeline.tokens import load_tokenizer, prompt_ids
 
 BYTES = "bytes:"
-"""The beginning of a token's text if the token is no whole character: its bytes follow, spelled out."""
+"""The prefix of a token's text if the token is not made of whole characters: its bytes follow, spelled out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class TextCompletion:
     """One continuation, without its prompt."""
 
     text: str
-    """Up to the stop text that ended it, where one did."""
+    """The text up to the stop text, if one ended it."""
     token_ids: list[int]
-    """All that were drawn; the last ones may spell the stop text."""
+    """All tokens that were drawn; the last ones may spell the stop text."""
     finish_reason: FinishReason
 
 
@@ -75,14 +75,14 @@ class TextGenerator:
         threads: int | None = None,
         slots: int = SLOTS,
     ) -> "TextGenerator":
-        """Load an exported engine and the tokenizer beside it. Raises `UserError`."""
+        """Load an exported engine and the tokenizer in its folder. Raises `UserError`."""
         engine = Engine.load(folder, precision=precision, provider=provider, threads=threads, slots=slots)
         return cls(engine, load_tokenizer(Path(folder)))
 
     def complete(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> list[TextCompletion]:
-        """The continuation of every prompt by its own parameters; choice j of prompt i stands at `i * n + j`.
+        """Continue every prompt with its own parameters; with `n > 1`, choice j of prompt i is element `i * n + j`.
 
-        One that its stop text ends frees its place at once.
+        A continuation frees its slot as soon as a stop text ends it. Raises `UserError` if a prompt does not fit.
         """
         pairs = [(prompt_ids(self.tokenizer, prompt), own) for prompt, own in zip(prompts, params, strict=True)]
         requests = self.submit(pairs)
@@ -103,28 +103,27 @@ class TextGenerator:
         return [_completion(own) for own in pieces]
 
     def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
-        """Queue the continuations of prompts in tokens, as `Engine.submit_all` does; stop texts are left to the caller.
+        """Queue the continuations of prompts in tokens, as `Engine.submit_all` does; the caller handles stop texts.
 
-        Raises `UserError` for one that does not fit.
+        Raises `UserError` if a prompt does not fit.
         """
         return self.engine.submit_all((ids, _for_engine(own)) for ids, own in prompts)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raises the `UserError` for which `submit` would refuse a prompt. Safe to call from any thread."""
+        """Raise `UserError` if `submit` would refuse a prompt. Safe to call from any thread."""
         self.engine.check(prompt, _for_engine(params))
 
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[str]:
-        """The continuation in pieces of whole characters, as they come.
+        """Continue a prompt, and yield pieces of whole characters as they come, up to a stop text.
 
-        It ends before the stop text that is complete first. A last character of which some bytes are missing, as the
-        last token may leave one, is no part of it.
+        A character that the last token leaves incomplete is dropped.
         """
         tokens = self.engine.stream(prompt_ids(self.tokenizer, prompt), _for_engine(params))
         return detokenize(tokens, self.tokenizer, params.stop)
 
 
 def detokenize(tokens: Iterator[Token], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-    """Yield the text of tokens in pieces of whole characters, up to a stop text."""
+    """Yield the text of tokens in pieces of whole characters, up to the stop text that is complete first."""
     detokenizer = Detokenizer(tokenizer, stop)
     for token in tokens:
         if token.token_id is None:
@@ -138,7 +137,7 @@ def detokenize(tokens: Iterator[Token], tokenizer: Tokenizer, stop: Sequence[str
 
 
 class Detokenizer:
-    """Token ids to text in pieces of whole characters, up to a stop text; what may begin one is held back."""
+    """Token ids to text in pieces of whole characters, up to a stop text; text that may begin one is held back."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -146,10 +145,10 @@ class Detokenizer:
         self._decoder = DecodeStream(skip_special_tokens=False)
         self._held = ""
         self.stopped = False
-        """Whether a stop text was completed; nothing comes after it."""
+        """Whether a stop text is complete; no text comes after it."""
 
     def feed(self, token_id: int) -> str:
-        """The text that this token completes; often a word, sometimes nothing."""
+        """Return the text that this token completes: often a word, sometimes nothing."""
         self._held += self._decoder.step(self._tokenizer, token_id) or ""
         end = _first_stop(self._held, self._stop)
         self.stopped = end is not None
@@ -160,16 +159,16 @@ class Detokenizer:
 
     @property
     def held(self) -> int:
-        """Characters that are held back."""
+        """The number of characters that are held back."""
         return len(self._held)
 
     def finish(self) -> str:
-        """What was held back for a stop text that did not come."""
+        """Return the text that was held back for a stop text that did not come."""
         return "" if self.stopped else self._held
 
 
 class TokenTexts:
-    """The text of each token id; of one that is no whole character, its bytes as OpenAI's API spells them.
+    """The text of each token id; if it is not made of whole characters, its bytes as OpenAI's API spells them.
 
     For the byte-level BPE of GPT-2 (Radford et al. 2019), which writes a byte as a character of its own.
     """
@@ -185,10 +184,10 @@ class TokenTexts:
         return text
 
     def describe(self, token: Token, begin: int, end: int) -> TokenText:
-        """Return a token as a client reads it; it made a text of `begin` characters one of `end`.
+        """Return a token as a client reads it, which lengthened a text from `begin` to `end` characters.
 
-        A token of mere bytes is placed where their character will begin. Whole characters end the text: what precedes
-        them then is the mark for bytes that never became a character.
+        A token that is only bytes is placed where their character will begin. A token of whole characters is placed at
+        the end of the text: anything between is the mark for earlier bytes that never became a character.
         """
         if token.token_id is None:
             raise ValueError("the token has no id")
@@ -199,7 +198,7 @@ class TokenTexts:
     def _text_of(self, token_id: int) -> str:
         written = self._tokenizer.id_to_token(token_id)
         if written is None:
-            # An embedding may have rows to which the tokenizer gives no text.
+            # An embedding may have more rows than the tokenizer has tokens.
             return ""
         if not all(character in _BYTES for character in written):
             return str(written)
@@ -211,7 +210,7 @@ class TokenTexts:
 
 
 class Choice:
-    """A continuation that is being drawn, and the text that it has given so far, up to a stop text."""
+    """A continuation that is being drawn, read as text up to a stop text."""
 
     def __init__(
         self,
@@ -223,20 +222,20 @@ class Choice:
         texts: TokenTexts | None = None,
         begin: int = 0,
     ) -> None:
-        """Read `request`. `texts` is given if its tokens are reported; its text begins after `begin` characters."""
+        """Read `request`, whose text begins after `begin` characters. `texts` is given if its tokens are reported."""
         self.index = index
         self.request = request
         self.finish_reason: FinishReason | None = None
-        """Why it has ended; a stop text ends it, but not yet the request that draws it."""
+        """Why it has ended; a stop text ends it, but not the request that draws its tokens."""
         self._detokenizer = Detokenizer(tokenizer, stop)
         self._texts = texts
         self._length = begin
-        """The characters of the choice's text that were taken."""
+        """The length of the choice's text up to here, in characters."""
         self._tokens: deque[TokenText] = deque()
-        """The tokens of which no character was taken yet."""
+        """The tokens of which no character has been returned yet."""
 
     def take(self) -> Piece | None:
-        """Return what has come since the last call; None if nothing has."""
+        """Return what has been drawn since the last call; None if nothing has."""
         text, token_ids = "", []
         while self.request.tokens and self.finish_reason is None:
             token = self.request.tokens.popleft()
@@ -256,10 +255,7 @@ class Choice:
         return Piece(self.index, text, token_ids, self._complete_tokens(), self.finish_reason)
 
     def _complete_tokens(self) -> list[TokenText]:
-        """Take the tokens of which a character was taken, and all that are left at the end.
-
-        What spells a stop text is no part of the text.
-        """
+        """Take the tokens of which a character has been returned; at the end all, except those of a stop text."""
         takes_all = self.finish_reason is not None and not self._detokenizer.stopped
         tokens = []
         while self._tokens and (takes_all or self._tokens[0].offset < self._length):
@@ -277,28 +273,28 @@ def _completion(pieces: Sequence[Piece]) -> TextCompletion:
 
 
 def _for_engine(params: SamplingParams) -> SamplingParams:
-    """The parameters without the texts that the engine, which reads ids, does not know."""
+    """Return the parameters without stop texts, as the engine reads only ids."""
     return replace(params, stop=())
 
 
-def _written_bytes() -> dict[str, int]:
-    """The byte that each character stands for: itself where it is printable, the others in order from 256 on."""
+def _byte_of_character() -> dict[str, int]:
+    """Return the byte of each character: printable bytes are written as themselves, the others from 256 on in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}
 
 
-_BYTES = _written_bytes()
+_BYTES = _byte_of_character()
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop text begins that is complete first: the same however tokens cut the text."""
+    """Return where the stop text that is complete first begins, which does not depend on how tokens cut the text."""
     complete = [(index + len(entry), index) for entry in stop if (index := text.find(entry)) >= 0]
     return min(complete)[1] if complete else None
 
 
 def _possible_stop(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop text."""
+    """Return how many characters at the end of `text` may be the beginning of a stop text."""
     longest = max((len(entry) for entry in stop), default=1) - 1
     return next(
         (

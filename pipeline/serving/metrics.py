@@ -1,4 +1,4 @@
-"""What Prometheus reads of the server."""
+"""The metrics that Prometheus reads from the server."""
 
 from collections.abc import Callable
 from typing import get_args
@@ -18,17 +18,17 @@ from pipeline.serving.openai import Outcome
 FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BETWEEN_TOKENS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
-# When a counter began says nothing that Prometheus does not see by itself, and doubles the list.
+# The time at which a counter began doubles the list, and Prometheus sees it by itself.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
-    """The measures of one server."""
+    """The metrics of one server."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
-            "pipeline_requests", "Requests for completions by how they ended", ["outcome"], registry=self._registry
+            "pipeline_requests", "Requests for completions, by how they ended", ["outcome"], registry=self._registry
         )
         for outcome in get_args(Outcome):
             self.requests.labels(outcome)
@@ -48,7 +48,7 @@ class Metrics:
         self.generated_tokens = Counter("pipeline_generated_tokens", "Tokens drawn", registry=self._registry)
 
     def on_tokens(self, count: int, seconds: float, is_first: bool) -> None:
-        """A continuation went on by so many tokens, so long after its request or its last token."""
+        """Count new tokens of a continuation, `seconds` after its last one, or its request if they are the first."""
         self.generated_tokens.inc(count)
         if is_first:
             self.time_to_first_token.observe(seconds)
@@ -56,15 +56,15 @@ class Metrics:
             self.time_between_tokens.observe(seconds / count)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """A number that is read when Prometheus asks."""
+        """Add a number that is read when Prometheus asks."""
         Gauge(name, text, registry=self._registry).set_function(read)
 
     def model_info(self, read: Callable[[], dict[str, str]]) -> None:
-        """Tell which model is served, as it is when Prometheus asks."""
+        """Add the labels of the served model, which are read when Prometheus asks."""
         self._registry.register(_ModelInfo(read))
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

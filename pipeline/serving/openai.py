@@ -1,4 +1,4 @@
-"""Completions as OpenAI's API defines them, with vLLM's additions: what is asked for, what is answered, and errors."""
+"""Requests and errors of OpenAI's completions API, with vLLM's additions."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -11,26 +11,26 @@ from pipeline.errors import UserError
 
 MOST_LOGPROBS = 20
 OWN_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
-"""What a field of the API is called here, where that is something else."""
+"""The fields of the API that have another name in `SamplingParams`."""
 
 Outcome = Literal["completed", "cancelled", "refused", "rejected", "timed_out", "failed"]
 
 
-def encodable(text: str) -> str:
-    """Raises `ValueError` for half of a surrogate pair, which JSON can spell and no text holds."""
+def check_encodable(text: str) -> str:
+    """Return the text. Raises a validation error for half of a surrogate pair: JSON can spell it, UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise PydanticCustomError("text", "holds half of a surrogate pair, which is no character") from None
+        raise PydanticCustomError("text", "contains half of a surrogate pair, which is not a character") from None
     return text
 
 
-Text = Annotated[str, AfterValidator(encodable)]
+Text = Annotated[str, AfterValidator(check_encodable)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class ApiError(Exception):
-    """An answer that is none: its status, and OpenAI's body."""
+    """An API error: status code and OpenAI-style body."""
 
     def __init__(
         self,
@@ -62,55 +62,60 @@ class StreamOptions(BaseModel):
 
 
 class RepetitionDetection(BaseModel):
-    """A loop as vLLM describes it; ranges are those of `SamplingParams.repetition_detection`."""
+    """A loop as vLLM describes it, with the ranges of `SamplingParams.repetition_detection`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    max_pattern_size: int = Field(0, description="Tokens of the longest run that counts; 0 is off")
-    min_pattern_size: int = Field(0, description="Tokens of the shortest; 0 is 1")
-    min_count: int = Field(0, description="How often the run stands in a row")
+    max_pattern_size: int = Field(0, description="The longest run that counts, in tokens; 0 is off")
+    min_pattern_size: int = Field(0, description="The shortest run that counts, in tokens; 0 means 1")
+    min_count: int = Field(0, description="The number of times in a row that the run must occur")
 
     def values(self) -> list[int]:
         return [self.max_pattern_size, self.min_count, self.min_pattern_size or 1]
 
 
 class CompletionRequest(BaseModel):
-    """What is null or not given is the model's own decoding, or its preset's; ranges are those of `SamplingParams`."""
+    """A field that is null or missing has the value of the preset, or else of the model's own decoding."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = Field(None, description="A name that /v1/models lists")
     prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
-        "", description="A text, which is read as the beginning of a document, or token ids, which are read as they are"
+        "",
+        description="A text, read as the beginning of a document, or token ids, read as they are; or a list of either",
     )
     preset: str | None = Field(
-        None, description="One of the model's presets, which /v1/models lists; a field that is set beside it wins"
+        None, description="One of the model's presets, which /v1/models lists; other fields override it"
     )
-    max_tokens: int | None = Field(None, description="Of a continuation; 0 with echo only scores the prompt")
+    max_tokens: int | None = Field(
+        None, description="The longest continuation, in tokens; 0 with echo only scores the prompt"
+    )
     temperature: float | None = None
     top_p: float | None = None
-    n: int | None = Field(None, description="Continuations of each prompt")
+    n: int | None = Field(None, description="The number of continuations per prompt")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="Of so many likeliest tokens in each place")
+    logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="The number of likeliest tokens to report at each position"
+    )
     echo: bool | None = Field(None, description="Begin each choice with its prompt")
     stop: Text | list[Text] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = Field(None, description="By token id")
     seed: int | None = None
-    suffix: None = Field(None, description="Refused: the model continues a text, and fills no gap")
-    user: str | None = Field(None, description="Heeded by nobody")
+    suffix: None = Field(None, description="Not supported: the model continues a text and cannot fill a gap")
+    user: str | None = Field(None, description="Accepted and ignored")
     top_k: int | None = None
     min_p: float | None = None
     typical_p: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     max_verbatim_tokens: int | None = Field(
-        None, description="Drawn in a row as they stand in the training text, at most; 0 is no limit"
+        None, description="The longest run of tokens copied from the training text; 0 is no limit"
     )
     repetition_detection: RepetitionDetection | None = Field(
-        None, description="Ends a choice that has fallen into a loop, with the finish_reason `repetition`"
+        None, description="Ends a choice that runs into a loop, with the finish_reason `repetition`"
     )
     min_tokens: int | None = None
     ignore_eos: bool | None = None
@@ -122,8 +127,8 @@ class CompletionRequest(BaseModel):
         try:
             prompt = handler(value)
         except ValidationError as error:
-            known = [one["msg"] for one in error.errors() if one["type"] == "text"]
-            message = known[0] if known else "expected a text, token ids, or a list of either"
+            texts = [one["msg"] for one in error.errors() if one["type"] == "text"]
+            message = texts[0] if texts else "expected a text, token ids, or a list of either"
             raise PydanticCustomError("prompt", message) from None
         if prompt == []:
             raise PydanticCustomError("prompt", "the list is empty; give a prompt, '' to start from nothing")
@@ -133,11 +138,11 @@ class CompletionRequest(BaseModel):
     @classmethod
     def _no_suffix(cls, value: Any) -> Any:
         if value is not None:
-            raise PydanticCustomError("suffix", "the model continues a text and fills no gap; leave it out")
+            raise PydanticCustomError("suffix", "the model continues a text and cannot fill a gap; leave it out")
         return value
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts one by one, as texts or as token ids."""
+        """Return the prompts as a list of texts or of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -145,9 +150,9 @@ class CompletionRequest(BaseModel):
         return self.prompt
 
     def sampling(self, decoding: ModelDecoding, most_tokens: int | None) -> SamplingParams:
-        """The decoding of this request: that of the model or of its preset, and what is set here.
+        """Return the decoding of this request: its fields over those of its preset or the model's own decoding.
 
-        At most `most_tokens` are drawn. A `max_tokens` of 0 draws nothing, and stands for what the model's own is.
+        At most `most_tokens` are drawn. With a `max_tokens` of 0 nothing is drawn, and `max_new_tokens` is the model's.
         Raises `ApiError`.
         """
         try:
@@ -163,11 +168,15 @@ class CompletionRequest(BaseModel):
         most = self.max_tokens or own.max_new_tokens
         if most_tokens is not None:
             if self.max_tokens and self.max_tokens > most_tokens:
-                raise ApiError(400, f"max_tokens: {self.max_tokens} is more than {most_tokens}", param="max_tokens")
+                raise ApiError(
+                    400,
+                    f"max_tokens: {self.max_tokens} is more than {most_tokens}, this server's limit",
+                    param="max_tokens",
+                )
             most = min(most or most_tokens, most_tokens)
         values["max_new_tokens"] = most
         if self.min_tokens is None and most is not None:
-            # The model's own minimum stands as far as the request leaves it room.
+            # The model's own minimum yields to a shorter request.
             values["min_new_tokens"] = max(0, min(own.min_new_tokens, most))
         try:
             return merge_decoding(own, values)
@@ -190,17 +199,17 @@ class DetokenizeRequest(BaseModel):
 
 
 def to_api_error(error: UserError) -> ApiError:
-    """Bad input as the API tells it: its fields by the names that they have there."""
+    """Return an error in the terms of the API: with the names that fields have there."""
     message = str(error)
     for name, own in OWN_NAMES.items():
         message = message.replace(own, name)
     field, colon, _ = message.partition(": ")
-    known = field in CompletionRequest.model_fields or field == "tokens"
-    return ApiError(400, message, param=field if colon and known else None)
+    is_field = field in CompletionRequest.model_fields or field == "tokens"
+    return ApiError(400, message, param=field if colon and is_field else None)
 
 
 def validation_to_api_error(errors: Sequence[Any]) -> ApiError:
-    """What pydantic found first in a body, as one line that names the field."""
+    """Return the first error that pydantic found in a body, as one line that names the field."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
@@ -209,6 +218,6 @@ def validation_to_api_error(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, "the body: expected a JSON object with the header Content-Type: application/json")
     field = place[0]
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{'.'.join(place)}: no such field; /docs lists those that are", param=field)
+        return ApiError(400, f"{'.'.join(place)}: no such field; /docs lists the fields", param=field)
     message = first["msg"][:1].lower() + first["msg"][1:]
     return ApiError(400, f"{field}: {message}", param=field)

@@ -1,4 +1,4 @@
-"""The registered model: MLflow runs this file when it loads one, with the packed engine, tokenizer and decoding."""
+"""The registered model: MLflow runs this file to load the packed engine, tokenizer and decoding."""
 
 # ruff: noqa: E402
 
@@ -8,16 +8,16 @@ import pipeline
 
 
 def refuse_foreign(packed: Path) -> None:
-    """Raises `ImportError` where another `pipeline` was imported before the one that the model brings.
+    """Raise `ImportError` if a `pipeline` was imported that differs from the one in the model.
 
-    It would answer in its place, and differently.
+    Its code would run instead of the model's.
     """
     for file in sorted(packed.rglob("*.py")):
         own = file.relative_to(packed)
         imported = [Path(folder) / own for folder in pipeline.__path__]
         if not any(other.is_file() and other.read_bytes() == file.read_bytes() for other in imported):
             raise ImportError(
-                f"the package `pipeline` that is imported here is not the one that the model brings ({own} differs); "
+                f"the imported package `pipeline` is not the one that the model brings ({own} differs); "
                 "load the model in a process that has not imported another"
             )
 
@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 
 
 class TextModel(PythonModel):
-    """`predict(["The lamp"], params={"temperature": 0.7})` gives the continuations, without their prompts.
+    """`predict(["The lamp"], params={"temperature": 0.7})` returns the continuations, without their prompts.
 
-    `preset` names one of the model's presets; what is set beside it wins. Calls may come from any thread, several at
+    `preset` names one of the model's presets; other parameters override it. Calls may come from several threads at
     once: their rows share the running batch.
     """
 
@@ -65,7 +65,7 @@ class TextModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[str]:
-        """Continue each prompt; with `n` of more than 1, choice j of prompt i stands at `i * n + j`.
+        """Continue each prompt; with `n > 1`, choice j of prompt i is element `i * n + j`.
 
         Raises `MlflowException` (HTTP 400 behind `mlflow models serve`) naming field, value and range.
         """
@@ -81,7 +81,7 @@ class TextModel(PythonModel):
     def predict_stream(
         self, context: PythonModelContext, model_input: str, params: dict[str, Any] | None = None
     ) -> Iterator[str]:
-        """Continue one prompt, in pieces of whole characters as they are drawn. Raises as `predict` does."""
+        """Continue one prompt, and yield pieces of whole characters as they are drawn. Raises as `predict` does."""
         try:
             decoding = self._decoding(params or {})
             if decoding.n != 1:
@@ -95,11 +95,11 @@ class TextModel(PythonModel):
     def _prompts(self, prompts: list[Any]) -> list[Prompt]:
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
-                raise UserError(f"row {row}: holds no text to continue ({prompt!r}); '' starts from nothing")
+                raise UserError(f"row {row}: expected a text to continue, got {prompt!r}; '' starts from nothing")
         return [text_prompt(self._worker.generator, prompt) for prompt in prompts]
 
     def _decoding(self, params: dict[str, Any]) -> SamplingParams:
-        # MLflow casts to NumPy's types, which are not those of the language.
+        # MLflow casts to NumPy's types, not to Python's.
         values = {name: value.item() if isinstance(value, np.generic) else value for name, value in params.items()}
         own = self.decoding.named(values.pop("preset", None))
         ids, biases = values.pop("logit_bias_ids", []), values.pop("logit_bias_values", [])

@@ -1,4 +1,4 @@
-"""The model that is served: loaded from a folder or the registry, and exchanged for its next version as it runs."""
+"""The model that is served: loaded from a folder or the registry, and replaced by its next version while it runs."""
 
 import logging
 import tempfile
@@ -30,25 +30,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Files:
-    """What a version consists of, ready to be loaded."""
+    """The files of a version, ready to be loaded."""
 
     engine: Path
     decoding: ModelDecoding
     lineage: dict[str, str | None]
     remove: Callable[[], None]
-    """Remove the copy, where it is one."""
+    """Removes the files if they are a copy."""
 
 
 class Source(Protocol):
-    """Where versions come from."""
+    """A place that versions come from."""
 
     name: str
 
     def newest(self) -> str | None:
-        """The version that should be served; none where there are no versions."""
+        """Return the version that should be served; None if there are no versions."""
 
     def fetch(self, version: str | None) -> Files:
-        """Bring a version here. Raises `UserError` where it will not do."""
+        """Get the files of a version. Raises `UserError` if they cannot be served."""
 
 
 class FolderSource:
@@ -67,7 +67,7 @@ class FolderSource:
 
 
 class RegistrySource:
-    """A registered model by `models:/NAME@ALIAS`, which may move, or `models:/NAME/VERSION`."""
+    """A registered model: `models:/NAME@ALIAS`, whose alias may move, or `models:/NAME/VERSION`."""
 
     def __init__(self, client: MlflowClient, uri: str, ui_url: str) -> None:
         self.name = resolve(client, uri).name
@@ -93,7 +93,7 @@ class RegistrySource:
             try:
                 run = self._client.get_run(run_id)
             except MlflowException:
-                # Runs may be deleted, and the versions that came of them stay.
+                # A run may be deleted while its version stays.
                 run = None
             if run is not None:
                 base = run.data.params.get("base.source")
@@ -109,14 +109,15 @@ class RegistrySource:
         )
 
 
-def _lineage(**known: str | None) -> dict[str, str | None]:
+def _lineage(**values: str | None) -> dict[str, str | None]:
+    """Return every field of a lineage; None if it is not among the values."""
     names = ("run_id", "run_url", "git_commit", "git_dirty", "data_md5", "base", "registered")
-    return {name: known.get(name) for name in names}
+    return {name: values.get(name) for name in names}
 
 
 @dataclass(eq=False)
 class ServedModel:
-    """A version with its engine at work."""
+    """A version with its running engine."""
 
     name: str
     version: str | None
@@ -124,7 +125,7 @@ class ServedModel:
     worker: Worker
     loaded: datetime = field(default_factory=lambda: datetime.now(UTC))
     users: int = 0
-    """Requests that are not yet answered."""
+    """The requests that it is still answering."""
 
     @property
     def generator(self) -> TextGenerator:
@@ -132,12 +133,12 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Name, version and precision: what answered."""
+        """The name, version and precision that answers carry."""
         session = self.generator.engine.session
         return "/".join(part for part in (self.name, self.version, session.precision) if part is not None)
 
     def card(self) -> dict[str, Any]:
-        """What `/v1/models` says of it."""
+        """Return the entry of `/v1/models`."""
         session, decoding = self.generator.engine.session, self.files.decoding
         return {
             "id": self.name,
@@ -160,10 +161,10 @@ class ServedModel:
 
 
 class Served:
-    """The version that takes new requests, and those that finish what they have.
+    """The version that takes new requests, and the earlier ones that still finish theirs.
 
-    A thread asks the source every `watch_seconds` which version it should be. A new one is loaded and has drawn its
-    first tokens before it takes the place of the old; one that will not do is refused once, and the old one stays.
+    A thread asks the source every `watch_seconds` which version to serve. A new version replaces the old one only after
+    it is loaded and has drawn its first tokens. A version that cannot be served is refused once, and the old one stays.
     """
 
     def __init__(
@@ -185,29 +186,30 @@ class Served:
         self._lock = threading.Lock()
         self._retired: list[ServedModel] = []
         self._refused: str | None = None
-        """The version whose files will not do."""
-        self._said: str | None = None
+        """The version that cannot be served."""
+        self._warning: str | None = None
+        """The last warning, which is not repeated."""
         self._wake = threading.Event()
         self._closing = False
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self.current: ServedModel
         self.started = False
         self.draining = False
-        """Whether the server has been told to end, and takes no new request."""
+        """Whether the server is shutting down and takes no new request."""
 
     @property
     def ready(self) -> bool:
         return self.started and not self.draining and not self.current.worker.ended
 
     def start(self) -> None:
-        """Load the version that should be served. Raises `UserError` where that will not do."""
+        """Load the version that should be served. Raises `UserError` if it cannot be."""
         self.current = self._open(self._source.newest())
         self.started = True
         logger.info("serving %s on %s", self.current.fingerprint, self.current.generator.engine.session.provider)
         self._watcher.start()
 
     def close(self) -> None:
-        """End every engine; what still runs ends with an error."""
+        """End every engine; requests that still run end with an error."""
         self._closing = True
         self._wake.set()
         if self._watcher.is_alive():
@@ -241,36 +243,36 @@ class Served:
 
     @property
     def models(self) -> list[ServedModel]:
-        """The current version, and those that finish what they have."""
+        """The current version, and the earlier ones that still finish their requests."""
         with self._lock:
             return [self.current, *self._retired]
 
-    def look(self) -> None:
-        """Exchange the current version where the source names another, and let go of those that are done."""
-        self._let_go()
+    def update(self) -> None:
+        """Replace the current version if the source names another, and close earlier ones that are idle."""
+        self._close_idle()
         try:
             version = self._source.newest()
             if version in (self.current.version, self._refused):
                 return
             model = self._open(version)
         except UserError as error:
-            self._say(f"{error}; {self.current.fingerprint} stays")
+            self._warn_once(f"{error}; {self.current.fingerprint} stays")
             return
         except UNREACHABLE as error:
-            self._say(f"the registry does not answer ({error}); {self.current.fingerprint} stays")
+            self._warn_once(f"the registry does not answer ({error}); {self.current.fingerprint} stays")
             return
-        self._said = None
+        self._warning = None
         with self._lock:
             old, self.current = self.current, model
             self._retired.append(old)
-        logger.info("serving %s; %s finishes what it has", model.fingerprint, old.fingerprint)
-        self._let_go()
+        logger.info("serving %s; %s finishes its requests", model.fingerprint, old.fingerprint)
+        self._close_idle()
 
-    def _say(self, text: str) -> None:
-        """Log what keeps a version out, once."""
-        if text != self._said:
+    def _warn_once(self, text: str) -> None:
+        """Log why a new version is not served, unless it was the last warning already."""
+        if text != self._warning:
             logger.warning(text)
-        self._said = text
+        self._warning = text
 
     def _open(self, version: str | None) -> ServedModel:
         files = self._source.fetch(version)
@@ -288,20 +290,20 @@ class Served:
             raise
         return ServedModel(self._source.name, version, files, worker)
 
-    def _let_go(self) -> None:
+    def _close_idle(self) -> None:
         with self._lock:
             idle = [model for model in self._retired if model.users == 0]
             self._retired = [model for model in self._retired if model.users > 0]
         for model in idle:
             model.close()
-            logger.info("%s is done", model.fingerprint)
+            logger.info("closed %s", model.fingerprint)
 
     def _watch(self) -> None:
         while not self._closing:
             self._wake.wait(self._watch_seconds)
             self._wake.clear()
             if not self._closing:
-                self.look()
+                self.update()
 
 
 def source_of(model: str, decoding: ModelDecoding | None, ui_url: str) -> Source:

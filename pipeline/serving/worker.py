@@ -1,8 +1,8 @@
 """The engine in a thread of its own: jobs come from any thread, and what they gain is delivered step by step.
 
-A job is one request of a client: prompts, each continued `n` times, perhaps after its own tokens were scored (`echo`).
-In the thread a loop takes what was asked, scores a chunk of a text, lets every running continuation go on by a token,
-and delivers. Nothing else touches the engine.
+A job is one request of a client: prompts, each continued `n` times, optionally after its own tokens are scored
+(`echo`). The thread's loop handles new messages, scores a chunk of a text, lets every running continuation draw a
+token, and delivers. Nothing else touches the engine.
 """
 
 import math
@@ -22,16 +22,16 @@ from pipeline.errors import UserError
 from pipeline.tokens import prompt_ids
 
 OnTokens = Callable[[int, float, bool], None]
-"""Told of each continuation that went on: by how many tokens, after how many seconds, whether they are the first."""
+"""The callback after each step of a continuation: (new tokens, seconds since the last, whether they are the first)."""
 
 WARM_UP_TOKENS = 4
 MEMORY_OF_DURATIONS = 0.9
-"""How much of the mean duration of a continuation is kept when another has ended."""
+"""The share of the mean duration of continuations that is kept when another one ends."""
 LONGEST_RETRY_SECONDS = 60
 
 
 class QueueFullError(Exception):
-    """No more can wait; it is worth trying again after so many seconds."""
+    """The queue is full; a client should try again after `retry_after_seconds`."""
 
     def __init__(self, retry_after_seconds: int) -> None:
         super().__init__(f"the queue is full; try again in {retry_after_seconds} s")
@@ -49,13 +49,13 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is continued."""
+    """A prompt to continue."""
 
     ids: list[int]
     text: str
-    """As `echo` gives it back."""
+    """The text that `echo` returns."""
     has_context: bool
-    """Whether the first of the ids is the end-of-text before a document, which is no part of the text."""
+    """Whether the first id is the end-of-text before a document, which is not part of the text."""
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class Job:
     """Called in the engine's thread with what each step gives, or with the error that ends the job."""
     echo: bool = False
     draws: bool = True
-    """Whether anything is drawn at all."""
+    """Whether tokens are drawn; if not, the prompts are only echoed or scored."""
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -92,7 +92,7 @@ class _Stop:
 
 
 class Worker:
-    """An engine's thread. Jobs beyond the slots wait, at most `max_queue` continuations of them."""
+    """An engine's thread. Jobs wait for free slots, at most `max_queue` continuations of them."""
 
     def __init__(
         self,
@@ -116,10 +116,10 @@ class Worker:
         """The choices of each job that have not ended, with the time of their last token, None before the first."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.ended = False
-        """Whether the thread takes nothing more, as it was told to stop or an error ended it."""
+        """Whether the thread takes no more jobs: it was stopped, or an error ended it."""
 
     def start(self) -> None:
-        """Load the engine and let it draw a few tokens. Raises what loading raises, `UserError` for a wrong folder."""
+        """Load the engine and draw a few tokens. Raises what loading raises, `UserError` for a wrong folder."""
         self._thread.start()
         error = self._loading.exception()
         if error is not None:
@@ -127,7 +127,7 @@ class Worker:
             raise error
 
     def stop(self) -> None:
-        """End the thread when it has nothing left to do; what is open ends with an error."""
+        """End the thread; jobs that are not done end with an error."""
         self._messages.put(_Stop())
         self._thread.join()
 
@@ -142,26 +142,26 @@ class Worker:
 
     @property
     def running(self) -> int:
-        """Continuations that have a slot."""
+        """The continuations that have a slot."""
         return self.generator.engine.scheduler.running
 
     @property
     def waiting(self) -> int:
-        """Continuations and texts to be scored that wait for their turn."""
+        """The continuations and the texts to score that wait for their turn."""
         return max(0, self._open - self.running)
 
     @property
     def most(self) -> int:
-        """Continuations that may run and wait."""
+        """The most continuations that may run and wait together."""
         return self.slots + self._max_queue
 
     def check(self, choices: int) -> None:
-        """Raises `UserError` for a job of so many continuations that it could never be taken."""
+        """Raise `UserError` if a job has more continuations than could ever be taken."""
         if choices > self.most:
-            raise UserError(f"n: {choices} continuations are more than the {self.most} that are taken at a time")
+            raise UserError(f"n: {choices} continuations are more than the {self.most} that the server takes at a time")
 
     def submit(self, job: Job) -> None:
-        """Take a job. Raises `QueueFullError`, and what `check` raises."""
+        """Queue a job. Raises `QueueFullError`, `RuntimeError` if the engine has ended, and what `check` raises."""
         self.check(job.choices)
         with self._lock:
             if self.ended:
@@ -174,7 +174,7 @@ class Worker:
             self._messages.put(_Begin(job))
 
     def cancel(self, job: Job) -> None:
-        """End a job before the next step, and free its slots; nothing for one that has ended."""
+        """End a job before the next step and free its slots; does nothing if it has ended."""
         self._messages.put(_Cancel(job))
 
     def _run(self) -> None:
@@ -191,7 +191,7 @@ class Worker:
         self._work()
 
     def _work(self) -> None:
-        """Serve until told to stop. An error that no request can be blamed for ends the thread, and is shown."""
+        """Work until a stop message. An error that no request caused ends the thread and is shown."""
         stopped = False
         try:
             while self._take():
@@ -206,7 +206,7 @@ class Worker:
                 self._on_death()
 
     def _take(self) -> bool:
-        """Do what was asked meanwhile, waiting for something where nothing runs; false at the end."""
+        """Handle new messages, waiting for one if nothing runs. Return whether to continue."""
         while True:
             try:
                 message = self._messages.get(block=not (self._running or self._scoring))
@@ -228,7 +228,7 @@ class Worker:
         self._draw(job, [Piece(0, prompt.text) for prompt in job.prompts] if job.echo else [])
 
     def _score(self) -> None:
-        """Score the next chunk of the first text that waits for it."""
+        """Score the next chunk of the first waiting text."""
         if not self._scoring:
             return
         scoring = self._scoring[0]
@@ -243,7 +243,7 @@ class Worker:
             self._draw(scoring.job, scoring.pieces)
 
     def _draw(self, job: Job, echoed: list[Piece]) -> None:
-        """Deliver the prompts of a job that are echoed, one piece each or none at all, and submit its continuations."""
+        """Deliver the echo of a job, a piece per prompt if it has one, and submit its continuations."""
         n = job.params.n
         heads = [replace(echoed[index // n], index=index) for index in range(job.choices)] if echoed else []
         if not job.draws:
@@ -326,7 +326,7 @@ class Worker:
                 self._mean_seconds += (1 - MEMORY_OF_DURATIONS) * (seconds - self._mean_seconds)
 
     def _fail(self, error: Exception) -> None:
-        """End every job that is open: nobody will go on with it."""
+        """End every open job with an error, as nobody will continue it."""
         jobs = [*self._running, *(scoring.job for scoring in self._scoring)]
         while not self._messages.empty():
             message = self._messages.get()
@@ -342,9 +342,9 @@ def _warm_up(engine: Engine) -> None:
 
 
 def run_job(worker: Worker, prompts: list[Prompt], params: SamplingParams) -> Iterator[Piece]:
-    """The pieces of a job as they come, for a caller that waits for them; one that leaves ends the job.
+    """Run a job in the caller's thread, and yield its pieces as they come; closing the iterator cancels it.
 
-    Raises what `Worker.submit` raises, at the first piece, and what ended the job.
+    Raises what `Worker.submit` raises, at the first piece, and the error that ended the job.
     """
     deliveries: queue.SimpleQueue[Delivery | Exception] = queue.SimpleQueue()
     job = Job(prompts, params, deliveries.put)
@@ -362,7 +362,7 @@ def run_job(worker: Worker, prompts: list[Prompt], params: SamplingParams) -> It
 
 
 def text_prompt(generator: TextGenerator, text: str) -> Prompt:
-    """A text as the beginning of a document."""
+    """Return a text as the beginning of a document."""
     return Prompt(prompt_ids(generator.tokenizer, text), text, has_context=True)
 
 
@@ -372,7 +372,7 @@ class _Scoring:
     def __init__(self, generator: TextGenerator, job: Job) -> None:
         self.job = job
         self.pieces: list[Piece] = []
-        """Of the prompts that are done."""
+        """The pieces of the prompts that are done."""
         self._texts = generator.token_texts
         self._engine = generator.engine
         self._tokenizer = generator.tokenizer
@@ -380,7 +380,7 @@ class _Scoring:
         self._chunks = self._begin()
 
     def advance(self) -> bool:
-        """Score a chunk; whether all prompts are done. Raises `UserError` for one that does not fit."""
+        """Score a chunk. Return whether all prompts are done. Raises `UserError` for a prompt that does not fit."""
         chunk = next(self._chunks, None)
         if chunk is not None:
             self._tokens += chunk

@@ -247,14 +247,14 @@ def test_the_card_tells_what_is_served(running: Running) -> None:
     [
         ({"temperature": -1}, 400, "temperature", "temperature: -1.0 is out of range, must be at least 0"),
         ({"max_tokens": -3}, 400, "max_tokens", "max_tokens: -3 is out of range, must be at least 1"),
-        ({"best_of": 2}, 400, "best_of", "best_of: no such field; /docs lists those that are"),
-        ({"suffix": "x"}, 400, "suffix", "suffix: the model continues a text and fills no gap; leave it out"),
+        ({"best_of": 2}, 400, "best_of", "best_of: no such field; /docs lists the fields"),
+        ({"suffix": "x"}, 400, "suffix", "suffix: the model continues a text and cannot fill a gap; leave it out"),
         ({"preset": "x"}, 400, "preset", "preset: 'x' is none of balanced, faithful, adventurous"),
         ({"model": "gpt-5"}, 404, "model", "model: 'gpt-5' is not served here, engine is"),
         ({"prompt": [300]}, 400, "prompt", "prompt: token id 300 is not in [0, 300)"),
         ({"logit_bias": {"300": 1}}, 400, "logit_bias", "logit_bias: no token has the id 300"),
         ({"prompt": [5] * 64}, 400, "prompt", "prompt: 64 tokens leave no room in the context of 64"),
-        ({"n": 1000}, 400, "n", "n: 1000 continuations are more than the 12 that are taken at a time"),
+        ({"n": 1000}, 400, "n", "n: 1000 continuations are more than the 12 that the server takes at a time"),
         ({"prompt": [[]], "echo": True, "max_tokens": 0, "logprobs": 1}, 400, "prompt", "prompt: has no tokens"),
     ],
 )

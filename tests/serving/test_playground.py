@@ -294,7 +294,7 @@ def test_a_preset_that_the_next_model_lacks_is_told(page: Page, server: PlayedSe
     expect(page.get_by_label("preset of A")).to_have_attribute("aria-invalid", "true")
     played.version = "5"
     page.evaluate("loadCard()")
-    expect(page.get_by_text("It has no preset balanced: its own decoding is set.")).to_be_visible()
+    expect(page.get_by_text("It has no preset balanced, so its own decoding is set.")).to_be_visible()
     expect(page.get_by_label("preset of A")).to_have_value("")
     expect(page.get_by_label("preset of A")).not_to_have_attribute("aria-invalid", "true")
     expect(field(page, "temperature")).to_have_value("0.8")
@@ -402,7 +402,7 @@ def test_an_error_names_and_marks_its_field(page: Page, server: PlayedServer, pl
     expect(alert).to_contain_text(message)
     expect(field(page, "temperature")).to_have_attribute("aria-invalid", "true")
     expect(field(page, "temperature")).to_have_accessible_description(
-        f"{message} Below 1 the likely tokens win more often, above 1 less; 0 always takes the likeliest."
+        f"{message} Below 1, likely tokens are drawn more often; above 1, less often. 0 always takes the likeliest."
     )
     alert.get_by_role("button", name="Go to temperature").click()
     expect(field(page, "temperature")).to_be_focused()
@@ -451,7 +451,7 @@ def test_an_error_in_mid_stream_keeps_what_came(page: Page, server: PlayedServer
     generate(opened(page, server))
     expect(page.locator(".answer").first.get_by_role("alert")).to_contain_text("the server is shutting down")
     assert tokens(page).text_content() == TEXT
-    expect(page.locator(".figures").first).to_contain_text("error broke off")
+    expect(page.locator(".figures").first).to_contain_text("error incomplete")
 
 
 def test_a_full_queue_says_when_to_come_back(page: Page, server: PlayedServer, played: Played) -> None:
@@ -501,7 +501,7 @@ def test_the_card_tells_where_the_model_is_from(page: Page, server: PlayedServer
     entries = dict(zip(page.locator("dt").all_text_contents(), page.locator("dd").all_text_contents(), strict=True))
     assert entries.pop("Registered").startswith("24 Nov 2026")
     assert entries == {
-        "Git commit": "43ea123f00 with changes",
+        "Git commit": "43ea123f00 with uncommitted changes",
         "Data md5": "9a0364b9e99b",
         "Base": "openai-community/gpt2-medium",
         "Run": "0123456789ab in MLflow",
@@ -513,7 +513,7 @@ def test_a_model_without_a_registry_has_no_empty_lineage(page: Page, server: Pla
     played.lineage = dict.fromkeys(played.lineage)
     played.decoding = {"context_overflow": "slide", "max_new_tokens": 100}
     opened(page, server)
-    assert page.locator("dl").inner_text().split("\n") == ["Also decodes with", 'context_overflow "slide"']
+    assert page.locator("dl").inner_text().split("\n") == ["Other decoding parameters", 'context_overflow "slide"']
 
 
 def test_a_change_of_the_model_is_told(page: Page, server: PlayedServer, played: Played) -> None:
@@ -677,7 +677,7 @@ def test_the_true_server_streams_to_the_page(page: Page, running: "Running") -> 
             .reduce((sum, span) => sum + pieceOf.get(span).tokens.length, answers.A.held.length)]"""
     )
     assert held == counted
-    expect(page.locator(".figures").first).to_contain_text("length max_tokens or the context is used up")
+    expect(page.locator(".figures").first).to_contain_text("length reached max_tokens or the end of the context")
 
 
 def test_the_true_server_decodes_by_the_preset_that_is_chosen(page: Page, running: "Running") -> None:

@@ -153,7 +153,7 @@ def test_a_wrong_value_is_the_callers_error(model: Any, params: dict[str, Any], 
 
 
 def test_a_prompt_that_is_no_text_is_the_callers_error(model: Any) -> None:
-    with pytest.raises(MlflowException, match="row 1: holds no text to continue") as raised:
+    with pytest.raises(MlflowException, match="row 1: expected a text to continue") as raised:
         model.predict(pd.DataFrame({"prompt": ["N", None]}))
     assert raised.value.get_http_status_code() == 400  # type: ignore[no-untyped-call]
 

@@ -115,7 +115,7 @@ def test_the_server_follows_the_alias(client: MlflowClient, versions: list[str],
         )
         assert running.post(prompt="a", model=f"{NAME}/{versions[0]}").status_code == 404
         move(client, versions[2])
-        wait_for(lambda: any("holds no engine with its decoding" in one.getMessage() for one in caplog.records))
+        wait_for(lambda: any("contains no engine with its decoding" in one.getMessage() for one in caplog.records))
         client.delete_registered_model_alias(NAME, "champion")
         wait_for(lambda: any("does not hold it" in one.getMessage() for one in caplog.records))
         assert running.post(prompt="a").json()["system_fingerprint"] == f"{NAME}/{versions[1]}/float32"
@@ -131,5 +131,5 @@ def test_what_the_registry_does_not_hold_is_refused(uri: str, client: MlflowClie
 
 @pytest.mark.parametrize("uri", ["models:/tides", "models:/tides/latest", "runs:/1/model", "models:/a@b@c"])
 def test_what_names_no_version_is_refused(uri: str, client: MlflowClient) -> None:
-    with pytest.raises(UserError, match="is no model of the registry; write models:/NAME@ALIAS"):
+    with pytest.raises(UserError, match="is not a registry URI; write models:/NAME@ALIAS"):
         resolve(client, uri)

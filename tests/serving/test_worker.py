@@ -123,7 +123,7 @@ def test_a_full_queue_takes_no_more_until_something_ends(worker: Worker) -> None
     with pytest.raises(QueueFullError) as refusal:
         Client(worker, "A cat", SEEDED)
     assert 1 <= refusal.value.retry_after_seconds <= 60
-    with pytest.raises(UserError, match=r"^n: 9 continuations are more than the 8 that are taken at a time$"):
+    with pytest.raises(UserError, match=r"^n: 9 continuations are more than the 8 that the server takes at a time$"):
         Client(worker, "A cat", SamplingParams(n=9, max_new_tokens=2))
     for client in clients:
         worker.cancel(client.job)
