@@ -370,7 +370,7 @@ def _shifted(logits: Logits) -> Float64s:
 
 
 def _sufficient(probabilities: Float64s, mass: float) -> npt.NDArray[np.bool_]:
-    """Return which tokens suffice for `mass`: the others hold less than half the rest. Far fewer are left to sort."""
+    """Return which tokens can matter for `mass`: the others sum to less than half of 1 - `mass`."""
     return probabilities >= (1 - mass) / (2 * probabilities.size)
 
 

@@ -7,11 +7,10 @@ Penalties and bans change the logits of few tokens. A continuation keeps these c
 graph lists the likeliest tokens. Every unlisted token's logit is at most the last listed one. So if everything that
 top-k keeps lies above that, the list and the changed tokens decide.
 
-Otherwise, and for top-p without top-k, the row is read. Split the vocabulary into parts: at least k tokens reach the
-k-th largest of the parts' maxima. So every token that top-k keeps is at or above this bound, in a part whose maximum
-is, too. A nucleus is first looked for among a few such tokens, and if it is wider, among all tokens but those that
-together weigh too little to be in it. If none of this decides, the reference draws from the same logits with the same
-uniform.
+Otherwise, and for top-p without top-k, the row is read. Split the vocabulary into parts: the k-th largest maximum of a
+part is a lower bound of the k-th largest logit, so only parts whose maximum reaches it are read. A nucleus is first
+looked for among a few such tokens, and if it is wider, among all tokens but those that together weigh too little to be
+in it. If none of this decides, the reference draws from the same logits with the same uniform.
 """
 
 import math

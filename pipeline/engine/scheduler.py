@@ -180,7 +180,7 @@ class Scheduler:
             request.cached = end
             if request.unread == 0:
                 self._draw(request, request.slot)
-                # From now on a request waits for every step.
+                # This request decodes now, so the rest of this step reads fewer prompt tokens.
                 room = min(room, prefill_tokens)
 
     def _decode(self) -> None:

@@ -154,7 +154,7 @@ def describe(trial: Trial) -> str:
 def run_finals(bench: Bench, trials: Sequence[Trial], search: Search) -> dict[int, float]:
     """Draw new samples with the best trials, and return their mean distance over the rounds, by number of the trial.
 
-    The best of many trials owes something to its random numbers; the best of these owes less.
+    The best of many trials was partly lucky; new samples reduce that luck.
     """
     best = sorted((trial for trial in trials if trial.state == "complete"), key=lambda trial: trial.distance)
     finals: dict[int, float] = {}

@@ -6,8 +6,8 @@ is a sum over figures of weight · |own - human| / scale.
 
 The scale of a figure is a tenth of the people's own, or its standard error over their texts if that is larger: a term
 of 1, at weight 1, is a tenth more or less than people have. So weights say what matters, whatever the unit of a figure.
-Standard errors alone would not do: that of a figure that hardly varies among people would drown all others. Lengths and
-perplexities are compared on a log scale, so twice and half count the same.
+Standard errors alone would fail: a figure that hardly varies among people has a tiny error, so its term would swamp the
+others. Lengths and perplexities are compared on a log scale, so twice and half count the same.
 """
 
 import math

@@ -27,8 +27,8 @@ from pipeline.tracking.store import store_errors
 from pipeline.training.precision import supports_bfloat16
 from pipeline.training.processes import Processes, join_processes
 from pipeline.training.state import TrainingState, open_state
+from pipeline.training.stopping import Stopped
 from pipeline.training.train import summarize, train
-from pipeline.training.trainer import Stopped
 
 STAGE = "finetune"
 COMPARED = ("base_validation_loss", "validation_loss")

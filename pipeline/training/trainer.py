@@ -36,6 +36,7 @@ from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch
 from pipeline.training.precision import supports_bfloat16, supports_tf32
 from pipeline.training.processes import Processes
 from pipeline.training.state import WHOLE_FILE, TrainingState
+from pipeline.training.stopping import StopCallback, Stopped
 
 FSDP = {
     "transformer_layer_cls_to_wrap": ["GPT2Block"],
@@ -310,25 +311,6 @@ class BestCheckpoint(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.best_global_step:
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
-
-
-class Stopped(Exception):  # noqa: N818
-    """Training stopped on request; the first argument is the last step that it took."""
-
-
-class StopCallback(TrainerCallback):
-    """A callback that saves and stops after the current step if a stop was requested in any process."""
-
-    def __init__(self, stop: threading.Event, processes: Processes) -> None:
-        self.stop = stop
-        self.processes = processes
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        if self.processes.any(self.stop.is_set()):
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 class CurveCallback(TrainerCallback):
