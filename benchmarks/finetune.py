@@ -39,7 +39,7 @@ from pipeline.params.finetune import FinetuneParams
 from pipeline.params.whole import load_params
 from pipeline.tokens import TokenArrays, load_tokens
 from pipeline.training.memory import peak_bytes
-from pipeline.training.model import load_trainable, trained_gpt2
+from pipeline.training.model import load_trainable, merge_adapters
 from pipeline.training.packing import PackedSteps
 from pipeline.training.processes import join_processes
 from pipeline.training.trainer import finetune_model
@@ -251,7 +251,7 @@ def train_ours(arguments: argparse.Namespace) -> Measured:
     speeds = log.tokens_per_second[WARM_UP_STEPS:]
     peak = peak_bytes(model.device) / 2**20
     return Measured(
-        len(speeds) / sum(1 / speed for speed in speeds), peak, tokens, score(trained_gpt2(model), arguments)
+        len(speeds) / sum(1 / speed for speed in speeds), peak, tokens, score(merge_adapters(model), arguments)
     )
 
 

@@ -105,7 +105,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     values = {name: value for name, value in vars(arguments).items() if name in SamplingParams.__dataclass_fields__}
     if arguments.logit_bias:
         values["logit_bias"] = dict(arguments.logit_bias)
-    params = merge_decoding(decoding.named(arguments.preset), values)
+    params = merge_decoding(decoding.preset(arguments.preset), values)
     generator = TextGenerator.load(folder, precision=arguments.precision, provider=arguments.provider)
     # A prompt that does not fit raises here, before anything is printed.
     pieces = generator.stream(arguments.prompt, params)

@@ -22,7 +22,7 @@ WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 
 def save_model(model: GPT2LMHeadModel, folder: Path) -> None:
     """Write config and weights. Raises `UserError` if the disk is full."""
-    with weights_written(folder):
+    with explain_unwritten_weights(folder):
         # One file of any size: without this limit, save_pretrained splits weights at 5 GB.
         model.save_pretrained(folder, max_shard_size=sys.maxsize)
 
@@ -48,7 +48,7 @@ def pack_checkpoint(checkpoint: Path, out: Path) -> None:
 
 
 @contextmanager
-def weights_written(folder: Path) -> Iterator[None]:
+def explain_unwritten_weights(folder: Path) -> Iterator[None]:
     """Report in one line that weights could not be written: safetensors does not raise the operating system's error."""
     try:
         yield

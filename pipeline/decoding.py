@@ -160,15 +160,15 @@ class ModelDecoding:
     presets: Mapping[str, SamplingParams] = field(default_factory=dict)
     """Each preset is complete: it takes nothing from `default`."""
 
-    def named(self, preset: str | None) -> SamplingParams:
+    def preset(self, name: str | None) -> SamplingParams:
         """Return the parameters of a preset, or `default` for None. Raises `UserError` for a name that is no preset."""
-        if preset is None:
+        if name is None:
             return self.default
         if not self.presets:
-            raise UserError(f"preset: this model has no presets, got {preset!r}; leave it out")
-        if preset not in self.presets:
-            raise UserError(f"preset: {preset!r} is none of {', '.join(self.presets)}")
-        return self.presets[preset]
+            raise UserError(f"preset: this model has no presets, got {name!r}; leave it out")
+        if name not in self.presets:
+            raise UserError(f"preset: {name!r} is none of {', '.join(self.presets)}")
+        return self.presets[name]
 
 
 def read_decoding(decoding: Path, presets: Path | None) -> ModelDecoding:

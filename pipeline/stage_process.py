@@ -83,7 +83,7 @@ def _end_after(runners: list[int]) -> None:
 
 
 @contextmanager
-def termination_noted() -> Iterator[threading.Event]:
+def note_termination() -> Iterator[threading.Event]:
     """Let SIGTERM set the event instead of ending the process; a second one, some seconds later, ends it."""
     asked = threading.Event()
     first_s = math.inf

@@ -230,16 +230,16 @@ PRESETS = {
 
 def test_a_preset_is_whole_and_no_name_is_the_models_own() -> None:
     decoding = ModelDecoding(OWN, PRESETS)
-    assert decoding.named(None) == OWN
-    assert {name: decoding.named(name) for name in PRESETS} == PRESETS
+    assert decoding.preset(None) == OWN
+    assert {name: decoding.preset(name) for name in PRESETS} == PRESETS
 
 
 @pytest.mark.parametrize("name", ["x", "", "Faithful"])
 def test_a_name_that_the_model_does_not_have_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"^preset: '{name}' is none of balanced, faithful, adventurous$"):
-        ModelDecoding(OWN, PRESETS).named(name)
+        ModelDecoding(OWN, PRESETS).preset(name)
     with pytest.raises(UserError, match=rf"^preset: this model has no presets, got '{name}'; leave it out$"):
-        ModelDecoding(OWN).named(name)
+        ModelDecoding(OWN).preset(name)
 
 
 def test_decoding_and_presets_are_read_from_two_files(tmp_path: Path) -> None:

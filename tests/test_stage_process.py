@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM"
 
 
 def test_sigterm_is_noted_however_often_it_comes_at_once() -> None:
-    with stage_process.termination_noted() as asked:
+    with stage_process.note_termination() as asked:
         assert not asked.is_set()
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -51,7 +51,7 @@ def test_another_one_later_does_what_it_did_before(monkeypatch: pytest.MonkeyPat
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
         monkeypatch.setattr(stage_process, "ONE_REQUEST_S", -1)
-        with stage_process.termination_noted() as asked:
+        with stage_process.note_termination() as asked:
             os.kill(os.getpid(), signal.SIGTERM)
             assert asked.is_set()
         assert came == [signal.SIGTERM]

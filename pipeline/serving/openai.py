@@ -156,7 +156,7 @@ class CompletionRequest(BaseModel):
         Raises `ApiError`.
         """
         try:
-            own = decoding.named(self.preset)
+            own = decoding.preset(self.preset)
         except UserError as error:
             raise to_api_error(error) from error
         asked = {OWN_NAMES.get(name, name): getattr(self, name) for name in CompletionRequest.model_fields}

@@ -101,7 +101,7 @@ class TextModel(PythonModel):
     def _decoding(self, params: dict[str, Any]) -> SamplingParams:
         # MLflow casts to NumPy's types, not to Python's.
         values = {name: value.item() if isinstance(value, np.generic) else value for name, value in params.items()}
-        own = self.decoding.named(values.pop("preset", None))
+        own = self.decoding.preset(values.pop("preset", None))
         ids, biases = values.pop("logit_bias_ids", []), values.pop("logit_bias_values", [])
         if ids or biases:
             values["logit_bias"] = read_logit_bias(ids, biases)

@@ -20,7 +20,7 @@ from pipeline.errors import report_errors
 from pipeline.files import whole_folder, write_json
 from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
 from pipeline.params.finetune import FinetuneParams
-from pipeline.stage_process import end_with_dvc, termination_noted
+from pipeline.stage_process import end_with_dvc, note_termination
 from pipeline.tracking.records import record_finetuning
 from pipeline.tracking.runs import RunLog, start_run
 from pipeline.tracking.store import store_errors
@@ -51,10 +51,10 @@ def main() -> None:
         if not processes.from_first(lambda: resume.holds_outputs(STAGE, name, arguments.out)):
             # SIGTERM is caught only from here on: a process that waits for the lock has nothing to save.
             if processes.is_first:
-                with resume.only_resumer(STAGE), termination_noted() as stop, exit_when_stopped():
+                with resume.only_resumer(STAGE), note_termination() as stop, exit_when_stopped():
                     train_recorded(arguments.tokens, arguments.base, arguments.out, params, name, processes, stop)
             else:
-                with termination_noted() as stop, exit_when_stopped():
+                with note_termination() as stop, exit_when_stopped():
                     # The same training as in the first process, without recording it.
                     state = TrainingState(resume.RESUME_FOLDER / STAGE / name)
                     train(arguments.tokens, arguments.base, params, None, processes, state, stop)

@@ -58,7 +58,7 @@ def add_lora(model: ScoredGPT2, params: FinetuneParams) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def trained_gpt2(model: nn.Module) -> GPT2LMHeadModel:
+def merge_adapters(model: nn.Module) -> GPT2LMHeadModel:
     """Return the trained GPT-2, with LoRA merged into its weights."""
     return cast(GPT2LMHeadModel, model.merge_and_unload() if isinstance(model, PeftModel) else model)
 

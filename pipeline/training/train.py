@@ -13,7 +13,7 @@ from pipeline.tokens import load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.tracking.runs import RunLog
 from pipeline.training.checks import check_fsdp, check_vocabulary, window_length
 from pipeline.training.memory import parts_of_step
-from pipeline.training.model import gather_weights, load_trainable, trained_gpt2
+from pipeline.training.model import gather_weights, load_trainable, merge_adapters
 from pipeline.training.packing import PackedSteps
 from pipeline.training.precision import supports_bfloat16
 from pipeline.training.processes import Processes
@@ -85,7 +85,7 @@ def train(
     )
     if params.fsdp:
         model = gather_weights(model, load_trainable(base, params))
-    return Trained(trained_gpt2(model), curves, steps)
+    return Trained(merge_adapters(model), curves, steps)
 
 
 def summarize(trained: Trained) -> dict[str, float]:

@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pipeline.checkpoint import weights_written
+from pipeline.checkpoint import explain_unwritten_weights
 from pipeline.curves import Curves, Point
 from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams
@@ -99,7 +99,7 @@ def finetune_model(
         trainer.remove_callback(talkative)
     if sys.stderr.isatty() and processes.is_first:
         trainer.add_callback(BarCallback)
-    with weights_written(work_folder), _explain_full_memory():
+    with explain_unwritten_weights(work_folder), _explain_full_memory():
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     if stop is not None and trainer.state.global_step < trainer.state.max_steps and processes.any(stop.is_set()):
         raise Stopped(trainer.state.global_step)

@@ -165,7 +165,7 @@ def _app(server: PlayedServer) -> FastAPI:
             return _error(400, "prompt: longer than the context", param="prompt")
         decoding = {OWN_NAMES.get(name, name): value for name, value in body.items() if name not in NOT_DECODING}
         try:
-            ModelDecoding(SamplingParams(), played.presets).named(body.get("preset"))
+            ModelDecoding(SamplingParams(), played.presets).preset(body.get("preset"))
             SamplingParams.from_mapping(decoding)
         except UserError as error:
             return _error(400, str(error), param=str(error).split(":")[0])

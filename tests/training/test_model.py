@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.export.build import build_engine
 from pipeline.params.finetune import FinetuneParams, LoraParams
 from pipeline.params.whole import load_params
-from pipeline.training.model import load_trainable, trained_gpt2
+from pipeline.training.model import load_trainable, merge_adapters
 from pipeline.training.objective import ScoredGPT2
 from pipeline.training.optimizer import build_optimizer
 
@@ -52,7 +52,7 @@ def test_lora_trains_its_matrices_alone_and_merges_without_a_trace(
     model.eval()
     with torch.inference_mode():
         before = model(**batch()).logits
-        merged = trained_gpt2(model).eval()
+        merged = merge_adapters(model).eval()
         after = merged(**batch()).logits
     torch.testing.assert_close(after, before, atol=2e-4, rtol=0)
     assert isinstance(merged, ScoredGPT2)
