@@ -1,4 +1,4 @@
-"""A server on a port of 127.0.0.1 in a thread of the test's process, and what tests ask of it."""
+"""Run a server on a port of 127.0.0.1 in a thread of the test's process, and send it requests."""
 
 import socket
 import threading
@@ -23,7 +23,7 @@ DECODING = ModelDecoding(
     SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=12),
     {
         "balanced": SamplingParams(temperature=0.9, min_p=0.02, max_new_tokens=14),
-        # So narrow and so wide that texts of a model with random weights show it.
+        # Far enough apart that texts of a model with random weights differ.
         "faithful": SamplingParams(temperature=0.0, max_new_tokens=10),
         "adventurous": SamplingParams(temperature=1.3, typical_p=0.95, repetition_detection=(8, 3), max_new_tokens=16),
     },
@@ -43,14 +43,14 @@ class Running:
         return requests.post(f"{self.url}/v1/completions", json=body, timeout=PATIENCE_S)
 
     def metric(self, name: str) -> float:
-        """A measure by its whole name, with labels where it has them."""
+        """Return a metric by its full name, with its labels if it has any."""
         lines = requests.get(f"{self.url}/metrics", timeout=PATIENCE_S).text.splitlines()
         (value,) = (line.rpartition(" ")[2] for line in lines if line.rpartition(" ")[0] == name)
         return float(value)
 
 
 def served_folder(folder: Path, *, source: Source | None = None, max_queue: int = 8) -> tuple[Served, Metrics]:
-    """An engine folder in float32 on one core, to be served."""
+    """Return an engine folder in float32 on one core, ready to be served."""
     metrics = Metrics()
 
     def load(engine: Path) -> TextGenerator:
@@ -71,13 +71,13 @@ def running_server(
 ) -> Iterator[Running]:
     served, metrics = served_folder(folder, source=source, max_queue=max_queue)
     app = create_app(served, metrics, limits or Limits(), access or Access())
-    with listening(app) as url:
+    with serve_app(app) as url:
         yield Running(url, served)
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """Serve an application; its address."""
+def serve_app(app: FastAPI) -> Iterator[str]:
+    """Serve an application, and yield its address."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE_S))
@@ -92,8 +92,8 @@ def listening(app: FastAPI) -> Iterator[str]:
 
 
 def wait_for(holds: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-    """Wait until something holds; fails where it does not."""
+    """Wait until a condition holds; fail if it does not in time."""
     end = time.monotonic() + patience_s
     while not holds():
-        assert time.monotonic() < end, "it did not come about"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What is said in deploy/ agrees with the server and with itself; no container is run."""
+"""The files in deploy/ agree with the server and with each other; no container is run."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ TARGETS = ("cpu", "cuda", "mlflow")
 SECRET = re.compile(r"KEY|PASSWORD|SECRET|TOKEN")
 EXACT_TAG = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+(-[\w.-]+)?")
 RUN_BY_MLFLOW = "pyfunc.py"
-"""Of `pipeline.serving`, what the registered model runs and the server does not."""
+"""The module of `pipeline.serving` that only the registered model runs, not the server."""
 
 each_service = pytest.mark.parametrize("name", COMPOSE["services"])
 each_target = pytest.mark.parametrize("target", TARGETS)
@@ -47,13 +47,13 @@ class Stage:
         self.instructions: list[tuple[str, str]] = []
 
     def last(self, word: str) -> str | None:
-        """What the stage says last with this instruction, or else the stage that it goes on from."""
+        """Return the last instruction of this kind, of the stage or of those that it is based on."""
         said = [rest for found, rest in self.instructions if found == word]
         above = STAGES.get(self.base)
         return said[-1] if said else above and above.last(word)
 
 
-def dockerfile() -> dict[str, Stage]:
+def read_dockerfile() -> dict[str, Stage]:
     text = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     stages: dict[str, Stage] = {}
     for line in filter(None, map(str.strip, text.replace("\\\n", "").splitlines())):
@@ -66,17 +66,17 @@ def dockerfile() -> dict[str, Stage]:
     return stages
 
 
-STAGES = dockerfile()
+STAGES = read_dockerfile()
 
 
-def copied() -> set[str]:
-    """What the Dockerfile copies from the repository."""
+def copied_paths() -> set[str]:
+    """Return what the Dockerfile copies from the repository."""
     copies = [rest.split() for stage in STAGES.values() for word, rest in stage.instructions if word == "COPY"]
     return {source for words in copies if not words[0].startswith("--from") for source in words[:-1]}
 
 
-def left_out(path: str) -> bool:
-    """Whether Dockerfile.dockerignore keeps a path from the build: its last pattern that fits decides."""
+def is_ignored(path: str) -> bool:
+    """Return whether Dockerfile.dockerignore excludes a path: the last pattern that matches decides."""
     lines = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     parents = [path, *map(str, Path(path).parents)][:-1]
     ignored = False
@@ -95,13 +95,13 @@ def expressions() -> Iterator[str]:
 
 
 def names_in(expression: str) -> set[str]:
-    """The metrics that an expression selects, histograms by their own name."""
+    """Return the metrics that an expression selects, histograms by their own name."""
     found = set(re.findall(r"([a-zA-Z_:][\w:]*)\s*[{\[]", expression)) | set(re.findall(r"\bpipeline_\w+", expression))
     return {name.removesuffix("_bucket") for name in found} - {"up"}
 
 
 def third_party(files: set[Path]) -> dict[str, str]:
-    """The packages of others that modules import as they are loaded, each with one that does."""
+    """Return the third-party packages that modules import at the top, each with one module that does."""
     found: dict[str, str] = {}
     for file in (file for file in files if file.suffix == ".py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -111,7 +111,7 @@ def third_party(files: set[Path]) -> dict[str, str]:
     return {name: file for name, file in found.items() if name not in {*sys.stdlib_module_names, PACKAGE}}
 
 
-def normalized(name: str) -> str:
+def normalize(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -120,15 +120,15 @@ def lines_of(path: Path) -> list[str]:
 
 
 def requirements() -> set[str]:
-    return {normalized(line) for line in lines_of(DEPLOY / "requirements.txt")}
+    return {normalize(line) for line in lines_of(DEPLOY / "requirements.txt")}
 
 
-def with_theirs(names: set[str]) -> set[str]:
-    """Distributions and what they require, as far as they are installed here."""
+def add_requirements(names: set[str]) -> set[str]:
+    """Return distributions with those they require, as far as they are installed here."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
-        name = normalized(waiting.pop())
+        name = normalize(waiting.pop())
         if name in found:
             continue
         found.add(name)
@@ -138,8 +138,8 @@ def with_theirs(names: set[str]) -> set[str]:
     return found
 
 
-def installed_by(stage: str) -> set[str]:
-    """What a stage's own `pip install` names."""
+def packages_of(stage: str) -> set[str]:
+    """Return the packages that a stage's own `pip install` names."""
     runs = [rest for word, rest in STAGES[stage].instructions if word == "RUN" and " install " in rest]
     words = [word for run in runs for word in run.partition(" install ")[2].split()]
     values = {value for option, value in pairwise(words) if option.startswith("--")}
@@ -148,7 +148,7 @@ def installed_by(stage: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def metrics(tiny_engine_folder: Path) -> set[str]:
-    """The names that the server shows."""
+    """The names of the server's metrics."""
     with running_server(tiny_engine_folder) as running:
         lines = requests.get(f"{running.url}/metrics", timeout=30).text.splitlines()
     return {line.split()[2] for line in lines if line.startswith("# TYPE ")}
@@ -197,7 +197,7 @@ def test_prometheus_looks_for_the_server_where_compose_has_it() -> None:
 def test_an_image_runs_as_another_user_than_root(target: str) -> None:
     user = STAGES[target].last("USER")
     assert user is not None
-    # A number: Kubernetes cannot tell of a name that it is not root's.
+    # A number: from a name, Kubernetes cannot tell whether it is root.
     assert int(user.split(":")[0]) > 0
 
 
@@ -219,17 +219,17 @@ def test_every_base_is_a_stage_or_an_exact_tag() -> None:
 
 
 def test_what_the_dockerfile_copies_is_there_and_gets_in() -> None:
-    assert copied()
-    assert [path for path in copied() if not (ROOT / path).exists() or left_out(path)] == []
+    assert copied_paths()
+    assert [path for path in copied_paths() if not (ROOT / path).exists() or is_ignored(path)] == []
     served = [file.relative_to(ROOT).as_posix() for file in needed_files("pipeline.__main__", ROOT)]
-    assert [path for path in served if left_out(path)] == []
+    assert [path for path in served if is_ignored(path)] == []
 
 
 @pytest.mark.parametrize(
     "path", [".git/config", ".venv/bin/python", "data/a.txt", "deploy/.env", "mlflow.db", "out/export/engine", "tests"]
 )
-def test_what_is_of_no_use_to_an_image_stays_out(path: str) -> None:
-    assert left_out(path)
+def test_what_an_image_does_not_need_is_ignored(path: str) -> None:
+    assert is_ignored(path)
 
 
 def test_copied_stages_are_there() -> None:
@@ -289,7 +289,7 @@ def test_what_a_service_mounts_is_there(name: str) -> None:
 
 
 @each_service
-def test_a_service_waits_for_those_that_tell_their_health(name: str) -> None:
+def test_a_service_waits_for_healthy_services(name: str) -> None:
     for other, condition in COMPOSE["services"][name].get("depends_on", {}).items():
         service = COMPOSE["services"][other]
         assert condition == {"condition": "service_healthy"}
@@ -312,7 +312,7 @@ def test_no_secret_is_written_down() -> None:
         if SECRET.search(key)
     }
     assert named
-    # Asked for, and without a value to fall back on.
+    # Required, without a default.
     assert all(re.fullmatch(r"\$\{\w+:?\?[^}]+\}", value) for value in named.values())
     example = dict(line.split("=", 1) for line in lines_of(DEPLOY / "example.env"))
     assert all(not value for key, value in example.items() if SECRET.search(key))
@@ -338,20 +338,20 @@ def test_the_image_holds_what_the_server_imports() -> None:
     assert {"mlflow", "numpy", "onnxruntime", "tokenizers"} <= imported.keys()
     distributions = metadata.packages_distributions()
     for runtime in ("install-cpu", "install-cuda"):
-        held = with_theirs(requirements() | installed_by(runtime))
-        brought = {name: {normalized(one) for one in distributions.get(name, [name])} for name in imported}
-        # One wheel or the other brings onnxruntime; the machine that tests has one of them.
+        held = add_requirements(requirements() | packages_of(runtime))
+        brought = {name: {normalize(one) for one in distributions.get(name, [name])} for name in imported}
+        # Either wheel provides onnxruntime; the machine that runs this test has one of them.
         brought["onnxruntime"] = {"onnxruntime", "onnxruntime-gpu"}
         assert {name: imported[name] for name, one_of in brought.items() if not one_of & held} == {}
 
 
 def test_the_image_holds_no_training() -> None:
-    assert not with_theirs(requirements()) & {"torch", "transformers", "dvc", "mlflow", "onnx", "optimum"}
+    assert not add_requirements(requirements()) & {"torch", "transformers", "dvc", "mlflow", "onnx", "optimum"}
 
 
 def test_exact_versions_are_those_of_the_constraints() -> None:
-    pinned = {normalized(line.partition("==")[0]) for line in lines_of(ROOT / "constraints.txt")}
-    named = requirements().union(*(installed_by(f"install-{target}") for target in TARGETS))
+    pinned = {normalize(line.partition("==")[0]) for line in lines_of(ROOT / "constraints.txt")}
+    named = requirements().union(*(packages_of(f"install-{target}") for target in TARGETS))
     assert {"mlflow", "onnxruntime", "onnxruntime-gpu"} <= named
     assert named <= pinned
     for stage in STAGES.values():

@@ -1,3 +1,5 @@
+"""Text around the engine: whole characters, stop texts, and prompts with their own parameters."""
+
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,7 @@ def pieces_only(tmp_path_factory: pytest.TempPathFactory) -> "PiecesOf":
 
 
 class PiecesOf:
-    """The pieces that a stream of given tokens comes in; no engine is asked."""
+    """The pieces in which given tokens are streamed, without an engine."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -40,7 +42,7 @@ class PiecesOf:
         return self.ids(self.tokenizer.encode(text).ids, stop)
 
     def characters(self, text: str, stop: Sequence[str] = ()) -> list[str]:
-        """Of an ASCII text, a token a character."""
+        """Return the pieces of an ASCII text with one token per character."""
         return self.ids((self.tokenizer.encode(character).ids[0] for character in text), stop)
 
 
@@ -59,7 +61,7 @@ def test_characters_of_several_bytes_are_never_cut(text: str, pieces_only: Piece
 def test_pieces_together_are_the_text_up_to_the_stop_that_is_first_complete(
     pieces_only: PiecesOf, text: str, stop: list[str]
 ) -> None:
-    # The mark of bytes that are no character holds a piece back until the next one comes.
+    # The mark for bytes that are not a character holds a piece back until the next one comes.
     text = text.replace("�", "")
     complete = [(text.index(entry) + len(entry), text.index(entry)) for entry in stop if entry in text]
     pieces = pieces_only.text(text, stop)
@@ -110,7 +112,7 @@ def test_of_several_stop_texts_the_first_complete_counts(pieces_only: PiecesOf) 
     assert "".join(pieces_only.characters("abcd", ["bc", "c"])) == "a"
 
 
-def test_nothing_is_asked_of_the_tokens_after_a_stop_text(pieces_only: PiecesOf) -> None:
+def test_no_token_is_read_after_a_stop_text(pieces_only: PiecesOf) -> None:
     asked = []
 
     def tokens() -> Iterable[int]:
@@ -123,7 +125,7 @@ def test_nothing_is_asked_of_the_tokens_after_a_stop_text(pieces_only: PiecesOf)
 
 
 @pytest.mark.parametrize("stop", [(), ("a", "e"), ("\n",)])
-def test_a_stream_together_is_the_whole_text(generator: TextGenerator, stop: tuple[str, ...]) -> None:
+def test_the_pieces_of_a_stream_make_the_whole_text(generator: TextGenerator, stop: tuple[str, ...]) -> None:
     for seed in range(4):
         params = SamplingParams(seed=seed, stop=stop, max_new_tokens=40)
         pieces = list(generator.stream("The lamp", params))

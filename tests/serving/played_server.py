@@ -1,4 +1,4 @@
-"""A server that plays the HTTP contract: the page under its policy, and answers that a test has laid out."""
+"""A fake server for tests of the page: the page with its policy, and answers that the test sets."""
 
 import asyncio
 import hashlib
@@ -29,14 +29,14 @@ LONGEST_PROMPT = 2000
 
 @dataclass(frozen=True)
 class Piece:
-    """What one event carries: a text, and the tokens drawn for it, each with its log-probability and the likeliest."""
+    """The content of one event: a text, and its tokens, each with its log-probability and those of the likeliest."""
 
     text: str
     tokens: list[tuple[str, float, dict[str, float]]]
 
 
 def piece(text: str, logprob: float = -0.5, **top: float) -> Piece:
-    """One token that is one piece of text; `top` are others that were likely."""
+    """Return a piece of one token; `top` are other likely tokens."""
     return Piece(text, [(text, logprob, {text: logprob, **{f" {name}": other for name, other in top.items()}})])
 
 
@@ -46,7 +46,7 @@ PIECES = [
     piece(" the", -0.01),
     piece(" lamp", -5.3, fire=-0.2, stove=-2.3),
     piece("\n\n", -1.6),
-    # Two tokens are bytes of one character, which comes with the second.
+    # Two tokens are the bytes of one character; its text comes with the second.
     Piece("", [(" �", -2.0, {" �": -2.0})]),
     Piece(" 🙂", [("�", -0.3, {"�": -0.3})]),
     piece(".", -0.2),
@@ -56,7 +56,7 @@ TEXT = "".join(each.text for each in PIECES)
 
 @dataclass
 class Played:
-    """What the server says, for a test to change before it acts."""
+    """The answers of the server, which a test sets before it acts."""
 
     pieces: Callable[[dict[str, Any]], list[Piece]] = lambda body: PIECES
     version: str = "3"
@@ -86,18 +86,18 @@ class Played:
     endless: bool = False
     pause_s: float = 0.0
     first_piece_only: bool = False
-    """Until `go_on` is set."""
+    """Whether to send only the first piece until `go_on` is set."""
     go_on: Event = field(default_factory=Event)
     disconnected: Event = field(default_factory=Event)
-    """Set when a client goes away in mid-stream."""
+    """Set when a client disconnects during a stream."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
-    """Of the requests for completions, in order."""
+    """The bodies of the requests for completions, in order."""
     raw_bodies: list[str] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
 
 
 class PlayedServer:
-    """Serves on a free port of this machine, inside a `with` block; `played` is what it says next."""
+    """Serves on a free port of this machine inside a `with` block; `played` has its next answers."""
 
     def __init__(self) -> None:
         self.played = Played()
@@ -120,7 +120,7 @@ class PlayedServer:
 
 
 def policy(page: str) -> str:
-    """The Content-Security-Policy that lets the page's own style and script run, and nothing else."""
+    """Return the Content-Security-Policy that allows the page's own style and script, and nothing else."""
     hashes = {
         tag: b64encode(hashlib.sha256(content.encode()).digest()).decode()
         for tag in ("style", "script")
@@ -142,13 +142,13 @@ def _app(server: PlayedServer) -> FastAPI:
 
     @app.get("/v1/models")
     def models(request: Request) -> Response:
-        return _refused(server.played, request) or JSONResponse({"object": "list", "data": [_model(server.played)]})
+        return _refuse(server.played, request) or JSONResponse({"object": "list", "data": [_model(server.played)]})
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         words = (await request.json())["prompt"].split()
         answer = {"tokens": list(range(len(words))), "count": len(words), "max_model_len": 512}
-        return _refused(server.played, request) or JSONResponse(answer)
+        return _refuse(server.played, request) or JSONResponse(answer)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -157,7 +157,7 @@ def _app(server: PlayedServer) -> FastAPI:
         body = json.loads(played.raw_bodies[-1])
         played.bodies.append(body)
         played.authorizations.append(request.headers.get("Authorization"))
-        if refused := _refused(played, request):
+        if refused := _refuse(played, request):
             return refused
         if played.queue_full:
             return _error(429, "the queue is full", headers={"Retry-After": "2"})
@@ -191,7 +191,7 @@ def _model(played: Played) -> dict[str, Any]:
     }
 
 
-def _refused(played: Played, request: Request) -> Response | None:
+def _refuse(played: Played, request: Request) -> Response | None:
     if not played.keys or request.headers.get("Authorization", "").removeprefix("Bearer ") in played.keys:
         return None
     return _error(401, "a key is needed", kind="authentication_error")

@@ -1,4 +1,4 @@
-"""The server over a socket: answers, streams, errors, keys and limits; `openai`'s own client asks, too."""
+"""The server over a socket: answers, streams, errors, keys and limits, also through `openai`'s own client."""
 
 import json
 import socket
@@ -43,7 +43,7 @@ def generator(tiny_engine: Engine, tiny_tokenizer: Any) -> TextGenerator:
 
 
 def events(response: requests.Response) -> list[dict[str, Any]]:
-    """The events of a stream but for its `[DONE]`, which must be the last."""
+    """Return the events of a stream without its `[DONE]`, which must be the last."""
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
@@ -135,7 +135,7 @@ def test_a_preset_decodes_as_it_says(name: str, client: OpenAI, generator: TextG
     (expected,) = generator.complete(["The lamp"], [preset])
     assert client.completions.create(**asked).choices[0].text == expected.text
     assert "".join(piece.choices[0].text for piece in client.completions.create(**asked, stream=True)) == expected.text
-    # What is set beside it wins.
+    # Other fields override it.
     (expected,) = generator.complete(["The lamp"], [replace(preset, temperature=1.7, max_new_tokens=9)])
     assert client.completions.create(**asked, temperature=1.7, max_tokens=9).choices[0].text == expected.text
 
@@ -149,7 +149,7 @@ def test_a_preset_is_described(running: Running) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_loop_ends_with_a_reason_of_its_own(stream: bool, client: OpenAI) -> None:
-    # So likely that nothing else is drawn.
+    # Likely enough that nothing else is drawn.
     asked: dict[str, Any] = {"model": "engine", "prompt": "The lamp", "logit_bias": {"65": 100}, "max_tokens": 30}
     loops = {"repetition_detection": {"max_pattern_size": 4, "min_count": 5}}
     if stream:
@@ -220,7 +220,7 @@ def test_streamed_log_probabilities_are_those_of_the_whole(running: Running) -> 
         assert [value for chunk in chunks for value in chunk["logprobs"][name]] == values
 
 
-def test_tokens_there_and_back(running: Running) -> None:
+def test_tokenizing_and_back_gives_the_text(running: Running) -> None:
     text = "The lamp, über ☃"
     ids = requests.post(f"{running.url}/tokenize", json={"prompt": text}, timeout=PATIENCE_S).json()
     assert ids["count"] == len(ids["tokens"])
@@ -231,7 +231,7 @@ def test_tokens_there_and_back(running: Running) -> None:
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "tokens")
 
 
-def test_the_card_tells_what_is_served(running: Running) -> None:
+def test_the_card_describes_what_is_served(running: Running) -> None:
     (card,) = requests.get(f"{running.url}/v1/models", timeout=PATIENCE_S).json()["data"]
     assert card["precision"] == "float32"
     assert card["provider"] == "cpu"
@@ -274,7 +274,7 @@ def test_openais_client_knows_the_errors(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"prompt": "' + b"\\ud800" + b'"}', b"[" * 100_000])
-def test_rubbish_is_refused(body: bytes, running: Running) -> None:
+def test_a_body_that_is_not_a_request_is_refused(body: bytes, running: Running) -> None:
     headers = {"Content-Type": "application/json"}
     found = requests.post(f"{running.url}/v1/completions", data=body, headers=headers, timeout=PATIENCE_S)
     assert found.status_code == 400
@@ -305,12 +305,12 @@ def test_a_body_that_is_too_large_is_refused(running: Running) -> None:
     assert unsized.status_code == 413
 
 
-def test_a_client_that_goes_away_frees_its_slot(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_disconnects_frees_its_slot(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = running.served.current.generator.engine.scheduler
     step = scheduler.step
 
     def slow_step() -> None:
-        # However slow the client is, the request is not done before it has left.
+        # The request must not end before the client disconnects, however slow the client is.
         time.sleep(0.05)
         step()
 
@@ -329,7 +329,7 @@ def test_a_client_that_goes_away_frees_its_slot(running: Running, monkeypatch: p
         wait_for(lambda: running.metric("pipeline_queue_length") == 0)
 
 
-def test_measures_are_there_for_prometheus(running: Running) -> None:
+def test_metrics_are_there_for_prometheus(running: Running) -> None:
     names = ("pipeline_generated_tokens_total", "pipeline_prompt_tokens_total")
     first = "pipeline_time_to_first_token_seconds_count"
     between = "pipeline_time_between_tokens_seconds_count"
@@ -351,7 +351,7 @@ def test_measures_are_there_for_prometheus(running: Running) -> None:
     assert running.metric(refused) == count + 2
 
 
-def test_it_lives_and_is_ready(running: Running) -> None:
+def test_health_and_readiness_are_reported(running: Running) -> None:
     assert requests.get(f"{running.url}/health", timeout=PATIENCE_S).json() == {"status": "alive"}
     assert requests.get(f"{running.url}/ready", timeout=PATIENCE_S).json() == {"status": "ready"}
     running.served.draining = True
@@ -362,7 +362,7 @@ def test_it_lives_and_is_ready(running: Running) -> None:
         running.served.draining = False
 
 
-def test_the_documentation_asks_nobody_else(running: Running) -> None:
+def test_the_documentation_loads_nothing_from_elsewhere(running: Running) -> None:
     page = requests.get(f"{running.url}/docs", timeout=PATIENCE_S).text
     assert "http://" not in page
     assert "https://" not in page
@@ -376,7 +376,7 @@ def test_the_page_may_run_its_own_script_alone(running: Running) -> None:
     assert "unsafe" not in policy
 
 
-def test_a_queue_that_is_full_says_when_to_come_again(tiny_engine_folder: Path) -> None:
+def test_a_full_queue_says_when_to_try_again(tiny_engine_folder: Path) -> None:
     with running_server(tiny_engine_folder, max_queue=0) as running:
         statuses = set()
         blocking = {"prompt": "The lamp", "max_tokens": 60, "n": SLOTS, "ignore_eos": True, "stream": True}
@@ -392,7 +392,7 @@ def test_a_queue_that_is_full_says_when_to_come_again(tiny_engine_folder: Path) 
         assert running.metric('pipeline_requests_total{outcome="rejected"}') == (429 in statuses)
 
 
-def test_a_request_has_its_time(tiny_engine_folder: Path) -> None:
+def test_a_request_times_out(tiny_engine_folder: Path) -> None:
     with running_server(tiny_engine_folder, limits=Limits(timeout_s=1e-6)) as running:
         found = running.post(prompt="The lamp", **ENDLESS)
         assert (found.status_code, found.json()["error"]["code"]) == (504, "timeout")
@@ -402,13 +402,13 @@ def test_a_request_has_its_time(tiny_engine_folder: Path) -> None:
         assert running.metric('pipeline_requests_total{outcome="timed_out"}') == 2
 
 
-def test_a_server_may_limit_what_is_drawn(tiny_engine_folder: Path) -> None:
+def test_a_server_may_limit_the_length(tiny_engine_folder: Path) -> None:
     with running_server(tiny_engine_folder, limits=Limits(max_tokens=5)) as running:
         assert running.post(prompt="a", ignore_eos=True).json()["usage"]["completion_tokens"] == 5
         assert running.post(prompt="a", max_tokens=6).status_code == 400
 
 
-def test_who_has_no_key_stays_out(tiny_engine_folder: Path) -> None:
+def test_a_request_without_a_key_is_refused(tiny_engine_folder: Path) -> None:
     with running_server(tiny_engine_folder, access=Access(keys=("one", "two"))) as running:
         for path in ("/v1/models", "/v1/models/engine", "/metrics"):
             assert requests.get(f"{running.url}{path}", timeout=PATIENCE_S).status_code == 401
@@ -431,12 +431,12 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert keys_from_environment() == ()
 
 
-def test_metrics_may_be_open_where_the_rest_is_not(tiny_engine_folder: Path) -> None:
+def test_metrics_may_be_open_while_the_rest_is_not(tiny_engine_folder: Path) -> None:
     with running_server(tiny_engine_folder, access=Access(keys=("one",), open_metrics=True)) as running:
         assert running.metric("pipeline_cache_slots") == SLOTS
 
 
-def test_other_origins_may_ask_only_where_they_are_named(tiny_engine_folder: Path, running: Running) -> None:
+def test_other_origins_are_allowed_only_by_name(tiny_engine_folder: Path, running: Running) -> None:
     asking = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     assert (
         "Access-Control-Allow-Origin"

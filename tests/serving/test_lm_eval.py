@@ -1,4 +1,4 @@
-"""EleutherAI's harness through the server: token-id prompts, `echo`, `logprobs`, and no token, or one, drawn."""
+"""EleutherAI's harness through the server: token-id prompts, `echo`, `logprobs`, and at most one token drawn."""
 
 import json
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> TaskManager:
-    """A task of four questions: how a sentence goes on."""
+    """A task of four questions: how a sentence continues."""
     halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in SENTENCES]
     rows = [{"begins": begin, "ends": [end, *(other for _, other in halves if other != end)]} for begin, end in halves]
     (tmp_path / "tides.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

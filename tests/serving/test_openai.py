@@ -1,4 +1,4 @@
-"""What a body of the API becomes, and how it is refused."""
+"""How the body of a request becomes decoding parameters, and how it is refused."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,12 +18,12 @@ def sampling(own: SamplingParams = OWN, most_tokens: int | None = None, **fields
     return CompletionRequest(**fields).sampling(decoding, most_tokens)
 
 
-def test_nothing_given_is_the_models_own_decoding() -> None:
+def test_unset_fields_are_the_models_own_decoding() -> None:
     assert sampling() == OWN
     assert sampling(temperature=None, stop=None, max_tokens=None, logit_bias=None) == OWN
 
 
-def test_what_is_given_stands_over_the_models_own() -> None:
+def test_fields_override_the_models_own_decoding() -> None:
     found = sampling(
         temperature=0.0,
         top_k=5,
@@ -70,7 +70,7 @@ def test_what_is_given_stands_over_the_models_own() -> None:
     )
 
 
-def test_a_preset_stands_in_place_of_the_models_own() -> None:
+def test_a_preset_replaces_the_models_own_decoding() -> None:
     assert sampling(preset="faithful") == FAITHFUL
     assert sampling(preset=None) == OWN
     assert sampling(preset="faithful", temperature=0.9, seed=5) == replace(FAITHFUL, temperature=0.9, seed=5)
@@ -106,7 +106,7 @@ def test_the_models_own_minimum_yields_to_a_shorter_request() -> None:
         sampling(max_tokens=5, min_tokens=9)
 
 
-def test_the_servers_limit_holds_whoever_asks_for_more() -> None:
+def test_the_servers_limit_holds() -> None:
     assert sampling(most_tokens=10).max_new_tokens == 10
     assert sampling(SamplingParams(), most_tokens=10).max_new_tokens == 10
     with pytest.raises(ApiError, match=r"^max_tokens: 11 is more than 10, this server's limit$"):

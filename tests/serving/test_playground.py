@@ -1,3 +1,5 @@
+"""The playground page in Chromium, with a fake server and with the real one."""
+
 import json
 import re
 import shutil
@@ -62,13 +64,13 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
 
 @pytest.fixture
 def faults() -> list[str]:
-    """What the browser complains of; every test ends with none, refusals of the server aside."""
+    """The errors of the browser; every test must end without any, except requests that the server refused."""
     return []
 
 
 @pytest.fixture
 def page(context: BrowserContext, server: PlayedServer, played: Played, faults: list[str]) -> Iterator[Page]:
-    """The page, not opened yet: a test lays out what the server says before."""
+    """The page, not opened yet, so that a test can set the server's answers first."""
     page = context.new_page()
     page.set_default_timeout(5000)
     page.on("pageerror", lambda error: faults.append(str(error)))
@@ -82,13 +84,13 @@ def page(context: BrowserContext, server: PlayedServer, played: Played, faults: 
 
 @pytest.fixture(scope="module")
 def running(tiny_engine_folder: Path) -> "Iterator[Running]":
-    """The true server, with a model of random weights."""
+    """The real server, with a model of random weights."""
     served_model = pytest.importorskip("served_model", reason="there is no server yet")
     with served_model.running_server(tiny_engine_folder) as running:
         yield running
 
 
-def opened(page: Page, server: "PlayedServer | Running") -> Page:
+def open_page(page: Page, server: "PlayedServer | Running") -> Page:
     page.goto(server.url)
     expect(page.get_by_role("list", name="The model").get_by_role("listitem")).not_to_have_count(0)
     page.get_by_label("Prompt", exact=True).fill("The")
@@ -115,7 +117,7 @@ def decoding_of(body: dict[str, Any]) -> dict[str, Any]:
 
 def test_text_comes_as_it_is_made(page: Page, server: PlayedServer, played: Played) -> None:
     played.first_piece_only = True
-    opened(page, server).get_by_role("button", name="Generate").click()
+    open_page(page, server).get_by_role("button", name="Generate").click()
     expect(tokens(page)).to_have_text(" keeper", use_inner_text=False)
     expect(page.get_by_role("status").last).to_have_text("Generating…")
     played.go_on.set()
@@ -128,7 +130,7 @@ def test_text_comes_as_it_is_made(page: Page, server: PlayedServer, played: Play
 @pytest.mark.parametrize("way", ["button", "Escape"])
 def test_stopping_reaches_the_server(way: str, page: Page, server: PlayedServer, played: Played) -> None:
     played.endless = True
-    opened(page, server).get_by_role("button", name="Generate").click()
+    open_page(page, server).get_by_role("button", name="Generate").click()
     expect(tokens(page)).to_contain_text("lamp")
     if way == "button":
         page.get_by_role("button", name="Stop", exact=True).click()
@@ -144,18 +146,18 @@ def test_stopping_reaches_the_server(way: str, page: Page, server: PlayedServer,
 
 
 def test_what_is_not_touched_is_not_sent(page: Page, server: PlayedServer, played: Played) -> None:
-    generate(opened(page, server))
+    generate(open_page(page, server))
     assert decoding_of(played.bodies[0]) == {}
 
 
 def test_what_is_touched_is_sent_until_it_is_reset(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server)
+    open_page(page, server)
     field(page, "temperature").fill("0.35")
     page.get_by_label("top_k of A, slider").focus()
     page.keyboard.press("ArrowRight")
     field(page, "max_tokens").fill("7")
     field(page, "stop").fill("\\n\\n\nThe end\\\\")
-    # More than a double holds.
+    # More than a double can hold.
     field(page, "seed").fill(str(2**63 - 1))
     generate(page)
     assert decoding_of(played.bodies[0]) == {
@@ -180,7 +182,7 @@ def test_what_is_touched_is_sent_until_it_is_reset(page: Page, server: PlayedSer
 
 
 def test_the_settings_are_those_of_the_engine(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server)
+    open_page(page, server)
     neutral = SamplingParams()
     shown = page.evaluate("PARAMETERS.map(({ name, neutral }) => [name, neutral])")
     known = {each.name for each in fields(SamplingParams)}
@@ -195,10 +197,8 @@ def test_the_settings_are_those_of_the_engine(page: Page, server: PlayedServer, 
     expect(page.locator("#row-top_k")).to_contain_text("model's own: 50")
 
 
-def test_a_preset_fills_the_controls_and_what_is_turned_then_wins(
-    page: Page, server: PlayedServer, played: Played
-) -> None:
-    opened(page, server)
+def test_a_preset_fills_the_controls_and_changes_override_it(page: Page, server: PlayedServer, played: Played) -> None:
+    open_page(page, server)
     field(page, "top_k").fill("7")
     field(page, "seed").fill("5")
     preset = page.get_by_label("preset of A")
@@ -207,7 +207,7 @@ def test_a_preset_fills_the_controls_and_what_is_turned_then_wins(
     shown = {"temperature": "0.5", "top_k": "0", "top_p": "0.9", "max_tokens": "300", "stop": "", "seed": "5"}
     assert {name: field(page, name).input_value() for name in shown} == shown
     expect(page.locator("#row-temperature")).to_contain_text("faithful: 0.5")
-    # What no control shows is told.
+    # Parameters without a control are listed.
     also = page.locator("#row-preset .also").first
     expect(also).to_have_text("also repetition_detection [20,3]")
     generate(page)
@@ -232,10 +232,10 @@ def test_a_preset_fills_the_controls_and_what_is_turned_then_wins(
     assert decoding_of(played.bodies[2]) == {"seed": 5}
 
 
-def test_two_presets_stand_side_by_side(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server).get_by_label("preset of A").select_option("faithful")
+def test_two_presets_are_compared(page: Page, server: PlayedServer, played: Played) -> None:
+    open_page(page, server).get_by_label("preset of A").select_option("faithful")
     page.get_by_label("Compare two settings").check()
-    # B begins as A is.
+    # B starts with the settings of A.
     expect(page.get_by_label("preset of B")).to_have_value("faithful")
     page.get_by_label("preset of B").select_option("adventurous")
     expect(page.locator("#row-temperature")).to_contain_text("faithful: 0.5 · adventurous: 1.2")
@@ -258,7 +258,7 @@ def test_two_presets_stand_side_by_side(page: Page, server: PlayedServer, played
 
 
 def test_a_preset_is_chosen_by_keyboard(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server)
+    open_page(page, server)
     preset = page.get_by_label("preset of A")
     expect(preset).to_have_accessible_description(re.compile("^Settings that come with the model"))
     preset.focus()
@@ -273,7 +273,7 @@ def test_a_preset_is_chosen_by_keyboard(page: Page, server: PlayedServer, played
 
 def test_a_model_without_presets_has_none_to_choose(page: Page, server: PlayedServer, played: Played) -> None:
     played.presets = {}
-    opened(page, server)
+    open_page(page, server)
     expect(page.locator("#preset-A")).to_be_hidden()
     page.get_by_label("Compare two settings").check()
     expect(page.locator("#preset-B")).to_be_hidden()
@@ -281,8 +281,8 @@ def test_a_model_without_presets_has_none_to_choose(page: Page, server: PlayedSe
     assert all(decoding_of(body).keys() == {"seed"} for body in played.bodies)
 
 
-def test_a_preset_that_the_next_model_lacks_is_told(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server).get_by_label("preset of A").select_option("balanced")
+def test_a_preset_that_the_next_model_lacks_is_reported(page: Page, server: PlayedServer, played: Played) -> None:
+    open_page(page, server).get_by_label("preset of A").select_option("balanced")
     played.version = "4"
     played.presets = {"balanced": {"temperature": 1.1}}
     generate(page)
@@ -301,7 +301,7 @@ def test_a_preset_that_the_next_model_lacks_is_told(page: Page, server: PlayedSe
 
 
 def test_both_sides_share_a_seed_that_the_page_draws(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server).get_by_label("Compare two settings").check()
+    open_page(page, server).get_by_label("Compare two settings").check()
     field(page, "temperature", "A").fill("0.3")
     field(page, "temperature", "B").fill("1.3")
     field(page, "top_p", "B").fill("0.9")
@@ -329,7 +329,7 @@ def test_both_sides_share_a_seed_that_the_page_draws(page: Page, server: PlayedS
 
 
 def test_pointing_at_a_token_shows_what_else_was_likely(page: Page, server: PlayedServer, played: Played) -> None:
-    generate(opened(page, server))
+    generate(open_page(page, server))
     lamp = tokens(page).locator(".token", has_text="lamp")
     lamp.hover()
     detail = page.get_by_role("tooltip")
@@ -350,7 +350,7 @@ def test_pointing_at_a_token_shows_what_else_was_likely(page: Page, server: Play
 
 
 def test_the_tint_can_be_switched_off(page: Page, server: PlayedServer, played: Played) -> None:
-    generate(opened(page, server))
+    generate(open_page(page, server))
     background = "(span) => getComputedStyle(span).backgroundColor"
     lamp = tokens(page).locator(".token", has_text="lamp")
     assert lamp.evaluate(background) != "rgba(0, 0, 0, 0)"
@@ -359,7 +359,7 @@ def test_the_tint_can_be_switched_off(page: Page, server: PlayedServer, played: 
 
 
 def test_arrow_keys_move_through_the_tokens(page: Page, server: PlayedServer, played: Played) -> None:
-    generate(opened(page, server))
+    generate(open_page(page, server))
     detail = page.get_by_role("tooltip").locator(".chosen")
     tokens(page).locator(".token").first.focus()
     expect(detail).to_have_text("␣keeper90 %")
@@ -383,18 +383,18 @@ def test_arrow_keys_move_through_the_tokens(page: Page, server: PlayedServer, pl
 
 
 def test_a_text_that_tokens_overlap_is_shown_whole(page: Page, server: PlayedServer, played: Played) -> None:
-    """Texts are held back where a stop text may begin, and the one that comes is cut out of its token."""
+    """Text is held back if a stop text may begin there, and a stop text is cut out of its token."""
     played.pieces = lambda body: [
         Piece("a", [("a", -0.1, {}), (" EN", -0.2, {})]),
         Piece(" ENtry", [("try", -0.3, {})]),
         Piece(" b.", [(" b. END", -0.4, {})]),
     ]
-    generate(opened(page, server))
+    generate(open_page(page, server))
     assert tokens(page).locator(".token").all_text_contents() == ["a", " EN", "try", " b."]
 
 
 def test_an_error_names_and_marks_its_field(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server)
+    open_page(page, server)
     field(page, "temperature").fill("-1")
     generate(page)
     message = "temperature: -1 is out of range, must be at least 0"
@@ -415,14 +415,14 @@ def test_an_error_names_and_marks_its_field(page: Page, server: PlayedServer, pl
 def test_the_name_of_a_parameter_inside_the_model_finds_its_field(
     page: Page, server: PlayedServer, played: Played
 ) -> None:
-    opened(page, server)
+    open_page(page, server)
     field(page, "max_tokens").fill("0")
     generate(page)
     expect(field(page, "max_tokens")).to_have_attribute("aria-invalid", "true")
 
 
 def test_each_side_of_a_comparison_has_its_own_errors(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server).get_by_label("Compare two settings").check()
+    open_page(page, server).get_by_label("Compare two settings").check()
     field(page, "top_p", "B").fill("1.5")
     generate(page)
     expect(field(page, "top_p", "B")).to_have_attribute("aria-invalid", "true")
@@ -431,14 +431,14 @@ def test_each_side_of_a_comparison_has_its_own_errors(page: Page, server: Played
 
 
 def test_an_error_in_the_prompt_marks_the_prompt(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server).get_by_label("Prompt", exact=True).fill("x" * (LONGEST_PROMPT + 1))
+    open_page(page, server).get_by_label("Prompt", exact=True).fill("x" * (LONGEST_PROMPT + 1))
     generate(page)
     expect(page.get_by_label("Prompt", exact=True)).to_have_attribute("aria-invalid", "true")
     expect(page.locator("#prompt-complaint")).to_have_text("prompt: longer than the context")
 
 
 def test_a_seed_that_is_no_number_is_not_sent(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server)
+    open_page(page, server)
     field(page, "seed").fill("seven")
     generate(page)
     expect(field(page, "seed")).to_have_attribute("aria-invalid", "true")
@@ -446,17 +446,17 @@ def test_a_seed_that_is_no_number_is_not_sent(page: Page, server: PlayedServer, 
     assert played.bodies == []
 
 
-def test_an_error_in_mid_stream_keeps_what_came(page: Page, server: PlayedServer, played: Played) -> None:
+def test_an_error_during_a_stream_keeps_the_text_so_far(page: Page, server: PlayedServer, played: Played) -> None:
     played.breaks = "the server is shutting down"
-    generate(opened(page, server))
+    generate(open_page(page, server))
     expect(page.locator(".answer").first.get_by_role("alert")).to_contain_text("the server is shutting down")
     assert tokens(page).text_content() == TEXT
     expect(page.locator(".figures").first).to_contain_text("error incomplete")
 
 
-def test_a_full_queue_says_when_to_come_back(page: Page, server: PlayedServer, played: Played) -> None:
+def test_a_full_queue_says_when_to_try_again(page: Page, server: PlayedServer, played: Played) -> None:
     played.queue_full = True
-    generate(opened(page, server))
+    generate(open_page(page, server))
     alert = page.locator(".answer").first.get_by_role("alert")
     expect(alert).to_contain_text("the queue is full (try again in 2 s)")
 
@@ -473,15 +473,15 @@ def test_a_key_is_asked_for_and_kept(page: Page, server: PlayedServer, played: P
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("harbour-tales")
     expect(key).to_be_hidden()
-    opened(page, server)
+    open_page(page, server)
     generate(page)
     assert played.authorizations == ["Bearer right"]
     assert tokens(page).text_content() == TEXT
     assert page.evaluate("localStorage.length") == 0
 
 
-def test_a_key_that_is_needed_later_lets_the_request_go_on(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server)
+def test_a_request_continues_after_a_key_that_is_needed_later(page: Page, server: PlayedServer, played: Played) -> None:
+    open_page(page, server)
     played.keys = frozenset({"right"})
     generate(page)
     page.get_by_label("API key").fill("right")
@@ -490,8 +490,8 @@ def test_a_key_that_is_needed_later_lets_the_request_go_on(page: Page, server: P
     assert played.authorizations == [None, "Bearer right"]
 
 
-def test_the_card_tells_where_the_model_is_from(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server)
+def test_the_card_shows_where_the_model_is_from(page: Page, server: PlayedServer, played: Played) -> None:
+    open_page(page, server)
     assert page.get_by_role("list", name="The model").get_by_role("listitem").all_text_contents() == [
         "version 3",
         "int8",
@@ -512,12 +512,12 @@ def test_the_card_tells_where_the_model_is_from(page: Page, server: PlayedServer
 def test_a_model_without_a_registry_has_no_empty_lineage(page: Page, server: PlayedServer, played: Played) -> None:
     played.lineage = dict.fromkeys(played.lineage)
     played.decoding = {"context_overflow": "slide", "max_new_tokens": 100}
-    opened(page, server)
+    open_page(page, server)
     assert page.locator("dl").inner_text().split("\n") == ["Other decoding parameters", 'context_overflow "slide"']
 
 
-def test_a_change_of_the_model_is_told(page: Page, server: PlayedServer, played: Played) -> None:
-    generate(opened(page, server))
+def test_a_change_of_the_model_is_reported(page: Page, server: PlayedServer, played: Played) -> None:
+    generate(open_page(page, server))
     expect(page.get_by_text("Another model answers now")).to_have_count(0)
     played.version = "4"
     played.decoding = {"temperature": 0.6}
@@ -529,18 +529,18 @@ def test_a_change_of_the_model_is_told(page: Page, server: PlayedServer, played:
     expect(page.get_by_text("Another model answers now")).to_be_hidden()
 
 
-def test_a_change_before_the_first_answer_is_told(page: Page, server: PlayedServer, played: Played) -> None:
-    opened(page, server)
+def test_a_change_before_the_first_answer_is_reported(page: Page, server: PlayedServer, played: Played) -> None:
+    open_page(page, server)
     played.version = "4"
     generate(page)
     expect(page.get_by_text("Before, it was harbour-tales, version 3, int8, cpu.")).to_be_visible()
 
 
-def test_the_answer_can_be_taken_along(
+def test_the_answer_can_be_copied_and_continued(
     page: Page, context: BrowserContext, server: PlayedServer, played: Played
 ) -> None:
     context.grant_permissions(["clipboard-read", "clipboard-write"])
-    opened(page, server)
+    open_page(page, server)
     field(page, "stop").fill("it's")
     generate(page)
     read = "navigator.clipboard.readText()"
@@ -561,7 +561,7 @@ def test_the_answer_can_be_taken_along(
 def test_nothing_is_wider_than_the_screen(width: int, page: Page, server: PlayedServer, played: Played) -> None:
     played.pieces = lambda body: [piece("unbroken" * 30), piece(" word")]
     page.set_viewport_size({"width": width, "height": 800})
-    opened(page, server).get_by_label("Compare two settings").check()
+    open_page(page, server).get_by_label("Compare two settings").check()
     field(page, "temperature", "B").fill("-1")
     field(page, "stop", "A").fill("a_rather_long_stop_text_" * 4)
     generate(page)
@@ -576,7 +576,7 @@ def test_nothing_is_wider_than_the_screen(width: int, page: Page, server: Played
 
 def test_a_tap_shows_the_details(browser: Browser, server: PlayedServer, played: Played) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
-    page = opened(context.new_page(), server)
+    page = open_page(context.new_page(), server)
     page.get_by_role("button", name="Generate").tap()
     tokens(page).locator(".token", has_text="lamp").tap()
     box = page.get_by_role("tooltip").bounding_box()
@@ -586,13 +586,13 @@ def test_a_tap_shows_the_details(browser: Browser, server: PlayedServer, played:
 
 
 def test_the_browser_finds_no_fault(page: Page, server: PlayedServer, played: Played, faults: list[str]) -> None:
-    opened(page, server).get_by_label("Compare two settings").check()
+    open_page(page, server).get_by_label("Compare two settings").check()
     field(page, "temperature", "B").fill("0")
     generate(page)
     tokens(page, "B").locator(".token").first.hover()
     generate(page)
     assert faults == []
-    # The policy is there, and bites.
+    # The policy is there, and is enforced.
     violated = page.evaluate(
         """new Promise((resolve) => {
             addEventListener("securitypolicyviolation", (event) => resolve(event.violatedDirective));
@@ -605,7 +605,7 @@ def test_the_browser_finds_no_fault(page: Page, server: PlayedServer, played: Pl
 
 
 def test_all_can_be_done_by_keyboard(page: Page, server: PlayedServer, played: Played) -> None:
-    generate(opened(page, server))
+    generate(open_page(page, server))
     page.get_by_label("Compare two settings").focus()
     page.keyboard.press("Space")
     expect(page.get_by_label("Compare two settings")).to_be_checked()
@@ -630,17 +630,17 @@ def test_all_can_be_done_by_keyboard(page: Page, server: PlayedServer, played: P
 
 
 def test_every_control_has_a_name(page: Page, server: PlayedServer, played: Played) -> None:
-    generate(opened(page, server))
+    generate(open_page(page, server))
     page.get_by_label("Compare two settings").check()
     for control in page.locator("button:visible, input:visible, select:visible, textarea:visible").all():
         expect(control).not_to_have_accessible_name("")
 
 
-def test_nothing_moves_for_those_who_asked(browser: Browser, server: PlayedServer, played: Played) -> None:
+def test_nothing_moves_for_users_who_prefer_that(browser: Browser, server: PlayedServer, played: Played) -> None:
     played.endless = True
     for wish, moves in (("reduce", False), ("no-preference", True)):
         context = browser.new_context(reduced_motion=wish)
-        page = opened(context.new_page(), server)
+        page = open_page(context.new_page(), server)
         page.get_by_role("button", name="Generate").click()
         token = tokens(page).locator(".token").first
         assert (token.evaluate("(span) => getComputedStyle(span).animationName") != "none") == moves
@@ -648,10 +648,10 @@ def test_nothing_moves_for_those_who_asked(browser: Browser, server: PlayedServe
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_stand_out_from_their_ground(scheme: str, page: Page, server: PlayedServer, played: Played) -> None:
-    """By a contrast of 4.5, as WCAG 2.2 asks for in 1.4.3."""
+def test_texts_contrast_with_their_background(scheme: str, page: Page, server: PlayedServer, played: Played) -> None:
+    """Check for a contrast of 4.5, as WCAG 2.2 requires in 1.4.3."""
     page.emulate_media(color_scheme=scheme)
-    opened(page, server)
+    open_page(page, server)
     pairs = [(text, ground) for text in ("ink", "soft", "accent") for ground in ("paper", "sheet", "wash")]
     for text, ground in [*pairs, ("bad", "bad-wash"), ("bad", "sheet"), ("on-accent", "accent"), ("sheet", "other")]:
         colours = [
@@ -662,8 +662,8 @@ def test_texts_stand_out_from_their_ground(scheme: str, page: Page, server: Play
         assert (other + 0.05) / (one + 0.05) >= 4.5, (text, ground)
 
 
-def test_the_true_server_streams_to_the_page(page: Page, running: "Running") -> None:
-    opened(page, running).get_by_label("Compare two settings").check()
+def test_the_real_server_streams_to_the_page(page: Page, running: "Running") -> None:
+    open_page(page, running).get_by_label("Compare two settings").check()
     field(page, "seed").fill("1")
     generate(page)
     assert tokens(page, "A").text_content() == tokens(page, "B").text_content()
@@ -671,7 +671,7 @@ def test_the_true_server_streams_to_the_page(page: Page, running: "Running") -> 
     assert shown.count() > 0
     shown.first.focus()
     assert page.get_by_role("tooltip").get_by_role("listitem").count() in (5, 6)
-    # Every token that was drawn stands under a piece of the text, or spells a character that is not complete.
+    # Every token that was drawn belongs to a piece of the text, or to a character that is not complete.
     counted, held = page.evaluate(
         """[answers.A.count, [...document.querySelectorAll("[data-side=A] .token")]
             .reduce((sum, span) => sum + pieceOf.get(span).tokens.length, answers.A.held.length)]"""
@@ -680,16 +680,16 @@ def test_the_true_server_streams_to_the_page(page: Page, running: "Running") -> 
     expect(page.locator(".figures").first).to_contain_text("length reached max_tokens or the end of the context")
 
 
-def test_the_true_server_decodes_by_the_preset_that_is_chosen(page: Page, running: "Running") -> None:
-    opened(page, running).get_by_label("preset of A").select_option("faithful")
+def test_the_real_server_decodes_by_the_chosen_preset(page: Page, running: "Running") -> None:
+    open_page(page, running).get_by_label("preset of A").select_option("faithful")
     expect(field(page, "temperature")).to_have_value("0")
     generate(page)
     (choice,) = running.post(prompt="The", preset="faithful").json()["choices"]
     assert tokens(page).text_content() == choice["text"]
 
 
-def test_the_true_server_says_which_field_is_wrong(page: Page, running: "Running") -> None:
-    opened(page, running).get_by_label("preset of A").select_option("balanced")
+def test_the_real_server_says_which_field_is_wrong(page: Page, running: "Running") -> None:
+    open_page(page, running).get_by_label("preset of A").select_option("balanced")
     for name, value in (("top_p", "1.5"), ("max_tokens", "-3"), ("seed", str(2**63)), ("top_k", "0.5")):
         field(page, name).fill(value)
         generate(page)

@@ -1,4 +1,4 @@
-"""The model class as MLflow saves it from code and loads it; `tests/stages/test_register.py` has the registry."""
+"""The model class as MLflow saves and loads it from code; `tests/stages/test_register.py` tests it in the registry."""
 
 import shutil
 import subprocess
@@ -75,7 +75,7 @@ def test_callers_of_several_threads_do_not_mix(saved: Path) -> None:
     assert found == expected
 
 
-def test_nothing_given_means_the_packed_decoding(model: Any, generator: TextGenerator) -> None:
+def test_unset_parameters_are_the_packed_decoding(model: Any, generator: TextGenerator) -> None:
     decoding = SamplingParams.from_mapping({**DECODING.to_mapping(), **SEEDED})
     expected = complete(generator, ["The lamp", ""], decoding)
     assert model.predict(["The lamp", ""], params=SEEDED) == expected
@@ -83,16 +83,16 @@ def test_nothing_given_means_the_packed_decoding(model: Any, generator: TextGene
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_stands_in_place_of_the_packed_decoding(name: str, model: Any, generator: TextGenerator) -> None:
+def test_a_preset_replaces_the_packed_decoding(name: str, model: Any, generator: TextGenerator) -> None:
     preset = replace(PRESETS[name], seed=5)
     params = {"preset": name} | SEEDED
     (expected,) = complete(generator, ["The lamp"], preset)
     assert model.predict(["The lamp"], params=params) == [expected]
     assert "".join(model.predict_stream("The lamp", params=params)) == expected
-    # What is set beside it wins.
-    set_beside = params | {"temperature": 1.7, "max_new_tokens": 9, "stop": ["z"]}
+    # Other parameters override it.
+    others = params | {"temperature": 1.7, "max_new_tokens": 9, "stop": ["z"]}
     changed = replace(preset, temperature=1.7, max_new_tokens=9, stop=("z",))
-    assert model.predict(["The lamp"], params=set_beside) == complete(generator, ["The lamp"], changed)
+    assert model.predict(["The lamp"], params=others) == complete(generator, ["The lamp"], changed)
 
 
 def test_an_unknown_preset_is_the_callers_error(model: Any) -> None:

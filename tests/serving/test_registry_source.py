@@ -1,4 +1,4 @@
-"""Versions from a real registry: what is fetched of them, and an alias that moves under a running server."""
+"""Versions from a real registry: what is fetched of them, and an alias that moves while a server runs."""
 
 import logging
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
 
 
 def register(client: MlflowClient, engine: Path | None, *, has_presets: bool = True) -> str:
-    """A version as the stage registers one, or did before there were presets, or one of another model; its number."""
+    """Register a version, also as the stage did before presets existed, or of a foreign model. Return its number."""
     decoding, presets = Path("decoding.json"), Path("presets.json")
     write_json(decoding, OWN.to_mapping())
     write_json(presets, {name: preset.to_mapping() for name, preset in DECODING.presets.items()})
@@ -57,7 +57,7 @@ def register(client: MlflowClient, engine: Path | None, *, has_presets: bool = T
 
 @pytest.fixture(scope="module")
 def versions(client: MlflowClient, tiny_engine_folder: Path) -> list[str]:
-    """One that can be served, one from before there were presets, and one that cannot."""
+    """A version that can be served, one from before presets existed, and one that cannot be served."""
     return [
         register(client, tiny_engine_folder),
         register(client, tiny_engine_folder, has_presets=False),
@@ -69,7 +69,7 @@ def move(client: MlflowClient, version: str) -> None:
     client.set_registered_model_alias(NAME, "champion", version)
 
 
-def test_a_version_is_fetched_with_what_it_came_of(client: MlflowClient, versions: list[str]) -> None:
+def test_a_version_is_fetched_with_its_lineage(client: MlflowClient, versions: list[str]) -> None:
     move(client, versions[0])
     source = source_of(URI, None, "http://mlflow.example/")
     assert source.name == NAME
@@ -87,7 +87,7 @@ def test_a_version_is_fetched_with_what_it_came_of(client: MlflowClient, version
     assert not files.engine.exists()
 
 
-def test_a_version_from_before_there_were_presets_has_none(client: MlflowClient, versions: list[str]) -> None:
+def test_a_version_from_before_presets_existed_has_none(client: MlflowClient, versions: list[str]) -> None:
     files = RegistrySource(client, f"models:/{NAME}/{versions[1]}", "http://mlflow.example").fetch(versions[1])
     assert files.decoding == ModelDecoding(OWN)
     files.remove()

@@ -1,4 +1,4 @@
-"""The version that is served, and its exchange for another while requests run."""
+"""The version that is served, and its replacement by another while requests run."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from pipeline.serving.served import Files
 
 
 class Versions:
-    """A registry whose alias the test moves."""
+    """A fake registry whose alias the test moves."""
 
     name = "tales"
 
@@ -47,7 +47,7 @@ def versions(tiny_engine_folder: Path) -> Versions:
     return Versions(tiny_engine_folder)
 
 
-def copied(folder: Path, target: Path) -> Path:
+def copy_folder(folder: Path, target: Path) -> Path:
     shutil.copytree(folder, target)
     return target
 
@@ -90,7 +90,7 @@ def test_a_new_version_takes_over_and_no_request_fails(versions: Versions) -> No
     assert sorted(versions.removed) == sorted(versions.fetched) == ["1", "1", "2", "2"]
 
 
-def test_the_old_version_finishes_what_it_has(versions: Versions) -> None:
+def test_the_old_version_finishes_its_requests(versions: Versions) -> None:
     versions.folders["2"] = versions.folders["1"]
     with running_server(versions.folders["1"], source=versions) as running:
         body = {"prompt": "a", "max_tokens": 60, "n": 12, "ignore_eos": True, "stream": True}
@@ -108,27 +108,31 @@ def test_the_old_version_finishes_what_it_has(versions: Versions) -> None:
         wait_for(lambda: versions.removed == ["1"])
 
 
-def changed_file(folder: Path) -> None:
+def change_file(folder: Path) -> None:
     file = next((folder / "float32").glob("*"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
 
 
-def another_format(folder: Path) -> None:
+def change_format(folder: Path) -> None:
     write_json(folder / "engine.json", {**read_json(folder / "engine.json"), "format_version": 99})
 
 
-def no_tokenizer(folder: Path) -> None:
+def remove_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
-    [(changed_file, "its SHA-256 is not the one"), (another_format, "format version 99"), (no_tokenizer, "is missing")],
+    [
+        (change_file, "its SHA-256 is not the one"),
+        (change_format, "format version 99"),
+        (remove_tokenizer, "is missing"),
+    ],
 )
-def test_a_version_that_will_not_do_is_refused_once(
+def test_a_version_that_cannot_be_served_is_refused_once(
     spoil: Callable[[Path], None], reason: str, versions: Versions, tmp_path: Path, caplog: Any
 ) -> None:
-    versions.folders["2"] = copied(versions.folders["1"], tmp_path / "2")
+    versions.folders["2"] = copy_folder(versions.folders["1"], tmp_path / "2")
     versions.folders["3"] = versions.folders["1"]
     spoil(versions.folders["2"])
     caplog.set_level(logging.WARNING, "pipeline")

@@ -1,4 +1,4 @@
-"""The server as a process: it says where it is, ends when all is done, and refuses in one line."""
+"""The server as a process: it prints its address, ends when all is done, and refuses in one line."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def process(tiny_engine_folder: Path) -> Iterator[tuple[subprocess.Popen[str], s
         started.stdout.close()
 
 
-def test_it_finishes_what_runs_when_it_is_told_to_end(process: tuple[subprocess.Popen[str], str]) -> None:
+def test_a_signal_lets_it_finish_what_runs(process: tuple[subprocess.Popen[str], str]) -> None:
     started, url = process
     texts: dict[int, str] = {}
     begun = threading.Barrier(9)
@@ -73,7 +73,7 @@ def test_it_finishes_what_runs_when_it_is_told_to_end(process: tuple[subprocess.
     assert started.wait(PATIENCE_S) in (0, -signal.SIGTERM)
 
 
-def test_an_idle_server_ends_when_it_is_told_to(process: tuple[subprocess.Popen[str], str]) -> None:
+def test_a_signal_ends_an_idle_server(process: tuple[subprocess.Popen[str], str]) -> None:
     started, url = process
     assert requests.get(f"{url}/ready", timeout=PATIENCE_S).status_code == 200
     started.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The engine's thread: what jobs gain, and what becomes of those that end early."""
+"""The engine's thread: what jobs gain, and what happens to jobs that end early."""
 
 import queue
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ ENDLESS = SamplingParams(max_new_tokens=100_000, context_overflow="slide", ignor
 
 
 class Client:
-    """Whoever waits for a job."""
+    """A client that waits for a job."""
 
     def __init__(self, worker: Worker, prompt: str, params: SamplingParams, **options: Any) -> None:
         self.got: queue.SimpleQueue[Delivery | Exception] = queue.SimpleQueue()
@@ -29,7 +29,7 @@ class Client:
         worker.submit(self.job)
 
     def pieces(self) -> list[Piece]:
-        """All pieces, to the end of the last choice."""
+        """Return all pieces, up to the end of the last choice."""
         pieces: list[Piece] = []
         while True:
             got = self.got.get(timeout=PATIENCE_S)
@@ -72,7 +72,7 @@ def test_neighbours_change_nothing(worker: Worker) -> None:
     assert [client.text() for client in together] == alone
 
 
-def test_tokens_stand_where_their_text_begins(worker: Worker) -> None:
+def test_the_offset_of_a_token_is_where_its_text_begins(worker: Worker) -> None:
     params = SamplingParams(max_new_tokens=24, seed=5, logprobs=2, ignore_eos=True)
     pieces = Client(worker, "The lamp", params).pieces()
     text, tokens = "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.tokens]
@@ -139,24 +139,24 @@ def test_a_job_without_a_token_to_draw_fails_alone(worker: Worker) -> None:
     wait_for(lambda: worker.running == 0 and worker.waiting == 0)
 
 
-def test_a_folder_that_will_not_do_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_an_engine_is_refused(tmp_path: Path) -> None:
     worker = Worker(lambda: TextGenerator.load(tmp_path))
     with pytest.raises(UserError, match="holds no engine"):
         worker.start()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_breaks_tells_everybody(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
-    monkeypatch.setattr(worker, "_on_death", lambda: told.append(True))
+def test_an_engine_that_breaks_ends_every_job(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    deaths = []
+    monkeypatch.setattr(worker, "_on_death", lambda: deaths.append(True))
 
-    def broken(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(worker.generator.engine.scheduler, "step", broken)
+    monkeypatch.setattr(worker.generator.engine.scheduler, "step", fail)
     client = Client(worker, "The lamp", SEEDED)
     with pytest.raises(RuntimeError, match="the engine has ended"):
         client.pieces()
-    wait_for(lambda: bool(told))
+    wait_for(lambda: bool(deaths))
     with pytest.raises(RuntimeError, match="the engine has ended"):
         Client(worker, "The lamp", SEEDED)
