@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.decoding import ModelDecoding, SamplingParams, list_types, merge_decoding, read_decoding, scalar_types
 from pipeline.errors import UserError, report_errors
-from pipeline.params.file import PARAMS_FILE, read_yaml
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.params.whole import load_params
 from pipeline.serving.options import Access, Address, EngineOptions, Limits, keys_from_environment
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
-from pipeline.params.file import read_yaml
+from pipeline.params.section import read_yaml
 
 ROOT = Path(pipeline.__file__).parents[1]
 DAG = read_yaml(ROOT / "dvc.yaml")

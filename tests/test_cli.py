@@ -18,7 +18,7 @@ import pipeline
 from pipeline.__main__ import main
 from pipeline.decoding import SamplingParams
 from pipeline.files import write_json
-from pipeline.params.file import PARAMS_FILE
+from pipeline.params.section import PARAMS_FILE
 from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
 from pipeline.tracking import runs, store
 

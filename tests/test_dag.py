@@ -9,8 +9,7 @@ import pytest
 from dag import DAG, ROOT, STAGES, arguments, outs
 
 from pipeline.imports import needed_files
-from pipeline.params.file import read_yaml
-from pipeline.params.section import Section
+from pipeline.params.section import Section, read_yaml
 from pipeline.params.whole import Params
 from pipeline.stages.register import SERVED_MODULE
 

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from served_model import running_server
 
 from pipeline.imports import PACKAGE, needed_files
-from pipeline.params.file import PARAMS_FILE, read_yaml
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.serving.openai import Outcome
 
 DEPLOY = ROOT / "deploy"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline.params.file import read_yaml
+from pipeline.params.section import read_yaml
 
 ROOT = Path(pipeline.__file__).parents[1]
 PAGE = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")

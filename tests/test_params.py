@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 import pipeline
 from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError, report_errors
-from pipeline.params.file import read_yaml
+from pipeline.params.section import read_yaml
 from pipeline.params.whole import load_params, parse_params
 
 ROOT = Path(pipeline.__file__).parents[1]

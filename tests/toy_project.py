@@ -15,7 +15,7 @@ from changed_params import ROOT, write_changed_params
 from isolated_store import STORE, VARIABLES, add_empty_store, copy_store, isolated_store
 
 from pipeline.files import write_jsonl
-from pipeline.params.file import PARAMS_FILE
+from pipeline.params.section import PARAMS_FILE
 from pipeline.params.whole import Params, load_params
 from pipeline.tracking.runs import find_run
 from pipeline.tracking.store import connect

@@ -9,12 +9,11 @@ from pipeline.errors import report_errors
 from pipeline.params.base import BaseParams
 from pipeline.params.evaluate import EvaluateParams
 from pipeline.params.export import ExportParams
-from pipeline.params.file import PARAMS_FILE, read_yaml, validate
 from pipeline.params.finetune import FinetuneParams
 from pipeline.params.prepare import PrepareParams
 from pipeline.params.register import RegisterParams
 from pipeline.params.samples import SamplesParams
-from pipeline.params.section import Section
+from pipeline.params.section import PARAMS_FILE, Section, read_yaml, validate
 from pipeline.params.tune import TuneParams
 
 

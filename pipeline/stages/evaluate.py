@@ -24,8 +24,9 @@ from pipeline.evaluation.systems import (
 )
 from pipeline.files import read_json, whole_folder, write_csv, write_json, write_jsonl
 from pipeline.params.evaluate import EvaluateParams
-from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
+from pipeline.params.file import load_section
 from pipeline.params.samples import SamplesParams
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.quality.comparison import measure_people
 from pipeline.stage_process import stage_process
 from pipeline.tokens import load_tokens, tokenizer_sha256

@@ -18,8 +18,9 @@ from pipeline.checkpoint import write_checkpoint
 from pipeline.curves import write_curve
 from pipeline.errors import report_errors
 from pipeline.files import whole_folder, write_json
-from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
+from pipeline.params.file import load_section
 from pipeline.params.finetune import FinetuneParams
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.stage_process import end_with_dvc, note_termination
 from pipeline.tracking.records import record_finetuning
 from pipeline.tracking.runs import RunLog, start_run

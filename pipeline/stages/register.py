@@ -14,8 +14,9 @@ from pipeline.decoding import list_types, scalar_types
 from pipeline.errors import report_errors
 from pipeline.files import digest_of, read_json, sha256_file, write_json
 from pipeline.imports import needed_files
-from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
+from pipeline.params.file import load_section
 from pipeline.params.register import RegisterParams
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.stage_process import stage_process
 from pipeline.tracking import lineage, registry, runs, store
 from pipeline.tracking.records import parent_run

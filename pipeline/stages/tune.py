@@ -13,8 +13,9 @@ from pipeline.evaluation.presets import choose_presets, rows_of
 from pipeline.evaluation.search import Search, open_search
 from pipeline.evaluation.trials import run_finals, run_trials, set_up
 from pipeline.files import whole_folder, write_json
-from pipeline.params.file import PARAMS_FILE, load_section, read_yaml
+from pipeline.params.file import load_section
 from pipeline.params.samples import SamplesParams
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.params.tune import TuneParams
 from pipeline.stage_process import stage_process
 from pipeline.tracking.records import parent_run, record_search, record_trial

@@ -7,7 +7,7 @@ from pathlib import Path
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
 from pipeline import machine
-from pipeline.params.file import read_yaml
+from pipeline.params.section import read_yaml
 
 
 def lineage() -> dict[str, str]:

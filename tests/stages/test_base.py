@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaConfig
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.params.base import BaseParams
-from pipeline.params.file import PARAMS_FILE, read_yaml
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.stages.base import make_base
 from pipeline.tokens import end_of_text_id, load_tokenizer
 

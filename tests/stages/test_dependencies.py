@@ -8,7 +8,7 @@ import pytest
 from dag import STAGES, arguments, outs
 from toy_project import Project
 
-from pipeline.params.file import PARAMS_FILE
+from pipeline.params.section import PARAMS_FILE
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "register"])

@@ -21,7 +21,7 @@ from pipeline.evaluation.documents import POSITION_BIN_TOKENS, score_documents
 from pipeline.evaluation.samples import leading_words
 from pipeline.evaluation.systems import choose_decoding
 from pipeline.files import read_json, read_jsonl, sha256_file
-from pipeline.params.file import PARAMS_FILE, read_yaml
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.quality.comparison import Comparison
 from pipeline.quality.distance import TERMS, Distance, SetFigures
 from pipeline.stages.evaluate import evaluate

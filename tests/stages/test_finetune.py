@@ -15,8 +15,8 @@ from transformers import GPT2LMHeadModel
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_json
-from pipeline.params.file import PARAMS_FILE, read_yaml
 from pipeline.params.finetune import FinetuneParams
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.stages.finetune import finetune
 from pipeline.tokens import TOKENIZER_FILE, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.tracking import runs, store

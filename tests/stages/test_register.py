@@ -28,7 +28,7 @@ from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.imports import needed_files
-from pipeline.params.file import PARAMS_FILE, read_yaml
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.stages import register as stage
 from pipeline.stages.register import SERVED_MODULE, SIGNATURE, register
 from pipeline.tokens import load_tokenizer, prompt_ids

@@ -9,7 +9,7 @@ import pytest
 from dag import ROOT, STAGES, arguments
 
 from pipeline import resume, stage_process
-from pipeline.params.file import PARAMS_FILE
+from pipeline.params.section import PARAMS_FILE
 
 
 @pytest.mark.parametrize("stage", STAGES)

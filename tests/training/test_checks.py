@@ -4,8 +4,8 @@ import pytest
 
 import pipeline
 from pipeline.errors import UserError
-from pipeline.params.file import PARAMS_FILE
 from pipeline.params.finetune import FinetuneParams
+from pipeline.params.section import PARAMS_FILE
 from pipeline.params.whole import load_params
 from pipeline.training.checks import check_fsdp, window_length
 from pipeline.training.processes import join_processes
