@@ -23,14 +23,14 @@ SHELLS = {
 SLOW_STAGE = """
 from pathlib import Path
 
-from pipeline.corpus.parallel import ordered_map
+from pipeline.corpus.parallel import map_in_order
 from pipeline.files import whole_folder
 from pipeline.stage_process import stage_process
 
 out = Path("out") / "slow"
 with stage_process(out), whole_folder(out) as partial:
     (partial / "half").touch()
-    for result in ordered_map(abs, iter(int, 1), workers=2):
+    for result in map_in_order(abs, iter(int, 1), workers=2):
         print(result, flush=True)
 """
 

@@ -179,7 +179,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another shape": (
         lambda folder: change_config(folder, n_positions=32),
-        r"another shape than config\.json says: transformer\.wpe\.weight$",
+        r"another shape than config\.json says: transformer\.wpe\.weight; fetch the model again$",
     ),
     "not a number": (
         lambda folder: change_weights(

@@ -120,7 +120,7 @@ def test_a_model_that_register_did_not_make_is_told(client: MlflowClient, tmp_pa
     with runs.start_run("register", {}) as run, mlflow.start_run(run_id=run.run_id):
         logged = mlflow.pyfunc.log_model(name="echo", python_model=str(tmp_path / "model.py"), pip_requirements=[])
     mlflow.register_model(logged.model_uri, NAME)
-    with pytest.raises(UserError, match=rf"^models:/{NAME}/1: holds no engine with its decoding; name a model that"):
+    with pytest.raises(UserError, match=rf"^models:/{NAME}/1: contains no engine with its decoding; name a model that"):
         fetch_model(f"models:/{NAME}/1")
 
 
