@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from shared_folder import check_unchanged, set_root, shared_folder
 from tokenizers import Tokenizer
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from pipeline.engine import Engine
 
 LONGEST = "test_end_to_end.py"
+
+# No test depends on time: Hypothesis otherwise fails an example that takes over 200 ms, as on a busy machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
