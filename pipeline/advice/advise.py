@@ -1,6 +1,5 @@
 """The command `python -m pipeline advise`: recommend what to do next, from fine-tunings on shares of the text."""
 
-import csv
 import json
 import math
 import sys
@@ -16,7 +15,7 @@ from pipeline.advice.learning_curve import LEAST_SIZES, PowerLaw, can_be_fitted,
 from pipeline.charts import DATA, MARK, MODEL, new_chart, save_chart
 from pipeline.curves import parse_curve
 from pipeline.errors import UserError
-from pipeline.files import whole_folder, write_json
+from pipeline.files import whole_folder, write_csv, write_json
 
 SHARES = (0.125, 0.25, 0.5, 1.0)
 WORTHWHILE_NATS = 0.02
@@ -209,14 +208,15 @@ def write_table(path: Path, points: Sequence[Point], advice: Advice) -> None:
     def fitted(tokens: int) -> float | None:
         return None if advice.law is None else float(advice.law.loss(tokens))
 
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["share", "train_tokens", "validation_loss", "best_step", "steps", "fitted_loss"])
-        for point in points:
-            measured = (point.share, point.tokens, point.best_loss, point.best_step, point.steps)
-            writer.writerow([*measured, fitted(point.tokens)])
-        for prediction in advice.predictions:
-            writer.writerow([prediction.factor, prediction.tokens, None, None, None, prediction.loss])
+    rows: list[Sequence[object]] = [
+        ("share", "train_tokens", "validation_loss", "best_step", "steps", "fitted_loss"),
+        *(
+            (point.share, point.tokens, point.best_loss, point.best_step, point.steps, fitted(point.tokens))
+            for point in points
+        ),
+        *((predicted.factor, predicted.tokens, None, None, None, predicted.loss) for predicted in advice.predictions),
+    ]
+    write_csv(path, rows)
 
 
 def _to_json(points: Sequence[Point], advice: Advice) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The command `python -m pipeline find-learning-rate`: suggest a learning rate by a short range test."""
 
-import csv
 import math
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from transformers import logging
 from pipeline.advice.range_test import Floats, even_out, has_diverged, rate_well_down, rising_rates, smooth, span_of
 from pipeline.charts import DATA, MARK, MODEL, new_chart, save_chart
 from pipeline.errors import UserError
-from pipeline.files import whole_folder
+from pipeline.files import whole_folder, write_csv
 from pipeline.params.finetune import FinetuneParams
 from pipeline.progress import progress
 from pipeline.tokens import load_tokens, tokenizer_sha256
@@ -152,12 +151,9 @@ def _with_bar(steps: int, name: str) -> Iterator[int]:
 
 
 def write_table(path: Path, test: RangeTest) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "learning_rate", "loss", "base_loss", "smoothed_loss"])
-        columns = (test.rates, test.losses, test.base_losses, test.averages)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        writer.writerows((step, *row) for step, row in enumerate(rows, start=1))
+    columns = (column.tolist() for column in (test.rates, test.losses, test.base_losses, test.averages))
+    rows = [(step, *row) for step, row in enumerate(zip(*columns, strict=True), start=1)]
+    write_csv(path, [("step", "learning_rate", "loss", "base_loss", "smoothed_loss"), *rows])
 
 
 def draw_curve(path: Path, test: RangeTest) -> None:
