@@ -74,6 +74,9 @@ class SamplingParams:
     """The key of the random numbers, in [0, 2**63); null takes a fresh one."""
     n: int = 1
     """Independent continuations per prompt. At least 1."""
+    best_of: int = 1
+    """Draw this many continuations per prompt and return the `n` with the fewest faults (`pipeline.engine.best`). At
+    least `n`; 1 is off. Needs an engine with a lexicon. A stream gets each text whole."""
     logprobs: int | None = None
     """Report the log-probabilities of each drawn token and of this many likeliest ones. At least 0; null is off."""
 
@@ -90,7 +93,10 @@ class SamplingParams:
         _check_range("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
         for name in ("top_k", "no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens"):
             _check_integer(name, getattr(self, name), minimum=0)
-        _check_integer("n", self.n, minimum=1)
+        for name in ("n", "best_of"):
+            _check_integer(name, getattr(self, name), minimum=1)
+        _check_range("best_of", self.best_of, self.best_of == 1 or self.best_of >= self.n,
+                     f"at least n ({self.n}), or 1, which is off")  # fmt: skip
         for name, minimum in (("max_new_tokens", 1), ("seed", 0), ("logprobs", 0)):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), minimum=minimum)
@@ -145,6 +151,11 @@ class SamplingParams:
             name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             for name, value in values.items()
         }
+
+    @property
+    def candidates(self) -> int:
+        """The continuations that are drawn per prompt, of which `n` are returned."""
+        return max(self.n, self.best_of)
 
     def active_fields(self) -> list[str]:
         """Return the names of the parameters that are not neutral."""

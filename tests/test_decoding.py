@@ -35,6 +35,7 @@ OUT_OF_RANGE = [
     ("seed", -1, "at least 0"),
     ("seed", 2**63, r"below 2\*\*63"),
     ("n", 0, "at least 1"),
+    ("best_of", 0, "at least 1"),
     ("logprobs", -1, "at least 0"),
 ]
 NUMBERS = [
@@ -43,7 +44,7 @@ NUMBERS = [
 ]
 WHOLE_NUMBERS = [
     *("top_k", "no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens", "max_new_tokens"),
-    *("seed", "n", "logprobs"),
+    *("seed", "n", "best_of", "logprobs"),
 ]
 TOKEN_ID_LISTS = ["banned_token_ids", "allowed_token_ids", "stop_token_ids"]
 
@@ -202,6 +203,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "ignore_eos": st.booleans(),
     "seed": st.none() | st.integers(0, 2**63 - 1),
     "n": st.integers(1, 4),
+    "best_of": st.sampled_from([1, 4, 7]),
     "logprobs": st.none() | st.integers(0, 20),
 }
 

@@ -29,7 +29,7 @@ from pipeline.engine.verbatim import CopyLimiter
 OUTSIDE_THE_DRAW = frozenset(
     {
         *("max_new_tokens", "context_overflow", "repetition_detection", "stop", "ignore_eos"),
-        *("seed", "n", "logprobs"),
+        *("seed", "n", "best_of", "logprobs"),
     }
 )
 """The fields of `SamplingParams` that change no logit: they end a continuation, key its random numbers or report on

@@ -17,6 +17,7 @@ LEXICON_FILE = "lexicon.txt"
 
 Lexicon = frozenset[str]
 """Folded words, as `fold` returns them; `|` unites two."""
+EMPTY_LEXICON: Lexicon = frozenset()
 
 SENTENCE_ENDS = ".!?…。！？।॥؟۔։።"
 OPENING_MARKS = '"“„”«»‹›「『'
@@ -143,7 +144,7 @@ def is_known(word: str, lexicon: Lexicon) -> bool:
     return len(parts) > 1 and all(len(part) <= 2 or part in lexicon for part in parts)
 
 
-def collect_words(texts: Iterable[str], minimum_count: int = 1) -> set[str]:
+def collect_words(texts: Iterable[str], minimum_count: int = 1) -> Lexicon:
     """Return the folded words that occur at least `minimum_count` times in all texts together.
 
     A word with an apostrophe counts for its longest part, too: "Oswin's" makes "Oswin" known.
@@ -152,12 +153,18 @@ def collect_words(texts: Iterable[str], minimum_count: int = 1) -> set[str]:
     for text in texts:
         for start, end in _spans(text):
             counts.update({fold(text[start:end]), core(text[start:end])})
-    return {word for word, count in counts.items() if count >= minimum_count}
+    return frozenset(word for word, count in counts.items() if count >= minimum_count)
 
 
 def read_lexicon(path: Path) -> Lexicon:
     """Return the words in a file that `write_lexicon` wrote."""
     return frozenset(path.read_text(encoding="utf-8").split("\n")) - {""}
+
+
+def load_lexicon(folder: Path) -> Lexicon:
+    """Return the words in the lexicon of a base's or an engine's folder; empty if it has none."""
+    path = folder / LEXICON_FILE
+    return read_lexicon(path) if path.is_file() else EMPTY_LEXICON
 
 
 def write_lexicon(path: Path, words: Iterable[str]) -> None:

@@ -93,6 +93,9 @@ class CompletionRequest(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = Field(None, description="The number of continuations per prompt")
+    best_of: int | None = Field(
+        None, description="Draw this many per prompt and return the n with the fewest faults; 1 is off"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: int | None = Field(
