@@ -35,6 +35,12 @@ class SamplingParams:
     """Keep tokens at least this fraction as likely as the likeliest. In [0, 1]; 0 is off."""
     typical_p: float = 1.0
     """Keep the tokens with surprise nearest the entropy that hold this probability. In (0, 1]; 1 is off."""
+    top_n_sigma: float = 0.0
+    """Keep tokens with a logit at most this many standard deviations of all logits below the largest. At least 0; 0 is
+    off."""
+    eta_cutoff: float = 0.0
+    """Keep tokens with a probability of at least min(e, sqrt(e) * exp(-entropy)), where e is this value. In [0, 1); 0
+    is off."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in prompt and output. Above 0; 1 is off."""
     presence_penalty: float = 0.0
@@ -81,15 +87,18 @@ class SamplingParams:
     """Report the log-probabilities of each drawn token and of this many likeliest ones. At least 0; null is off."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"):
+        for name in ("top_p", "min_p", "typical_p", "eta_cutoff", "repetition_penalty"):
             _check_number(name, getattr(self, name))
         for name in ("presence_penalty", "frequency_penalty"):
             _check_number(name, getattr(self, name))
             _check_range(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "in [-2, 2]")
-        _check_range("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        for name in ("temperature", "top_n_sigma"):
+            _check_number(name, getattr(self, name))
+            _check_range(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("top_p", "typical_p"):
             _check_range(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
         _check_range("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        _check_range("eta_cutoff", self.eta_cutoff, 0 <= self.eta_cutoff < 1, "in [0, 1)")
         _check_range("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
         for name in ("top_k", "no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens"):
             _check_integer(name, getattr(self, name), minimum=0)

@@ -23,6 +23,9 @@ OUT_OF_RANGE = [
     ("min_p", 1.01, r"in \[0, 1\]"),
     ("typical_p", 0.0, r"in \(0, 1\]"),
     ("typical_p", 1.01, r"in \(0, 1\]"),
+    ("top_n_sigma", -0.1, "at least 0"),
+    ("eta_cutoff", -0.01, r"in \[0, 1\)"),
+    ("eta_cutoff", 1.0, r"in \[0, 1\)"),
     ("repetition_penalty", 0.0, "above 0"),
     ("presence_penalty", -2.1, r"in \[-2, 2\]"),
     ("presence_penalty", 2.1, r"in \[-2, 2\]"),
@@ -39,7 +42,7 @@ OUT_OF_RANGE = [
     ("logprobs", -1, "at least 0"),
 ]
 NUMBERS = [
-    *("temperature", "top_p", "min_p", "typical_p"),
+    *("temperature", "top_p", "min_p", "typical_p", "top_n_sigma", "eta_cutoff"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 ]
 WHOLE_NUMBERS = [
@@ -63,6 +66,7 @@ def test_value_out_of_range_names_field_value_and_range(name: str, value: float,
     ("name", "value"),
     [
         *(("temperature", 0.0), ("top_p", 1.0), ("min_p", 0.0), ("min_p", 1.0), ("typical_p", 1.0)),
+        *(("top_n_sigma", 0.0), ("eta_cutoff", 0.0)),
         *(("presence_penalty", -2), ("presence_penalty", 2), ("frequency_penalty", -2), ("frequency_penalty", 2)),
         *(("seed", 0), ("seed", 2**63 - 1), ("max_new_tokens", 1), ("n", 1), ("logprobs", 0)),
     ],
@@ -186,6 +190,8 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "top_p": st.floats(0, 1, exclude_min=True),
     "min_p": st.floats(0, 1),
     "typical_p": st.floats(0, 1, exclude_min=True),
+    "top_n_sigma": st.floats(0, 10),
+    "eta_cutoff": st.floats(0, 1, exclude_max=True),
     "repetition_penalty": st.floats(0.1, 10),
     "presence_penalty": st.floats(-2, 2),
     "frequency_penalty": st.floats(-2, 2),

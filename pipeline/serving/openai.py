@@ -112,6 +112,12 @@ class CompletionRequest(BaseModel):
     top_k: int | None = None
     min_p: float | None = None
     typical_p: float | None = None
+    top_n_sigma: float | None = Field(
+        None, description="Keeps tokens with a logit at most this many standard deviations below the largest; 0 is off"
+    )
+    eta_cutoff: float | None = Field(
+        None, description="Keeps tokens with a probability of at least min(e, sqrt(e) * exp(-entropy)); 0 is off"
+    )
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     max_verbatim_tokens: int | None = Field(
