@@ -65,7 +65,7 @@ WRONG = [
         "tune.space: top_p: 0.0 is out of range, must be in (0, 1]",
     ),
     ("tune.space.top_k", [0, -1], "tune.space: top_k: -1 is out of range, must be at least 0"),
-    ("tune.space.no_repeat_ngram_size", [], "tune.space.no_repeat_ngram_size: must have at least 1 item"),
+    ("tune.space.top_n_sigma", [], "tune.space.top_n_sigma: must have at least 1 item"),
     ("tune.space.min_p.step", 0, "tune.space.min_p.step: must be greater than 0, got 0"),
     ("tune.samples", 1, "tune.samples: must be greater than or equal to 2, got 1"),
     # Patterns

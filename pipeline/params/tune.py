@@ -35,9 +35,9 @@ class SpaceParams(Section):
     top_k: Choices
     top_p: RangeParams
     min_p: RangeParams
+    top_n_sigma: Choices
+    eta_cutoff: RangeParams
     repetition_penalty: RangeParams
-    presence_penalty: RangeParams
-    no_repeat_ngram_size: Choices
 
     @model_validator(mode="after")
     def _check_values(self) -> "SpaceParams":

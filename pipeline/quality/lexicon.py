@@ -9,6 +9,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 from pipeline.files import whole_file
@@ -37,8 +39,8 @@ def _class_of(*categories: str) -> str:
 
 
 _INNER = r"\u200c\u200d\u00ad" + _class_of("Mn", "Mc", "Me")
-_LETTERS = rf"[^\W_]|[{_INNER}]"
-_RUN = re.compile(rf"(?:{_LETTERS})+(?:['’ʼ](?:{_LETTERS})+)*")
+_LETTERS = rf"[^\W_]+(?:[{_INNER}]+[^\W_]*)*"
+_RUN = re.compile(rf"{_LETTERS}(?:['’ʼ]{_LETTERS})*")
 _NUMBER = re.compile(f"[{_class_of('Nd', 'Nl', 'No')}]")
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -87,23 +89,28 @@ def words_of(text: str) -> list[Word]:
 
 def _spans(text: str) -> Iterator[tuple[int, int]]:
     for run in _RUN.finditer(text):
-        if _NUMBER.search(run.group()) or not any(map(str.isalpha, run.group())):
-            continue
-        start, end = run.span()
-        # In scripts without spaces, each letter takes the marks up to the next; other letters between them are a word.
-        letters = [match.start() for match in _UNSPACED.finditer(text, start, end) if match.group().isalpha()]
-        if not letters:
-            yield start, end
-            continue
-        if start < letters[0]:
-            yield start, letters[0]
-        for letter, following in zip(letters, [*letters[1:], end], strict=True):
-            own_end = letter + 1
-            while own_end < following and unicodedata.category(text[own_end]).startswith("M"):
-                own_end += 1
-            yield letter, own_end
-            if any(map(str.isalpha, text[own_end:following])):
-                yield own_end, following
+        for start, end in _split(run.group()):
+            yield run.start() + start, run.start() + end
+
+
+@lru_cache(maxsize=100_000)
+def _split(run: str) -> tuple[tuple[int, int], ...]:
+    """Return where the words of a run of letters begin and end. Most runs come again and again."""
+    if _NUMBER.search(run) or not any(map(str.isalpha, run)):
+        return ()
+    # In scripts without spaces, each letter takes the marks up to the next; other letters between them are a word.
+    letters = [match.start() for match in _UNSPACED.finditer(run) if match.group().isalpha()]
+    if not letters:
+        return ((0, len(run)),)
+    words = [(0, letters[0])] if letters[0] > 0 else []
+    for letter, following in pairwise([*letters, len(run)]):
+        own_end = letter + 1
+        while own_end < following and unicodedata.category(run[own_end]).startswith("M"):
+            own_end += 1
+        words.append((letter, own_end))
+        if any(map(str.isalpha, run[own_end:following])):
+            words.append((own_end, following))
+    return tuple(words)
 
 
 def _starts_sentence(gap: str, before: str) -> bool:
@@ -149,10 +156,14 @@ def collect_words(texts: Iterable[str], minimum_count: int = 1) -> Lexicon:
 
     A word with an apostrophe counts for its longest part, too: "Oswin's" makes "Oswin" known.
     """
-    counts: Counter[str] = Counter()
+    written: Counter[str] = Counter()
     for text in texts:
-        for start, end in _spans(text):
-            counts.update({fold(text[start:end]), core(text[start:end])})
+        written.update(_RUN.findall(text))
+    counts: Counter[str] = Counter()
+    for run, count in written.items():
+        for start, end in _split(run):
+            for word in {fold(run[start:end]), core(run[start:end])}:
+                counts[word] += count
     return frozenset(word for word, count in counts.items() if count >= minimum_count)
 
 

@@ -87,7 +87,7 @@ def test_values_are_those_of_the_space(space: SpaceParams, folders: Iterator[Pat
                 assert steps == pytest.approx(round(steps), abs=1e-6)
                 assert SPACE[name]["low"] <= value <= SPACE[name]["high"]
                 # As people would write it.
-                assert len(repr(value)) <= 5
+                assert len(repr(value)) <= 6
 
 
 def test_the_first_trial_filters_nothing(space: SpaceParams, folders: Iterator[Path]) -> None:
@@ -97,9 +97,9 @@ def test_the_first_trial_filters_nothing(space: SpaceParams, folders: Iterator[P
         "top_k": 0,
         "top_p": 1.0,
         "min_p": 0.0,
+        "top_n_sigma": 0,
+        "eta_cutoff": 0.0,
         "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "no_repeat_ngram_size": 0,
     }
 
 

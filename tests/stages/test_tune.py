@@ -32,9 +32,9 @@ VALUES = {
     "top_k": 0,
     "top_p": 1.0,
     "min_p": 0.0,
+    "top_n_sigma": 0,
+    "eta_cutoff": 0.0,
     "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "no_repeat_ngram_size": 0,
 }
 READ = ("out/export", "out/prepare/validation.jsonl", "out/tokenize/train")
 
