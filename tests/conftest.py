@@ -55,10 +55,12 @@ def tiny_export_folder(tiny_checkpoint: Path) -> Path:
     """`portable/` and `engine/` of `tiny_checkpoint`. Do not write to it."""
 
     def build(folder: Path) -> None:
+        from tiny_gpt2 import TINY_LEXICON
+
         from pipeline.export.build import CACHE_BITS, PRECISIONS
         from pipeline.stages.export import export_checkpoint
 
-        export_checkpoint(tiny_checkpoint, folder, PRECISIONS, CACHE_BITS)
+        export_checkpoint(tiny_checkpoint, folder, PRECISIONS, CACHE_BITS, lexicon=TINY_LEXICON)
 
     return shared_folder("tiny-export", build)
 

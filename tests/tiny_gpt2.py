@@ -8,6 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from pipeline.tokens import END_OF_TEXT, end_of_text_id, load_tokenizer, vocabulary_size
 
+TINY_LEXICON = frozenset({"the", "lamp", "a", "cat"})
+"""The known words of the tiny engine."""
 SENTENCES = (
     "The lamp on Gull Rock went out before the morning came.",
     "The baker lit her second oven before the morning tide.",

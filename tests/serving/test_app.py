@@ -15,6 +15,7 @@ import pytest
 import requests
 from openai import OpenAI
 from served_model import DECODING, PATIENCE_S, SLOTS, Running, running_server, wait_for
+from tiny_gpt2 import TINY_LEXICON
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
@@ -39,7 +40,7 @@ def client(running: Running) -> OpenAI:
 
 @pytest.fixture
 def generator(tiny_engine: Engine, tiny_tokenizer: Any) -> TextGenerator:
-    return TextGenerator(tiny_engine, tiny_tokenizer)
+    return TextGenerator(tiny_engine, tiny_tokenizer, TINY_LEXICON)
 
 
 def events(response: requests.Response) -> list[dict[str, Any]]:
@@ -75,6 +76,24 @@ def test_openais_client_streams_what_it_completes(client: OpenAI) -> None:
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_best_of_several_are_those_of_the_generator(
+    stream: bool, client: OpenAI, running: Running, generator: TextGenerator
+) -> None:
+    params = replace(DECODING.default, n=2, best_of=4, seed=4, max_new_tokens=16)
+    expected = [done.text for done in generator.complete(["The lamp"], [params])]
+    asked: dict[str, Any] = {"model": "engine", "prompt": "The lamp", "max_tokens": 16, "seed": 4, "n": 2, "best_of": 4}
+    if stream:
+        texts = ["", ""]
+        for chunk in client.completions.create(**asked, stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+    else:
+        texts = [choice.text for choice in client.completions.create(**asked).choices]
+    assert texts == expected
+    wait_for(lambda: running.metric("pipeline_cache_slots_used") == 0)
 
 
 def test_openais_client_lists_models(client: OpenAI) -> None:
@@ -113,6 +132,7 @@ def test_every_parameter_reaches_the_engine(running: Running, generator: TextGen
         stop_token_ids=(9,),
         seed=11,
         n=2,
+        best_of=3,
     )
     values = params.to_mapping()
     # A new parameter is set above, or listed here because the API lacks it or another test sends it.
@@ -249,7 +269,13 @@ def test_the_card_describes_what_is_served(running: Running) -> None:
     [
         ({"temperature": -1}, 400, "temperature", "temperature: -1.0 is out of range, must be at least 0"),
         ({"max_tokens": -3}, 400, "max_tokens", "max_tokens: -3 is out of range, must be at least 1"),
-        ({"best_of": 2}, 400, "best_of", "best_of: no such field; /docs lists the fields"),
+        (
+            {"n": 3, "best_of": 2},
+            400,
+            "best_of",
+            "best_of: 2 is out of range, must be at least n (3), or 1, which is off",
+        ),
+        ({"best_of": 20}, 400, "n", "n: 20 continuations are more than the 12 that the server takes at a time"),
         ({"suffix": "x"}, 400, "suffix", "suffix: the model continues a text and cannot fill a gap; leave it out"),
         ({"preset": "x"}, 400, "preset", "preset: 'x' is none of balanced, faithful, adventurous"),
         ({"model": "gpt-5"}, 404, "model", "model: 'gpt-5' is not served here, engine is"),

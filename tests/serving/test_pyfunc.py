@@ -12,6 +12,7 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
+from tiny_gpt2 import TINY_LEXICON
 from tokenizers import Tokenizer
 
 from pipeline.decoding import SamplingParams
@@ -59,7 +60,7 @@ def model(saved: Path) -> Any:
 
 @pytest.fixture
 def generator(tiny_engine: Engine, tiny_tokenizer: Tokenizer) -> TextGenerator:
-    return TextGenerator(tiny_engine, tiny_tokenizer)
+    return TextGenerator(tiny_engine, tiny_tokenizer, TINY_LEXICON)
 
 
 def complete(generator: TextGenerator, prompts: list[str], decoding: SamplingParams) -> list[str]:
@@ -108,6 +109,7 @@ def test_every_kind_of_parameter_reaches_the_engine(model: Any, generator: TextG
         "repetition_penalty": 1.3,
         "max_new_tokens": 9,
         "n": 2,
+        "best_of": 3,
         "ignore_eos": True,
         "banned_token_ids": [3, 4],
         "stop": ["q"],
@@ -120,6 +122,7 @@ def test_every_kind_of_parameter_reaches_the_engine(model: Any, generator: TextG
         repetition_penalty=1.3,
         max_new_tokens=9,
         n=2,
+        best_of=3,
         ignore_eos=True,
         banned_token_ids=(3, 4),
         stop=("q",),
