@@ -36,8 +36,8 @@ def _class_of(*categories: str) -> str:
 
 
 _INNER = r"\u200c\u200d\u00ad" + _class_of("Mn", "Mc", "Me")
-_LETTERS = rf"[^\W_]|[{_INNER}]"
-_RUN = re.compile(rf"(?:{_LETTERS})+(?:['’ʼ](?:{_LETTERS})+)*")
+_LETTERS = rf"[^\W_]+(?:[{_INNER}]+[^\W_]*)*"
+_RUN = re.compile(rf"{_LETTERS}(?:['’ʼ]{_LETTERS})*")
 _NUMBER = re.compile(f"[{_class_of('Nd', 'Nl', 'No')}]")
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -86,9 +86,12 @@ def words_of(text: str) -> list[Word]:
 
 def _spans(text: str) -> Iterator[tuple[int, int]]:
     for run in _RUN.finditer(text):
+        start, end = run.span()
+        if run.group().isascii() and run.group().isalpha():
+            yield start, end
+            continue
         if _NUMBER.search(run.group()) or not any(map(str.isalpha, run.group())):
             continue
-        start, end = run.span()
         # In scripts without spaces, each letter takes the marks up to the next; other letters between them are a word.
         letters = [match.start() for match in _UNSPACED.finditer(text, start, end) if match.group().isalpha()]
         if not letters:
@@ -148,10 +151,13 @@ def collect_words(texts: Iterable[str], minimum_count: int = 1) -> set[str]:
 
     A word with an apostrophe counts for its longest part, too: "Oswin's" makes "Oswin" known.
     """
-    counts: Counter[str] = Counter()
+    written: Counter[str] = Counter()
     for text in texts:
-        for start, end in _spans(text):
-            counts.update({fold(text[start:end]), core(text[start:end])})
+        written.update(text[start:end] for start, end in _spans(text))
+    counts: Counter[str] = Counter()
+    for word, count in written.items():
+        for form in {fold(word), core(word)}:
+            counts[form] += count
     return {word for word, count in counts.items() if count >= minimum_count}
 
 
