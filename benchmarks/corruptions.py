@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine.text import TextGenerator
+from pipeline.evaluation.samples import SLOTS
 from pipeline.progress import progress
 from pipeline.quality.lexicon import core, words_of
 
@@ -26,7 +27,6 @@ REPLACEMENT_TOKENS = 6
 TYPO_SHARE = 0.01
 TYPO_LETTERS = 4
 """The fewest letters of a word that gets a typo."""
-SLOTS = 16
 
 _SENTENCE_BREAK = re.compile(r"[.!?…][\"“”„«»’')]*\s+|\n+")
 _QUOTATION_MARK = re.compile(r"[\"“”„«»]")
@@ -125,10 +125,7 @@ def draw_words(texts: Sequence[Text], generator: TextGenerator, seed: int) -> li
     with progress(total=len(places), description="words", unit="word") as bar:
         for first in range(0, len(places), SLOTS):
             batch = places[first : first + SLOTS]
-            prompts = [
-                texts[index].prompt + texts[index].text[: len(texts[index].text[: span[0]].rstrip(" "))]
-                for index, span in batch
-            ]
+            prompts = [texts[index].prompt + texts[index].text[:start].rstrip(" ") for index, (start, _) in batch]
             each = [replace(params, seed=seed + first + offset) for offset in range(len(batch))]
             for (index, span), done in zip(batch, generator.complete(prompts, each), strict=True):
                 found = re.search(r"\S+", done.text)

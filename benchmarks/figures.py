@@ -9,7 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +20,16 @@ from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError, report_errors
-from pipeline.evaluation.samples import Meter, Sample, draw_samples, human_samples
-from pipeline.files import read_jsonl
+from pipeline.evaluation.samples import SLOTS, Sample, draw_samples, human_samples, make_meter
 from pipeline.params.file import load_section
 from pipeline.params.samples import SamplesParams
 from pipeline.params.section import PARAMS_FILE
 from pipeline.params.tune import TuneParams
 from pipeline.progress import progress
 from pipeline.quality.comparison import MAUVE_SEEDS, SampleFigures, measure_set
-from pipeline.quality.distance import PENALTIES
-from pipeline.quality.faults import FaultRates, TextFaults, fault_rates, find_faults
+from pipeline.quality.distance import BETTER_ABOVE, FAULTS
 from pipeline.quality.jackknife import jackknife_error, leave_each_out
-from pipeline.quality.lexicon import LEXICON_FILE, Lexicon, collect_words, read_lexicon
+from pipeline.quality.lexicon import LEXICON_FILE, read_lexicon
 from pipeline.quality.mauve import Buckets, mauve_of_buckets, sort_in_buckets
 from pipeline.tokens import load_tokens, tokenizer_sha256
 
@@ -59,30 +57,21 @@ Rule. A figure passes if, with the corruption that it tells best,
 A figure that counts only above people's or only below must move that way in 1 and 4. One that nothing here moves is not
 tried: no copy has its fault."""
 
-FAULTS = tuple(field.name for field in fields(FaultRates))
-
 Floats = NDArray[np.float64]
+Rows = Sequence[SampleFigures]
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Row:
-    """What is measured of one text."""
-
-    figures: SampleFigures
-    faults: TextFaults
-
-
-@dataclass(frozen=True)
 class Evidence:
-    """All rows that the figures are judged by."""
+    """All measured texts that the figures are judged by."""
 
-    original: list[Row]
-    corrupted: dict[str, list[list[Row]]]
-    """The rows of each dose, by the name of the corruption."""
-    harmless: dict[str, list[Row]]
-    cold: list[Row]
-    hot: list[Row]
+    original: list[SampleFigures]
+    corrupted: dict[str, list[list[SampleFigures]]]
+    """Those of each dose, by the name of the corruption."""
+    harmless: dict[str, list[SampleFigures]]
+    cold: list[SampleFigures]
+    hot: list[SampleFigures]
 
 
 @dataclass(frozen=True)
@@ -121,7 +110,9 @@ class Result:
     @property
     def direction(self) -> int:
         """Return 1 if only more than people have counts against samples, -1 if only less, and 0 if both do."""
-        return 1 if self.name in FAULTS else PENALTIES.get(self.name, 0)
+        if self.name in FAULTS:
+            return -1 if self.name in BETTER_ABOVE else 1
+        return 0
 
     @property
     def best(self) -> str:
@@ -161,37 +152,6 @@ class Result:
         return f"fails {' '.join(map(str, self.failures))}" if self.failures else f"yes, {self.best}"
 
 
-@dataclass(frozen=True)
-class Lab:
-    """What every text is measured with."""
-
-    generator: TextGenerator
-    meter: Meter
-    lexicon: Lexicon
-
-    def measure(self, texts: Sequence[Text]) -> list[Row]:
-        """Measure people's texts, which are tokenized again, as they may have been changed."""
-        samples = [
-            Sample(text.prompt, text.text, self.generator.tokenizer.encode(text.text).ids, _reason(text.finished))
-            for text in texts
-        ]
-        return self.measure_samples(samples)
-
-    def measure_samples(self, samples: Sequence[Sample]) -> list[Row]:
-        return [
-            Row(
-                figures,
-                find_faults(
-                    sample.text,
-                    prompt=sample.prompt,
-                    lexicon=self.lexicon,
-                    finished=sample.finish_reason == "stop",
-                ),
-            )
-            for sample, figures in zip(samples, self.meter.measure(samples), strict=True)
-        ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog=RULE, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--project", type=Path, default=Path(), help="folder of the project (default: this one)")
@@ -218,13 +178,29 @@ def gather(project: Path, lexicon: Path, *, samples: int, seed: int) -> Evidence
     """Measure people's texts, their changed copies, and samples at the two temperatures."""
     params = load_section("samples", SamplesParams, project / PARAMS_FILE)
     max_new_tokens = load_section("tune", TuneParams, project / PARAMS_FILE).max_new_tokens
-    lab = open_lab(project, lexicon, params)
+    engine = project / "out" / "export" / "engine"
+    generator = TextGenerator.load(engine, slots=SLOTS)
+    tokenizer = generator.tokenizer
+    training = load_tokens(project / "out" / "tokenize" / "train", tokenizer_sha256(engine))
+    meter = make_meter(Engine.load(project / "out" / "export" / "base" / "engine"), engine, tokenizer, training, params)
+    if lexicon.is_file():
+        meter = replace(meter, lexicon=meter.lexicon | read_lexicon(lexicon))
+
+    def measure(texts: Sequence[Text]) -> list[SampleFigures]:
+        # Each text is tokenized, as it may have been changed.
+        return meter.measure(
+            [
+                Sample(text.prompt, text.text, tokenizer.encode(text.text).ids, "stop" if text.finished else "length")
+                for text in texts
+            ]
+        )
+
     people = [
         sample
         for split in ("validation", "test")
         for sample in human_samples(
             project / "out" / "prepare" / f"{split}.jsonl",
-            lab.generator.tokenizer,
+            tokenizer,
             samples=samples,
             prompt_words=params.prompt_words,
             max_new_tokens=max_new_tokens,
@@ -234,28 +210,26 @@ def gather(project: Path, lexicon: Path, *, samples: int, seed: int) -> Evidence
     if len(people) < 4:
         raise UserError(f"samples: {len(people)} texts are too few to compare; use at least 4")
     texts = [Text(sample.prompt, sample.text, sample.finish_reason == "stop") for sample in people]
-    _log(f"{len(texts)} texts of people: drawing words")
-    corrupted = corrupt(texts, lab.generator, seed)
+    _log(f"{len(texts)} texts of people, {len(meter.lexicon):,} known words; drawing words")
+    corrupted = corrupt(texts, generator, seed)
     _log("measuring the copies")
     bar = progress(total=len(corrupted) * len(DOSES), description="copies", unit="dose")
-    measured: dict[str, list[list[Row]]] = {}
+    measured: dict[str, list[list[SampleFigures]]] = {}
     for name, doses in corrupted.items():
         measured[name] = []
         for own in doses.values():
-            measured[name].append(lab.measure(own))
+            measured[name].append(measure(own))
             bar.update()
     bar.close()
-    harmless = {name: lab.measure(own) for name, own in change_harmlessly(texts, lab.generator, seed).items()}
+    harmless = {name: measure(own) for name, own in change_harmlessly(texts, generator, seed).items()}
     _log("drawing samples")
     prompts = [sample.prompt for sample in people[:SAMPLES]]
     decodings = [
         SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens, context_overflow="slide")
         for temperature in TEMPERATURES
     ]
-    cold, hot = (
-        lab.measure_samples(draw_samples(lab.generator, prompts, decoding, seed=seed)) for decoding in decodings
-    )
-    return Evidence(lab.measure(texts), measured, harmless, cold, hot)
+    cold, hot = (meter.measure(draw_samples(generator, prompts, decoding, seed=seed)) for decoding in decodings)
+    return Evidence(measure(texts), measured, harmless, cold, hot)
 
 
 def judge(evidence: Evidence, *, sets: int, seed: int) -> dict[str, Result]:
@@ -278,22 +252,10 @@ def judge(evidence: Evidence, *, sets: int, seed: int) -> dict[str, Result]:
     }
 
 
-def open_lab(project: Path, lexicon: Path, params: SamplesParams) -> Lab:
-    out = project / "out"
-    generator = TextGenerator.load(out / "export" / "engine", slots=16)
-    training_ids = load_tokens(out / "tokenize" / "train", tokenizer_sha256(out / "export" / "engine")).tokens
-    base = Engine.load(out / "export" / "base" / "engine")
-    known: Lexicon = frozenset(collect_words(row["text"] for row in read_jsonl(out / "prepare" / "train.jsonl")))
-    if lexicon.is_file():
-        known |= read_lexicon(lexicon)
-    _log(f"{len(known):,} words known")
-    return Lab(generator, Meter(base, generator.tokenizer, training_ids, params), known)
-
-
 class SetComparison:
     """The figures of random sets of texts, and of the same sets of changed copies."""
 
-    def __init__(self, original: Sequence[Row], sets: int, seed: int) -> None:
+    def __init__(self, original: Rows, sets: int, seed: int) -> None:
         chance = np.random.default_rng(seed)
         size = min(SET_TEXTS, len(original) // 2)
         self._original = original
@@ -302,7 +264,7 @@ class SetComparison:
         self._apart = self._measure_sets(original, self._other)
         self._texts = [figures_of_text(row) for row in original]
 
-    def ladder_step(self, changed: Sequence[Row]) -> tuple[Figures, Figures, Figures]:
+    def ladder_step(self, changed: Rows) -> tuple[Figures, Figures, Figures]:
         """Return per figure the AUC between texts, that between sets, and the shift of the mean of the same sets."""
         levels = self._measure_sets(changed, self._own)
         texts = [figures_of_text(row) for row in changed]
@@ -312,13 +274,13 @@ class SetComparison:
             self._shift(levels),
         )
 
-    def shifts(self, changed: Sequence[Row]) -> Figures:
+    def shifts(self, changed: Rows) -> Figures:
         return self._shift(self._measure_sets(changed, self._own))
 
     def _shift(self, levels: Sequence[Figures]) -> Figures:
         return {name: float((_column(levels, name) - _column(self._levels, name)).mean()) for name in self._levels[0]}
 
-    def _measure_sets(self, rows: Sequence[Row], sets: Sequence[NDArray[np.int64]]) -> list[Figures]:
+    def _measure_sets(self, rows: Rows, sets: Sequence[NDArray[np.int64]]) -> list[Figures]:
         """Measure each set; its MAUVE is against the originals of all other texts."""
         found = []
         for members in progress(sets, description="sets", unit="set"):
@@ -330,7 +292,7 @@ class SetComparison:
         return found
 
 
-def climb(comparison: SetComparison, doses: Sequence[Sequence[Row]]) -> dict[str, Ladder]:
+def climb(comparison: SetComparison, doses: Sequence[Rows]) -> dict[str, Ladder]:
     """Return the ladder of each figure from the rows at each dose."""
     steps = [comparison.ladder_step(rows) for rows in doses]
     return {
@@ -343,20 +305,20 @@ def climb(comparison: SetComparison, doses: Sequence[Sequence[Row]]) -> dict[str
     }
 
 
-def figures_of_text(row: Row) -> Figures:
+def figures_of_text(row: SampleFigures) -> Figures:
     """Return the figures that one text has, under the names of the figures of a set."""
     found = measure_texts([row])
     return {name: value for name, value in found.items() if name not in SET_FIGURES}
 
 
-def measure_texts(rows: Sequence[Row]) -> Figures:
+def measure_texts(rows: Rows) -> Figures:
     """Return all figures of a set but MAUVE."""
-    figures = asdict(measure_set([row.figures for row in rows]))
+    figures = asdict(measure_set(rows))
     del figures["mauve"]
-    return figures | asdict(fault_rates([row.faults for row in rows]))
+    return figures
 
 
-def compare_temperatures(cold: Sequence[Row], hot: Sequence[Row], people: Sequence[Row]) -> Figures:
+def compare_temperatures(cold: Rows, hot: Rows, people: Rows) -> Figures:
     """Return how far the figures of the two sets differ, in standard errors, if prompts were others."""
     found = [_buckets(own, people) for own in (cold, hot)]
 
@@ -436,17 +398,13 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
-def _buckets(own: Sequence[Row], others: Sequence[Row]) -> list[Buckets]:
-    states = [np.stack([row.figures.state for row in side]) for side in (own, others)]
+def _buckets(own: Rows, others: Rows) -> list[Buckets]:
+    states = [np.stack([row.state for row in side]) for side in (own, others)]
     return [sort_in_buckets(*states, seed=seed) for seed in MAUVE_SEEDS]
 
 
 def _column(figures: Sequence[Figures], name: str) -> Floats:
     return np.array([own[name] for own in figures])
-
-
-def _reason(finished: bool) -> str:
-    return "stop" if finished else "length"
 
 
 def _log(message: str) -> None:

@@ -16,6 +16,7 @@ from pipeline.serving.options import Access, Address, EngineOptions, Limits, key
 
 OUT = Path("out")
 UI_PORT = 5000
+LEXICON_COUNT = 2
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -275,8 +276,8 @@ def _add_export(commands: Any) -> None:
         "--verbatim-index",
         type=Path,
         metavar="FOLDER",
-        help="index this text into the engine, so that max_verbatim_tokens works: a split that the tokenize stage "
-        "wrote, such as out/tokenize/train (default: no index)",
+        help="index this text into the engine, so that max_verbatim_tokens and best_of work: a split that the tokenize "
+        "stage wrote, such as out/tokenize/train (default: no index)",
     )
     parser.set_defaults(run=_export)
 
@@ -285,14 +286,21 @@ def _export(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import load_checkpoint
     from pipeline.engine.verbatim import index_text
     from pipeline.export.build import build_engine, check_precisions
-    from pipeline.tokens import load_tokens, tokenizer_sha256
+    from pipeline.quality.lexicon import collect_words, load_lexicon
+    from pipeline.tokens import load_tokenizer, load_tokens, tokenizer_sha256
 
     precisions = arguments.precision.split(",")
     check_precisions(precisions)
     checkpoint, split = arguments.checkpoint, arguments.verbatim_index
     model = load_checkpoint(checkpoint)
-    index = None if split is None else index_text(load_tokens(split, tokenizer_sha256(checkpoint)).tokens)
-    build_engine(model, checkpoint, arguments.out, precisions, cache_bits=arguments.cache_bits, index=index)
+    index, lexicon = None, load_lexicon(checkpoint)
+    if split is not None:
+        text = load_tokens(split, tokenizer_sha256(checkpoint))
+        index = index_text(text.tokens)
+        lexicon |= collect_words(text.texts(load_tokenizer(checkpoint)))
+    build_engine(
+        model, checkpoint, arguments.out, precisions, cache_bits=arguments.cache_bits, index=index, lexicon=lexicon
+    )
     for precision in precisions:
         size = sum(file.stat().st_size for file in (arguments.out / precision).iterdir())
         print(f"{arguments.out / precision}: {size / 1e6:,.1f} MB")
@@ -305,7 +313,14 @@ def _add_pack(commands: Any) -> None:
         summary="write a checkpoint in float16, to ship as a base",
         description="Write a checkpoint folder with its weights in float16. It is half the size, and base.source may "
         "name it. docs/base.md says how the bundled base was made.",
-        examples="python -m pipeline pack out/finetune/checkpoint base",
+        examples="python -m pipeline pack out/finetune/checkpoint base --words-of out/prepare/train.jsonl",
+    )
+    parser.add_argument(
+        "--words-of",
+        type=Path,
+        metavar="FILE",
+        help=f"also write the words that these documents have at least {LEXICON_COUNT} times, by which samples are "
+        "searched for invented ones (default: those of the checkpoint, if it has any)",
     )
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
     parser.add_argument("out", type=Path, help="folder to write; replaced if it exists")
@@ -314,8 +329,15 @@ def _add_pack(commands: Any) -> None:
 
 def _pack(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import WEIGHTS_FILE, pack_checkpoint
+    from pipeline.files import read_jsonl
+    from pipeline.quality.lexicon import LEXICON_FILE, collect_words, load_lexicon, write_lexicon
 
+    lexicon = load_lexicon(arguments.checkpoint)
+    if arguments.words_of is not None:
+        lexicon |= collect_words((row["text"] for row in read_jsonl(arguments.words_of)), LEXICON_COUNT)
     pack_checkpoint(arguments.checkpoint, arguments.out)
+    if lexicon:
+        write_lexicon(arguments.out / LEXICON_FILE, lexicon)
     file = arguments.out / WEIGHTS_FILE
     print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")
 

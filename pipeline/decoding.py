@@ -35,6 +35,12 @@ class SamplingParams:
     """Keep tokens at least this fraction as likely as the likeliest. In [0, 1]; 0 is off."""
     typical_p: float = 1.0
     """Keep the tokens with surprise nearest the entropy that hold this probability. In (0, 1]; 1 is off."""
+    top_n_sigma: float = 0.0
+    """Keep tokens with a logit at most this many standard deviations of all logits below the largest. At least 0; 0 is
+    off."""
+    eta_cutoff: float = 0.0
+    """Keep tokens with a probability of at least min(e, sqrt(e) * exp(-entropy)), where e is this value. In [0, 1); 0
+    is off."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in prompt and output. Above 0; 1 is off."""
     presence_penalty: float = 0.0
@@ -74,23 +80,32 @@ class SamplingParams:
     """The key of the random numbers, in [0, 2**63); null takes a fresh one."""
     n: int = 1
     """Independent continuations per prompt. At least 1."""
+    best_of: int = 1
+    """Draw this many continuations per prompt and return the `n` with the fewest faults (`pipeline.engine.best`). At
+    least `n`; 1 is off. Needs an engine with a lexicon. A stream gets each text whole."""
     logprobs: int | None = None
     """Report the log-probabilities of each drawn token and of this many likeliest ones. At least 0; null is off."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"):
+        for name in ("top_p", "min_p", "typical_p", "eta_cutoff", "repetition_penalty"):
             _check_number(name, getattr(self, name))
         for name in ("presence_penalty", "frequency_penalty"):
             _check_number(name, getattr(self, name))
             _check_range(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "in [-2, 2]")
-        _check_range("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        for name in ("temperature", "top_n_sigma"):
+            _check_number(name, getattr(self, name))
+            _check_range(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("top_p", "typical_p"):
             _check_range(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
         _check_range("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        _check_range("eta_cutoff", self.eta_cutoff, 0 <= self.eta_cutoff < 1, "in [0, 1)")
         _check_range("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
         for name in ("top_k", "no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens"):
             _check_integer(name, getattr(self, name), minimum=0)
-        _check_integer("n", self.n, minimum=1)
+        for name in ("n", "best_of"):
+            _check_integer(name, getattr(self, name), minimum=1)
+        _check_range("best_of", self.best_of, self.best_of == 1 or self.best_of >= self.n,
+                     f"at least n ({self.n}), or 1, which is off")  # fmt: skip
         for name, minimum in (("max_new_tokens", 1), ("seed", 0), ("logprobs", 0)):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), minimum=minimum)
@@ -145,6 +160,11 @@ class SamplingParams:
             name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             for name, value in values.items()
         }
+
+    @property
+    def candidates(self) -> int:
+        """The continuations that are drawn per prompt, of which `n` are returned."""
+        return max(self.n, self.best_of)
 
     def active_fields(self) -> list[str]:
         """Return the names of the parameters that are not neutral."""

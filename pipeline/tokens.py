@@ -111,6 +111,11 @@ class TokenArrays:
             raise IndexError(f"document {index} of {len(self)}")
         return self.tokens[self.bounds[index] : self.bounds[index + 1] + 1]
 
+    def texts(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """Yield the text of every document."""
+        for index in range(len(self)):
+            yield tokenizer.decode(self.document(index)[1:-1].tolist(), skip_special_tokens=False)
+
     def document_tokens(self) -> NDArray[np.int64]:
         """Return the length of every document, `[documents]`, including both of its end-of-texts."""
         return np.diff(self.bounds) + 1

@@ -22,6 +22,8 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "top_p": st.sampled_from([1.0, 1e-9, 0.3, 0.9, 0.95, 0.9999]),
     "min_p": st.sampled_from([0.0, 0.0, 0.02, 0.5, 1.0]),
     "typical_p": st.sampled_from([1.0, 1.0, 1.0, 0.5]),
+    "top_n_sigma": st.sampled_from([0.0, 0.0, 1e-9, 0.5, 2.0, 1e308]),
+    "eta_cutoff": st.sampled_from([0.0, 0.0, 5e-324, 3e-4, 0.05, 1 - 2.0**-53]),
     "repetition_penalty": st.sampled_from([1.0, 1.2, 0.5, 5.0, 1e-300, 1e300]),
     "presence_penalty": st.sampled_from([0.0, 0.7, -1.0]),
     "frequency_penalty": st.sampled_from([0.0, 0.3, -0.2]),

@@ -23,6 +23,9 @@ OUT_OF_RANGE = [
     ("min_p", 1.01, r"in \[0, 1\]"),
     ("typical_p", 0.0, r"in \(0, 1\]"),
     ("typical_p", 1.01, r"in \(0, 1\]"),
+    ("top_n_sigma", -0.1, "at least 0"),
+    ("eta_cutoff", -0.01, r"in \[0, 1\)"),
+    ("eta_cutoff", 1.0, r"in \[0, 1\)"),
     ("repetition_penalty", 0.0, "above 0"),
     ("presence_penalty", -2.1, r"in \[-2, 2\]"),
     ("presence_penalty", 2.1, r"in \[-2, 2\]"),
@@ -35,15 +38,16 @@ OUT_OF_RANGE = [
     ("seed", -1, "at least 0"),
     ("seed", 2**63, r"below 2\*\*63"),
     ("n", 0, "at least 1"),
+    ("best_of", 0, "at least 1"),
     ("logprobs", -1, "at least 0"),
 ]
 NUMBERS = [
-    *("temperature", "top_p", "min_p", "typical_p"),
+    *("temperature", "top_p", "min_p", "typical_p", "top_n_sigma", "eta_cutoff"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 ]
 WHOLE_NUMBERS = [
     *("top_k", "no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens", "max_new_tokens"),
-    *("seed", "n", "logprobs"),
+    *("seed", "n", "best_of", "logprobs"),
 ]
 TOKEN_ID_LISTS = ["banned_token_ids", "allowed_token_ids", "stop_token_ids"]
 
@@ -62,6 +66,7 @@ def test_value_out_of_range_names_field_value_and_range(name: str, value: float,
     ("name", "value"),
     [
         *(("temperature", 0.0), ("top_p", 1.0), ("min_p", 0.0), ("min_p", 1.0), ("typical_p", 1.0)),
+        *(("top_n_sigma", 0.0), ("eta_cutoff", 0.0)),
         *(("presence_penalty", -2), ("presence_penalty", 2), ("frequency_penalty", -2), ("frequency_penalty", 2)),
         *(("seed", 0), ("seed", 2**63 - 1), ("max_new_tokens", 1), ("n", 1), ("logprobs", 0)),
     ],
@@ -185,6 +190,8 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "top_p": st.floats(0, 1, exclude_min=True),
     "min_p": st.floats(0, 1),
     "typical_p": st.floats(0, 1, exclude_min=True),
+    "top_n_sigma": st.floats(0, 10),
+    "eta_cutoff": st.floats(0, 1, exclude_max=True),
     "repetition_penalty": st.floats(0.1, 10),
     "presence_penalty": st.floats(-2, 2),
     "frequency_penalty": st.floats(-2, 2),
@@ -202,6 +209,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "ignore_eos": st.booleans(),
     "seed": st.none() | st.integers(0, 2**63 - 1),
     "n": st.integers(1, 4),
+    "best_of": st.sampled_from([1, 4, 7]),
     "logprobs": st.none() | st.integers(0, 20),
 }
 

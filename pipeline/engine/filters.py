@@ -13,7 +13,9 @@ The order is fixed. Each filter sees the distribution that the earlier ones left
 9. top-p
 10. min-p
 11. typical-p
-12. draw
+12. top-n-sigma
+13. eta
+14. draw
 
 Filters and order are those of `transformers` where it has them, with one exception: if several tokens at the edge of a
 filter are equally likely, all are kept, so that the result does not depend on a sorting order.
@@ -41,6 +43,7 @@ Followers = Callable[[list[int]], Iterable[int]]
 """A lookup of the tokens that follow a run of tokens anywhere in the training text."""
 
 REMOVED = np.float32(-np.inf)
+LOWEST = float(np.finfo(np.float32).min)
 LARGEST_PENALTY = 1e30
 
 
@@ -93,7 +96,9 @@ def filter_logits(
     logits = apply_top_k(logits, params.top_k)
     logits = apply_top_p(logits, params.top_p)
     logits = apply_min_p(logits, params.min_p)
-    return apply_typical_p(logits, params.typical_p)
+    logits = apply_typical_p(logits, params.typical_p)
+    logits = apply_top_n_sigma(logits, params.top_n_sigma)
+    return apply_eta_cutoff(logits, params.eta_cutoff)
 
 
 def apply_bias(logits: Logits, logit_bias: Mapping[int, float]) -> Logits:
@@ -257,6 +262,33 @@ def apply_typical_p(logits: Logits, typical_p: float) -> Logits:
     nearest = near[np.argsort(distances[near])]
     edge = distances[nearest[_reach(probabilities[nearest], typical_p)]]
     return _only(logits, candidates[distances <= edge])
+
+
+def apply_top_n_sigma(logits: Logits, top_n_sigma: float) -> Logits:
+    """Keep the logits at most `top_n_sigma` standard deviations below the largest (Tang et al. 2024).
+
+    The deviation is that of the logits that are left, divided by their number. The temperature changes nothing here, as
+    it divides both.
+    """
+    if top_n_sigma == 0:
+        return logits
+    deviation = float(logits[logits > REMOVED].std(dtype=np.float64))
+    return _at_least(logits, max(float(logits.max()) - top_n_sigma * deviation, LOWEST))
+
+
+def apply_eta_cutoff(logits: Logits, eta_cutoff: float) -> Logits:
+    """Keep the tokens with a probability of at least min(e, sqrt(e) * exp(-entropy)), where e is `eta_cutoff`.
+
+    The entropy is in nats (eta sampling, Hewitt et al. 2022). The likeliest token is always kept: its probability is at
+    least exp(-entropy).
+    """
+    if eta_cutoff == 0:
+        return logits
+    logprobs = log_softmax(logits[logits > REMOVED])
+    entropy = -float(np.exp(logprobs) @ logprobs)
+    log_eta = min(math.log(eta_cutoff), math.log(eta_cutoff) / 2 - entropy)
+    # Rounding must not put the edge above the likeliest token.
+    return _at_least(logits, float(logits.max()) + min(log_eta - float(logprobs.max()), 0))
 
 
 def draw(logits: Logits, u: float) -> int:

@@ -213,6 +213,8 @@ class Engine:
         check_token_ids(params, self.manifest.vocabulary_size)
         if params.stop:
             raise UserError("stop: holds texts, but the engine reads token ids; use pipeline.engine.text")
+        if params.best_of > 1:
+            raise UserError("best_of: judges texts, but the engine reads token ids; use pipeline.engine.text")
         if params.max_verbatim_tokens and self.session.followers is None:
             raise UserError(
                 "max_verbatim_tokens: this engine holds no index of its training text; export it again with "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_json
+from pipeline.quality.lexicon import LEXICON_FILE
 from pipeline.tokens import TOKENIZER_FILE
 
 FORMAT_VERSION = 3
@@ -12,6 +13,8 @@ MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
 INDEX_FOLDER = "verbatim"
 """The folder of the index of the training text, if the engine has one: `pipeline.engine.verbatim`."""
+READ_FILES = (TOKENIZER_FILE, LEXICON_FILE)
+"""The files that every precision needs."""
 STATES = "states"
 """The graph's output for the last hidden state. Graphs of older exports lack it."""
 CUDA_PRECISIONS = ("float16", "int8_float16")
@@ -86,7 +89,7 @@ def read_manifest(folder: Path) -> Manifest:
 def check_files(folder: Path, manifest: Manifest, precision: str) -> None:
     """Raise `UserError` if a file that this precision needs is missing or not what was exported."""
     for name, digest in manifest.files.items():
-        if not name.startswith((f"{precision}/", f"{INDEX_FOLDER}/")) and name != TOKENIZER_FILE:
+        if not name.startswith((f"{precision}/", f"{INDEX_FOLDER}/")) and name not in READ_FILES:
             continue
         path = folder / name
         if not path.is_file():

@@ -11,6 +11,9 @@ Otherwise, and for top-p without top-k, the row is read. Split the vocabulary in
 part is a lower bound of the k-th largest logit, so only parts whose maximum reaches it are read. A nucleus is first
 looked for among a few such tokens, and if it is wider, among all tokens but those that together weigh too little to be
 in it. If none of this decides, the reference draws from the same logits with the same uniform.
+
+Top-n-sigma and eta need all the logits that the earlier filters left, and get them: what is found above is exactly
+that, or the whole row if no earlier filter is on.
 """
 
 import math
@@ -29,13 +32,13 @@ from pipeline.engine.verbatim import CopyLimiter
 OUTSIDE_THE_DRAW = frozenset(
     {
         *("max_new_tokens", "context_overflow", "repetition_detection", "stop", "ignore_eos"),
-        *("seed", "n", "logprobs"),
+        *("seed", "n", "best_of", "logprobs"),
     }
 )
 """The fields of `SamplingParams` that change no logit: they end a continuation, key its random numbers or report on
 it."""
 FAST_FIELDS = OUTSIDE_THE_DRAW | {
-    *("temperature", "top_k", "top_p", "min_p"),
+    *("temperature", "top_k", "top_p", "min_p", "top_n_sigma", "eta_cutoff"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens", "stop_token_ids"),
     *("logit_bias", "banned_token_ids"),
@@ -295,7 +298,7 @@ class Continuation:
 
 
 def draw_listed(ids: TokenIds, logits: Logits, floor: np.float32, params: SamplingParams, u: float) -> int | None:
-    """Draw by temperature, top-k, top-p and min-p with the uniform `u`; None if the list does not decide.
+    """Draw by the filters from temperature on with the uniform `u`; None if the list does not decide.
 
     `logits` are those of the tokens `ids`; every other token's logit is at most `floor`.
     """
@@ -316,7 +319,7 @@ def draw_listed(ids: TokenIds, logits: Logits, floor: np.float32, params: Sampli
 
 
 def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
-    """Draw by temperature, top-k, top-p and min-p with the uniform `u`; None if the reference is needed.
+    """Draw by the filters from temperature on with the uniform `u`; None if the reference is needed.
 
     That is the case if no token is left, the logits are not finite, or rounding hides the end of the nucleus.
     """
@@ -327,7 +330,7 @@ def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
     if params.temperature == 0:
         return int(logits.argmax())
     if params.top_k == 0 and params.top_p == 1:
-        return _draw_from_all(_cool(logits, peak, params.temperature), params.min_p, u)
+        return _draw_from_all(_cool(logits, peak, params.temperature), params, u)
     if params.top_k > 0:
         ids = _candidates(logits, peaks, peak, params.top_k)
         return _draw_among(ids, _cool(logits.take(ids), peak, params.temperature), params, u)
@@ -347,21 +350,21 @@ def draw_fast(logits: Logits, params: SamplingParams, u: float) -> int | None:
 def _draw_among(
     ids: TokenIds, logits: Logits, params: SamplingParams, u: float, *, floor: np.float32 | None = None
 ) -> int | None:
-    """Draw by top-k, top-p and min-p among candidates with these cooled logits.
+    """Draw by the filters from top-k on among candidates with these cooled logits.
 
     Return None if a token at or below `floor` would be kept, where there may be tokens that are not candidates.
     """
     order = logits.argsort()[::-1]
     ordered = logits[order]
     kept = _with_equals(ordered, params.top_k) if params.top_k else len(ordered)
-    least = np.float32(math.log(params.min_p)) if params.min_p else np.float32(-np.inf)
+    least = _least(params)
     if floor is not None:
         edge = ordered[kept - 1] if 0 < params.top_k <= len(ordered) else np.float32(-np.inf)
         # The nucleus is taken from what top-k keeps.
         if not floor < (edge if params.top_p < 1 else max(edge, least)):
             return None
-    weights = np.exp(ordered[:kept], dtype=np.float64)
     if params.top_p < 1:
+        weights = np.exp(ordered[:kept], dtype=np.float64)
         reached = np.cumsum(weights / weights.sum())
         kept = _with_equals(ordered[:kept], int(reached.searchsorted(params.top_p)) + 1)
     if params.min_p:
@@ -369,12 +372,11 @@ def _draw_among(
     # The CDF is in vocabulary order, not from the likeliest down.
     chosen = ids[order[:kept]]
     rising = chosen.argsort()
-    cdf = weights[rising].cumsum()
-    return int(chosen[rising[cdf.searchsorted(u * cdf[-1], side="right")]])
+    return _draw_rising(chosen[rising], ordered[rising], params, u)
 
 
 def _draw_from_nucleus(ids: TokenIds, logits: Logits, mass: np.float64, params: SamplingParams, u: float) -> int | None:
-    """Draw by top-p of the whole vocabulary and by min-p among candidates, in rising order, with these cooled logits.
+    """Draw by the filters from top-p on among candidates, in rising order, with these cooled logits.
 
     Return None if the nucleus is wider than the candidates. `mass` is the sum of the vocabulary's weights, relative to
     the likeliest token's.
@@ -384,12 +386,21 @@ def _draw_from_nucleus(ids: TokenIds, logits: Logits, mass: np.float64, params: 
     reached = np.cumsum(np.exp(ordered, dtype=np.float64) / mass)
     if reached[-1] < params.top_p:
         return None
-    edge = ordered[reached.searchsorted(params.top_p)]
-    if params.min_p:
-        edge = max(edge, np.float32(math.log(params.min_p)))
-    is_kept = logits >= edge
-    cdf = np.exp(logits[is_kept], dtype=np.float64).cumsum()
-    return int(ids[is_kept][cdf.searchsorted(u * cdf[-1], side="right")])
+    is_kept = logits >= max(ordered[reached.searchsorted(params.top_p)], _least(params))
+    return _draw_rising(ids[is_kept], logits[is_kept], params, u)
+
+
+def _draw_rising(ids: TokenIds, logits: Logits, params: SamplingParams, u: float) -> int:
+    """Draw by the filters from top-n-sigma on among all tokens that the earlier ones left, in rising order."""
+    logits = filters.apply_top_n_sigma(logits, params.top_n_sigma)
+    logits = filters.apply_eta_cutoff(logits, params.eta_cutoff)
+    cdf = np.exp(logits, dtype=np.float64).cumsum()
+    return int(ids[cdf.searchsorted(u * cdf[-1], side="right")])
+
+
+def _least(params: SamplingParams) -> np.float32:
+    """Return the least cooled logit that min-p keeps."""
+    return np.float32(math.log(params.min_p)) if params.min_p else np.float32(-np.inf)
 
 
 def _cool(logits: AnyLogits, peak: np.float32, temperature: float) -> AnyLogits:
@@ -406,11 +417,14 @@ def _with_equals(ordered: Logits, count: int) -> int:
     return count
 
 
-def _draw_from_all(values: Logits, min_p: float, u: float) -> int:
-    """Draw from a whole row, by the CDF of its weights in float64."""
-    weights = np.exp(values)
-    if min_p:
-        weights[values < np.float32(math.log(min_p))] = 0
+def _draw_from_all(logits: Logits, params: SamplingParams, u: float) -> int:
+    """Draw by the filters from min-p on from a whole row of cooled logits, by the CDF of its weights in float64."""
+    if params.top_n_sigma or params.eta_cutoff:
+        ids = np.flatnonzero((logits > -np.inf) & (logits >= _least(params)))
+        return _draw_rising(ids, logits.take(ids), params, u)
+    weights = np.exp(logits)
+    if params.min_p:
+        weights[logits < _least(params)] = 0
     cdf = np.cumsum(weights, dtype=np.float64)
     return int(np.searchsorted(cdf, u * cdf[-1], side="right"))
 

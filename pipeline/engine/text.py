@@ -1,8 +1,9 @@
 """Text around the engine, which knows only token ids: prompts, continuations, stop texts, and whole characters."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -10,8 +11,11 @@ from tokenizers.decoders import DecodeStream
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Token
+from pipeline.engine.best import Candidate, best_first
 from pipeline.engine.generator import SLOTS
 from pipeline.engine.scheduler import FinishReason, Request
+from pipeline.errors import UserError
+from pipeline.quality.lexicon import EMPTY_LEXICON, Lexicon, load_lexicon
 from pipeline.tokens import load_tokenizer, prompt_ids
 
 BYTES = "bytes:"
@@ -57,12 +61,25 @@ class TextCompletion:
     finish_reason: FinishReason
 
 
-class TextGenerator:
-    """An engine with its tokenizer."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt to continue."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    ids: Sequence[int]
+    text: str
+    """The prompt as text, by which `best_of` judges how it is continued."""
+    params: SamplingParams
+    begin: int = 0
+    """The number of characters that come before a continuation in the text that the caller returns."""
+
+
+class TextGenerator:
+    """An engine with its tokenizer and, for `best_of`, its lexicon."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, lexicon: Lexicon = EMPTY_LEXICON) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.lexicon = lexicon
         self.token_texts = TokenTexts(tokenizer)
 
     @classmethod
@@ -75,42 +92,57 @@ class TextGenerator:
         threads: int | None = None,
         slots: int = SLOTS,
     ) -> "TextGenerator":
-        """Load an exported engine and the tokenizer in its folder. Raises `UserError`."""
+        """Load an exported engine, and the tokenizer and the lexicon in its folder. Raises `UserError`."""
         engine = Engine.load(folder, precision=precision, provider=provider, threads=threads, slots=slots)
-        return cls(engine, load_tokenizer(Path(folder)))
+        return cls(engine, load_tokenizer(Path(folder)), load_lexicon(Path(folder)))
 
     def complete(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> list[TextCompletion]:
         """Continue every prompt with its own parameters; with `n > 1`, choice j of prompt i is element `i * n + j`.
 
         A continuation frees its slot as soon as a stop text ends it. Raises `UserError` if a prompt does not fit.
         """
-        pairs = [(prompt_ids(self.tokenizer, prompt), own) for prompt, own in zip(prompts, params, strict=True)]
-        requests = self.submit(pairs)
-        stops = [own.stop for _, own in pairs for _ in range(own.n)]
-        choices = {
-            request: Choice(index, request, self.tokenizer, stop)
-            for index, (request, stop) in enumerate(zip(requests, stops, strict=True))
-        }
-        pieces: list[list[Piece]] = [[] for _ in requests]
+        asked = [
+            Asked(prompt_ids(self.tokenizer, prompt), prompt, own) for prompt, own in zip(prompts, params, strict=True)
+        ]
+        choices = {choice.request: choice for choice in self.begin(asked)}
+        pieces: list[list[Piece]] = [[] for _ in range(sum(own.n for own in params))]
 
         def advance(request: Request) -> bool:
             choice = choices[request]
-            if (piece := choice.take()) is not None:
-                pieces[choice.index].append(piece)
+            for piece in choice.sift(choice.take()):
+                pieces[piece.index].append(piece)
             return choice.finish_reason is not None
 
-        self.engine.run(requests, advance)
+        self.engine.run(list(choices), advance)
         return [_completion(own) for own in pieces]
 
-    def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
-        """Queue the continuations of prompts in tokens, as `Engine.submit_all` does; the caller handles stop texts.
+    def begin(self, asked: Sequence["Asked"]) -> list["Choice"]:
+        """Queue the continuations of prompts, and return them in order: `candidates` per prompt.
 
-        Raises `UserError` if a prompt does not fit.
+        Choice j of prompt i has the index `i * n + j`; so have the pieces that `Choice.sift` returns. Raises
+        `UserError` as `check` does, and then queues none of them.
         """
-        return self.engine.submit_all((ids, _for_engine(own)) for ids, own in prompts)
+        for own in asked:
+            self.check(own.ids, own.params)
+        requests = iter(self.engine.submit_all((own.ids, _for_engine(own.params)) for own in asked))
+        choices: list[Choice] = []
+        first = 0
+        for own in asked:
+            group = _Candidates(own, first, self.lexicon) if own.params.best_of > 1 else None
+            texts = self.token_texts if own.params.logprobs is not None else None
+            choices += [
+                Choice(
+                    first + index, request, self.tokenizer, own.params.stop, texts=texts, begin=own.begin, group=group
+                )
+                for index, request in enumerate(islice(requests, own.params.candidates))
+            ]
+            first += own.params.n
+        return choices
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raise `UserError` if `submit` would refuse a prompt. Safe to call from any thread."""
+        """Raise `UserError` if a prompt does not fit, or needs what the engine lacks. Safe to call from any thread."""
+        if params.best_of > 1 and not self.lexicon:
+            raise UserError("best_of: this engine holds no lexicon to judge texts by; export the checkpoint again")
         self.engine.check(prompt, _for_engine(params))
 
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[str]:
@@ -118,6 +150,8 @@ class TextGenerator:
 
         A character that the last token leaves incomplete is dropped.
         """
+        if params.best_of > 1:
+            return iter([completion.text for completion in self.complete([prompt], [params])])
         tokens = self.engine.stream(prompt_ids(self.tokenizer, prompt), _for_engine(params))
         return detokenize(tokens, self.tokenizer, params.stop)
 
@@ -221,26 +255,36 @@ class Choice:
         *,
         texts: TokenTexts | None = None,
         begin: int = 0,
+        group: "_Candidates | None" = None,
     ) -> None:
-        """Read `request`, whose text begins after `begin` characters. `texts` is given if its tokens are reported."""
+        """Read `request`, whose text begins after `begin` characters.
+
+        `texts` is given if its tokens are reported, `group` if it is one of several candidates.
+        """
         self.index = index
         self.request = request
         self.finish_reason: FinishReason | None = None
         """Why it has ended; a stop text ends it, but not the request that draws its tokens."""
         self._detokenizer = Detokenizer(tokenizer, stop)
+        self.logprob = 0.0
+        """The natural log-probability of what has been drawn, if it was asked for."""
         self._texts = texts
+        self._group = group
         self._length = begin
         """The length of the choice's text up to here, in characters."""
         self._tokens: deque[TokenText] = deque()
         """The tokens of which no character has been returned yet."""
 
     def take(self) -> Piece | None:
-        """Return what has been drawn since the last call; None if nothing has."""
+        """Return what has been drawn since the last call; None if nothing has, as after its end."""
+        if self.finish_reason is not None:
+            return None
         text, token_ids = "", []
         while self.request.tokens and self.finish_reason is None:
             token = self.request.tokens.popleft()
             if token.token_id is not None:
                 token_ids.append(token.token_id)
+                self.logprob += token.logprob or 0.0
                 begin = self._length + len(text) + self._detokenizer.held
                 text += self._detokenizer.feed(token.token_id)
                 if self._texts is not None:
@@ -254,6 +298,15 @@ class Choice:
         self._length += len(text)
         return Piece(self.index, text, token_ids, self._complete_tokens(), self.finish_reason)
 
+    def sift(self, piece: Piece | None) -> list[Piece]:
+        """Return what the caller reads once this piece is taken.
+
+        That is the piece itself; for a candidate nothing, until all of its prompt have ended, and then the best ones.
+        """
+        if piece is None:
+            return []
+        return [piece] if self._group is None else self._group.add(self, piece)
+
     def _complete_tokens(self) -> list[TokenText]:
         """Take the tokens of which a character has been returned; at the end all, except those of a stop text."""
         takes_all = self.finish_reason is not None and not self._detokenizer.stopped
@@ -263,17 +316,57 @@ class Choice:
         return tokens
 
 
-def _completion(pieces: Sequence[Piece]) -> TextCompletion:
-    reason = pieces[-1].finish_reason
-    if reason is None:
-        raise ValueError("the request has not ended")
-    return TextCompletion(
-        "".join(piece.text for piece in pieces), [token_id for piece in pieces for token_id in piece.token_ids], reason
+class _Candidates:
+    """The candidates of one prompt."""
+
+    def __init__(self, asked: Asked, first: int, lexicon: Lexicon) -> None:
+        self._asked = asked
+        self._first = first
+        self._lexicon = lexicon
+        self._pieces: dict[Choice, list[Piece]] = defaultdict(list)
+
+    def add(self, choice: Choice, piece: Piece) -> list[Piece]:
+        """Keep a piece of a candidate; return the best candidates, a piece each, if it was the last of them all."""
+        self._pieces[choice].append(piece)
+        params = self._asked.params
+        if len(self._pieces) < params.candidates or any(own.finish_reason is None for own in self._pieces):
+            return []
+        drawn = sorted(self._pieces, key=lambda own: own.index)
+        whole = [_join(self._pieces[own]) for own in drawn]
+        candidates = [
+            Candidate(
+                piece.text,
+                piece.token_ids,
+                piece.finish_reason == "stop",
+                own.logprob / max(1, piece.token_count),
+            )
+            for own, piece in zip(drawn, whole, strict=True)
+        ]
+        best = best_first(self._asked.text, candidates, self._lexicon)[: params.n]
+        return [replace(whole[index], index=self._first + rank) for rank, index in enumerate(best)]
+
+
+def _join(pieces: Sequence[Piece]) -> Piece:
+    return Piece(
+        pieces[-1].index,
+        "".join(piece.text for piece in pieces),
+        [token_id for piece in pieces for token_id in piece.token_ids],
+        [token for piece in pieces for token in piece.tokens],
+        pieces[-1].finish_reason,
     )
 
 
+def _completion(pieces: Sequence[Piece]) -> TextCompletion:
+    whole = _join(pieces)
+    if whole.finish_reason is None:
+        raise ValueError("the request has not ended")
+    return TextCompletion(whole.text, whole.token_ids, whole.finish_reason)
+
+
 def _for_engine(params: SamplingParams) -> SamplingParams:
-    """Return the parameters without stop texts, as the engine reads only ids."""
+    """Return the parameters without stop texts and `best_of`, as the engine reads only ids."""
+    if params.best_of > 1:
+        params = replace(params, n=params.best_of, best_of=1, logprobs=params.logprobs or 0)
     return replace(params, stop=())
 
 

@@ -4,21 +4,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.evaluation.trials import Trial
+from pipeline.decoding import SamplingParams
+from pipeline.evaluation.search import Values
+from pipeline.evaluation.trials import Final, Trial
+from pipeline.params.tune import RangeParams, SpaceParams
 
 PRESET_DISTANCE = 3.0
 """An end of the front is of use up to this many times the winner's distance from people."""
 
 
-def choose_presets(trials: Sequence[Trial], finals: Mapping[int, float]) -> dict[str, int]:
+def choose_presets(trials: Sequence[Trial], finals: Mapping[int, Final]) -> dict[str, int]:
     """Return the number of each preset's trial.
 
-    `balanced` is the finalist nearest to people. Of the trials on the front that are near enough, `faithful` is the
-    least wild and `adventurous` the least tame. If no other trial on the front is near enough, both are the winner.
+    `balanced` is the best finalist: the one with the fewest faults above people's level and, of equal ones, the nearest
+    to people. Of the trials on the front that have no more faults than the winner had and are near enough, `faithful`
+    is the least wild and `adventurous` the least tame. If no other trial is left, both are the winner.
     """
     winner = min(finals, key=lambda number: finals[number])
     limit = PRESET_DISTANCE * trials[winner].distance
-    near = [trial.number for trial in front_of(trials) if trial.distance <= limit] or [winner]
+    passing = [trial for trial in trials if trial.excess <= trials[winner].excess]
+    near = [trial.number for trial in front_of(passing) if trial.distance <= limit] or [winner]
     # The front rises from the least tame.
     return {"balanced": winner, "faithful": near[-1], "adventurous": near[0]}
 
@@ -43,14 +48,30 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def rows_of(trials: Sequence[Trial], finals: Mapping[int, float], presets: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return the rows of `trials.json`: each trial, whether it is on the front, its final distance and its presets."""
+def edges_of(values: Values, space: SpaceParams) -> list[str]:
+    """Return the searched parameters that have the lowest or the highest value of their range.
+
+    The best value may be outside. An end that turns the filter off is no edge: there is nothing beyond it.
+    """
+    neutral = SamplingParams()
+    return [
+        name
+        for name, tried in space
+        if isinstance(tried, RangeParams) and values[name] in tried.ends() and values[name] != getattr(neutral, name)
+    ]
+
+
+def rows_of(
+    trials: Sequence[Trial], finals: Mapping[int, Final], presets: Mapping[str, int], space: SpaceParams
+) -> list[dict[str, Any]]:
+    """Return the rows of `trials.json`: each trial, its place among the others, its final figures and its presets."""
     front = {trial.number for trial in front_of(trials)}
     return [
         {
             **asdict(trial),
+            "edges": edges_of(trial.values, space),
             "on_front": trial.number in front,
-            "final_distance": finals.get(trial.number),
+            "final": finals[trial.number]._asdict() if trial.number in finals else None,
             "preset": ", ".join(name for name, number in presets.items() if number == trial.number) or None,
         }
         for trial in trials

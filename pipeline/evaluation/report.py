@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pipeline.charts import DATA, MARK, MODEL, NARROW_INCHES, inline_chart, new_chart
 from pipeline.decoding import SamplingParams
-from pipeline.quality.distance import LEAST_SCALE, LOGARITHMS, PENALTIES, SHARE_OF_HUMAN
+from pipeline.quality.distance import BETTER_ABOVE, FAULTS, LEAST_SCALE, LOGARITHMS, SHARE_OF_HUMAN
 
 TEMPLATE = Path(__file__).with_name("report.html")
 NONE = "–"
@@ -23,6 +23,8 @@ NEAR_STEPS, OFF_STEPS = 1.0, 3.0
 """The largest gaps from people's figure that count as near, and as off; a larger gap is far."""
 WALL = ("human", "untuned_base", "hand_set", "tuned")
 """The systems whose samples are shown side by side."""
+LEAD_SAMPLES = 2
+"""The number of samples that the page begins with: those of the first test prompts, whatever they are."""
 OPEN_PROMPTS = 6
 """The number of prompts whose samples are unfolded."""
 FRONT_MARGIN = 2.0
@@ -84,13 +86,34 @@ DISTANCE = Column(
     "Distance from people's texts: the sum of how far off the other figures are; smaller is nearer. Below it, the 95 % "
     "interval over prompts.",
 )
+EXCESS = Column(
+    "excess",
+    "excess",
+    1,
+    "Faults above people’s level: the sum of how far each is above the limit that chance allows people; 0 passes. It "
+    "decides before the distance does.",
+)
 COLUMNS = {
-    "": [DISTANCE],
+    "": [EXCESS, DISTANCE],
+    "faults": [
+        Column("invented_words", "invented", 1, "Words per 1,000 that neither the training text nor the base’s lexicon "
+               "has, except names that the text keeps."),
+        Column("lone_names", "names", 1, "Names per 1,000 words that come once and are in no lexicon."),
+        Column("joined_words", "joined", 1, "Words per 1,000 that are two words run together."),
+        Column("doubled_words", "doubled", 1, "Words per 1,000 that follow themselves."),
+        Column("broken_quotes", "quotes", 3, "Share of paragraphs with a quotation mark that lacks its partner."),
+        Column("broken_sentences", "sentences", 3, "Broken sentences per paragraph: without an end, or begun with a "
+               "small letter."),
+        Column("empty_share", "empty", 3, "Share of samples without a word."),
+        Column("looping_share", "loops", 3, "Share of samples that end in a loop."),
+        Column("form_share", "form", 3, "Share of samples that have the form of a text of the data."),
+        Column("mean_copy_tokens", "copied", 1, "Longest verbatim run of the training text in a sample, in tokens; the "
+               "average."),
+    ],
     "repetition": [
         Column("rep_2", "rep-2", 3, "Share of a sample's 2-grams of tokens that occur earlier in it."),
         Column("rep_3", "rep-3", 3, "The same for 3-grams."),
         Column("rep_4", "rep-4", 3, "The same for 4-grams."),
-        Column("looping_share", "loops", 3, "Share of samples that end in a loop."),
     ],
     "variety": [
         Column("distinct_1", "dist-1", 3, "Different tokens divided by all tokens, over all samples together."),
@@ -103,15 +126,11 @@ COLUMNS = {
         Column("base_perplexity", "perplexity", 1, "Of the samples, computed by the base.", "perplexity"),
         Column("mauve", "MAUVE", 3, "How alike samples and people's texts are to a model; 1 is alike."),
     ],
-    "copies": [
-        Column("mean_copy_tokens", "mean", 1, "Longest verbatim run of the training text in a sample, in tokens; the "
-               "average."),
-        Column("longest_copy_tokens", "longest", 0, "The longest of all samples, in tokens.", "mean_copy_tokens"),
-    ],
     "shape": [
         Column("mean_tokens", "tokens", 1, "Average length of a sample."),
         Column("finished_share", "ended", 3, "Share of samples that ended by themselves, not at the token limit."),
-        Column("form_share", "form", 3, "Share of samples that have the form of a text of the data."),
+        Column("longest_copy_tokens", "copy", 0, "Longest verbatim run of the training text in all samples, in tokens.",
+               "mean_copy_tokens"),
     ],
 }  # fmt: skip
 """The columns, by group."""
@@ -142,6 +161,7 @@ def render_report(report: Report) -> str:
     systems, choice = details["systems"], details["choice"]
     decodings = _decodings(report.samples)
     return page.render(
+        lead=[row for row in report.samples if row["system"] == choice["kept"]][:LEAD_SAMPLES],
         learned=_describe_learning(details["documents"]),
         decoding=describe_choice(choice),
         facts=_facts(details),
@@ -177,6 +197,12 @@ def _describe_learning(documents: Mapping[str, Mapping[str, float]]) -> str:
 
 def describe_choice(choice: Mapping[str, Any]) -> str:
     """Return a sentence that says which decoding goes with the model, and why; `choice` is that of `details.json`."""
+    tuned, hand_set = choice["tuned_excess"], choice["hand_set_excess"]
+    if tuned != hand_set:
+        kept, more, less = ("tuned", hand_set, tuned) if tuned < hand_set else ("hand-set", tuned, hand_set)
+        other = "hand-set" if kept == "tuned" else "tuned"
+        level = "no more faults than people’s" if less == 0 else f"faults {less:.1f} above people’s level"
+        return f"The {kept} decoding is kept: its samples have {level}, those of the {other} one {more:.1f} above it."
     difference, low, high = choice["difference"], choice["difference_low"], choice["difference_high"]
     gap = f"{abs(difference):.2f} {'nearer to' if difference < 0 else 'farther from'} people’s texts"
     interval = f" (95\u00a0% interval: {_describe_range(low, high)})"
@@ -200,22 +226,23 @@ def _facts(details: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     documents, systems, kept = details["documents"], details["systems"], details["choice"]["kept"]
     facts = [
         (label, f"{documents['base'][name]:.{decimals}f} → {documents['finetuned'][name]:.{decimals}f}", MEANING)
-        for name, label, decimals in (
-            ("bits_per_byte", "bits per byte, test split", 3),
-            ("perplexity", "perplexity per token, test split", 1),
-        )
+        for name, label, decimals in (("bits_per_byte", "bits per byte, test split", 3),)
     ]
-    gaps = " → ".join(_distance_cell(systems[name]).text for name in ("untuned_base", kept))
-    facts.append(("distance from people’s texts", gaps, f"{MEANING}, {LABELS[kept].label.lower()}"))
-    own, human = (systems[name]["longest_copy_tokens"] for name in (kept, "human"))
-    return [*facts, ("longest verbatim copy", f"{own} tokens", f"in people’s texts: {human}")]
+    for name, label, form in (
+        ("invented_words", "invented words", "{:.1f} per 1,000"),
+        ("broken_sentences", "broken sentences", "{:.2f} per paragraph"),
+        ("longest_copy_tokens", "longest verbatim copy", "{} tokens"),
+    ):
+        own, human = (form.format(systems[system][name]) for system in (kept, "human"))
+        facts.append((label, own, f"in people’s texts: {human}"))
+    return facts
 
 
 def _cells(systems: Mapping[str, Any], system: str, scales: Mapping[str, float]) -> dict[str, Cell]:
     """Return a system's row of the table, by name of the figure."""
     # People's texts have distance 0 from themselves and MAUVE 1 with themselves; neither is in their figures.
     if system == "human":
-        own, human = {**systems[system], "distance": 0.0}, {}
+        own, human = {**systems[system], "distance": 0.0, "excess": 0.0}, {}
     else:
         own, human = systems[system], {**systems["human"], "mauve": 1.0}
     return {
@@ -255,8 +282,7 @@ def steps_off(column: Column, own: float, human: float, scales: Mapping[str, flo
     term = column.term or column.name
     place = LOGARITHMS.get(term, float)
     gap = place(own) - place(human)
-    side = PENALTIES.get(term, 0)
-    if gap * side < 0:
+    if term in FAULTS and (gap > 0) == (term in BETTER_ABOVE):
         gap = 0.0
     return gap / scales.get(term, max(SHARE_OF_HUMAN * abs(human), LEAST_SCALE))
 
@@ -346,6 +372,9 @@ def _describe_search(trials: Sequence[Mapping[str, Any]]) -> str:
         f"{len(trials)} trials, of which {pruned} were pruned after fewer prompts than the others.",
         "No trial beats a trial of the front in both faults.",
     ]
+    winner = next((trial for trial in trials if "balanced" in (trial["preset"] or "")), None)
+    if winner is not None and winner["edges"]:
+        sentences.append(f"The winner is at the end of the range that was tried: {', '.join(winner['edges'])}.")
     if beyond:
         sentences.append(f"Outside the plot: {beyond}.")
     return " ".join(sentences)

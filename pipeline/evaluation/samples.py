@@ -20,9 +20,11 @@ from pipeline.files import read_jsonl
 from pipeline.params.samples import SamplesParams
 from pipeline.progress import progress
 from pipeline.quality.comparison import SampleFigures, measure_sample
+from pipeline.quality.faults import find_faults
+from pipeline.quality.lexicon import Lexicon, collect_words, load_lexicon
 from pipeline.quality.memorization import longest_copies
 from pipeline.quality.perplexity import plan_windows
-from pipeline.tokens import prompt_ids
+from pipeline.tokens import TokenArrays, prompt_ids
 
 SLOTS = 16
 """The number of samples drawn at once."""
@@ -47,6 +49,8 @@ class Meter:
     """The model that gives perplexity and hidden states. It did not write the samples, unless they are the base's."""
     tokenizer: Tokenizer
     training_ids: NDArray[np.unsignedinteger]
+    lexicon: Lexicon
+    """The words that are not invented: those of the training text and of the base's."""
     params: SamplesParams
     """The definitions of a loop and of the data's form."""
 
@@ -60,6 +64,9 @@ class Meter:
         own = reading.logprobs[len(reading.logprobs) - len(sample.token_ids) :]
         return measure_sample(
             sample.token_ids,
+            faults=find_faults(
+                sample.text, prompt=sample.prompt, lexicon=self.lexicon, finished=sample.finish_reason == "stop"
+            ),
             copy_tokens=copy_tokens,
             loop_ngram_tokens=self.params.loop_ngram_tokens,
             loop_repeats=self.params.loop_repeats,
@@ -67,6 +74,13 @@ class Meter:
             logprob=float(own.sum()),
             state=reading.mean_state,
         )
+
+
+def make_meter(base: Engine, engine: Path, tokenizer: Tokenizer, training: TokenArrays, params: SamplesParams) -> Meter:
+    """Return the meter of a model: `engine` is the folder of its engine, `training` its training split."""
+    # The engine lacks the words of the training text if it may not hold that text.
+    lexicon = load_lexicon(engine) | collect_words(training.texts(tokenizer))
+    return Meter(base, tokenizer, training.tokens, lexicon, params)
 
 
 def read_long(engine: Engine, ids: Sequence[int]) -> Reading:

@@ -88,10 +88,21 @@ def run_systems(
 
 
 def choose_decoding(tuned: Comparison, hand_set: Comparison) -> dict[str, Any]:
-    """Keep the tuned decoding if it is nearer to people than the hand-set one, with 95 % confidence."""
+    """Keep the tuned decoding if it has fewer faults above people's level than the hand-set one.
+
+    If both have equally many, as when neither has any, keep it if it is nearer to people with 95 % confidence.
+    """
     difference, low, high = tuned.difference(hand_set)
-    kept = "tuned" if high < 0 else "hand_set"
-    return {"kept": kept, "difference": difference, "difference_low": low, "difference_high": high}
+    excess, hand_set_excess = tuned.distance.excess, hand_set.distance.excess
+    keeps_tuned = high < 0 if excess == hand_set_excess else excess < hand_set_excess
+    return {
+        "kept": "tuned" if keeps_tuned else "hand_set",
+        "tuned_excess": excess,
+        "hand_set_excess": hand_set_excess,
+        "difference": difference,
+        "difference_low": low,
+        "difference_high": high,
+    }
 
 
 def summarize_people(people: System) -> dict[str, float | None]:
@@ -105,6 +116,7 @@ def summarize_model(system: ModelSystem) -> dict[str, float | None]:
     return {
         **_summarize(system),
         **rename_perplexity(system.comparison.figures),
+        "excess": system.comparison.distance.excess,
         "distance": distance,
         "distance_low": low,
         "distance_high": high,

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import optuna
@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
-from pipeline.evaluation.samples import SLOTS, Meter, draw_samples, human_samples
+from pipeline.evaluation.samples import SLOTS, Meter, draw_samples, human_samples, make_meter
 from pipeline.evaluation.search import Search, Values
 from pipeline.params.samples import SamplesParams
 from pipeline.params.tune import TuneParams
@@ -37,6 +37,8 @@ class Trial:
     prompts: int
     """Prompts that samples were drawn for: half of them if the trial was pruned."""
     values: Values
+    excess: float
+    """The faults above people's level; 0 if the samples pass."""
     distance: float
     """Distance of the samples from people's texts."""
     too_tame: float
@@ -80,8 +82,9 @@ def set_up(export: Path, documents: Path, tokens: Path, params: TuneParams, samp
         prompt_words=samples.prompt_words,
         max_new_tokens=params.max_new_tokens,
     )
-    training_ids = load_tokens(tokens, tokenizer_sha256(export / "engine")).tokens
-    meter = Meter(Engine.load(export / "base" / "engine"), generator.tokenizer, training_ids, samples)
+    training = load_tokens(tokens, tokenizer_sha256(export / "engine"))
+    base = Engine.load(export / "base" / "engine")
+    meter = make_meter(base, export / "engine", generator.tokenizer, training, samples)
     human = measure_people(meter.measure(people))
     half = human.first(len(people) // 2) if len(people) >= PRUNABLE_PROMPTS else None
     return Bench(generator, meter, [sample.prompt for sample in people], human, half, params)
@@ -104,6 +107,7 @@ def run_trials(bench: Bench, search: Search, record: Callable[[Trial, float], No
                 state="pruned" if prompts < len(bench.prompts) else "complete",
                 prompts=prompts,
                 values=values,
+                excess=comparison.distance.excess,
                 distance=comparison.distance.total,
                 too_tame=comparison.distance.too_tame,
                 too_wild=comparison.distance.too_wild,
@@ -114,7 +118,7 @@ def run_trials(bench: Bench, search: Search, record: Callable[[Trial, float], No
             if trial.state == "pruned":
                 search.study.tell(asked, state=TrialState.PRUNED)
             else:
-                search.study.tell(asked, trial.distance)
+                search.study.tell(asked, comparison.distance.score)
             trials.append(trial)
             bar.write(describe(trial), file=sys.stderr)
             bar.update()
@@ -122,10 +126,10 @@ def run_trials(bench: Bench, search: Search, record: Callable[[Trial, float], No
 
 
 def pruner_of(asked: optuna.Trial) -> Callable[[int, float], bool]:
-    """Return a function of prompts and distance so far that says whether to give the trial up."""
+    """Return a function of prompts and score so far that says whether to give the trial up."""
 
-    def should_prune(prompts: int, distance: float) -> bool:
-        asked.report(distance, prompts)
+    def should_prune(prompts: int, score: float) -> bool:
+        asked.report(score, prompts)
         return asked.should_prune()
 
     return should_prune
@@ -136,7 +140,7 @@ def try_out(bench: Bench, values: Values, should_prune: Callable[[int, float], b
     first = bench.draw(values, 0, bench.half)
     if bench.human_half is not None:
         comparison = compare(first, bench.human_half)
-        if should_prune(bench.half, comparison.distance.total):
+        if should_prune(bench.half, comparison.distance.score):
             return comparison, bench.half
     samples = [*first, *bench.draw(values, bench.half, len(bench.prompts))]
     return compare(samples, bench.human), len(bench.prompts)
@@ -145,26 +149,43 @@ def try_out(bench: Bench, values: Values, should_prune: Callable[[int, float], b
 def describe(trial: Trial) -> str:
     """Return one line about the trial."""
     tried = ", ".join(f"{name} {value:g}" for name, value in trial.values.items())
+    figures = f"{_describe_excess(trial.excess)}, distance {trial.distance:.1f}"
     if trial.state == "pruned":
-        return f"trial {trial.number}: pruned after {trial.prompts} samples, distance {trial.distance:.1f}; {tried}"
-    faults = f"too tame {trial.too_tame:.1f}, too wild {trial.too_wild:.1f}"
-    return f"trial {trial.number}: distance {trial.distance:.1f} ({faults}); {tried}"
+        return f"trial {trial.number}: pruned after {trial.prompts} samples, {figures}; {tried}"
+    sides = f"too tame {trial.too_tame:.1f}, too wild {trial.too_wild:.1f}"
+    return f"trial {trial.number}: {figures} ({sides}); {tried}"
 
 
-def run_finals(bench: Bench, trials: Sequence[Trial], search: Search) -> dict[int, float]:
-    """Draw new samples with the best trials, and return their mean distance over the rounds, by number of the trial.
+def _describe_excess(excess: float) -> str:
+    return f"faults {excess:.1f} above people's" if excess else "faults as people's"
+
+
+class Final(NamedTuple):
+    """The figures of a finalist with new samples, the mean over the rounds; the least one is the best."""
+
+    excess: float
+    distance: float
+
+
+def run_finals(bench: Bench, trials: Sequence[Trial], search: Search) -> dict[int, Final]:
+    """Draw new samples with the best trials, and return their figures by number of the trial.
 
     The best of many trials was partly lucky; new samples reduce that luck.
     """
-    best = sorted((trial for trial in trials if trial.state == "complete"), key=lambda trial: trial.distance)
-    finals: dict[int, float] = {}
+    complete = [trial for trial in trials if trial.state == "complete"]
+    best = sorted(complete, key=lambda trial: (trial.excess, trial.distance))
+    finals: dict[int, Final] = {}
     bar = progress(best[: bench.params.finalists], description="finalists", unit="trial")
     for trial in bar:
         note = f"final_{trial.number}"
         if note not in search.notes:
             rounds = range(1, FINAL_ROUNDS + 1)
             drawn = (bench.draw(trial.values, 0, len(bench.prompts), round_) for round_ in rounds)
-            search.note(note, float(np.mean([compare(samples, bench.human).distance.total for samples in drawn])))
-        finals[trial.number] = search.notes[note]
-        bar.write(f"trial {trial.number}, new samples: distance {finals[trial.number]:.1f}", file=sys.stderr)
+            ranks = [compare(samples, bench.human).distance.rank for samples in drawn]
+            search.note(note, np.mean(ranks, axis=0).tolist())
+        final = finals[trial.number] = Final(*search.notes[note])
+        bar.write(
+            f"trial {trial.number}, new samples: {_describe_excess(final.excess)}, distance {final.distance:.1f}",
+            file=sys.stderr,
+        )
     return finals

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.export.graph import QUANTIZATIONS, CacheScales, Floats, Shape, write_graph
 from pipeline.files import whole_folder
 from pipeline.progress import progress
+from pipeline.quality.lexicon import EMPTY_LEXICON, LEXICON_FILE, Lexicon, write_lexicon
 from pipeline.tokens import TOKENIZER_FILE, end_of_text_id, load_tokenizer
 
 PRECISIONS = ("float32", "float16", *QUANTIZATIONS)
@@ -34,12 +35,14 @@ def build_engine(
     *,
     cache_bits: int = CACHE_BITS,
     index: VerbatimIndex | None = None,
+    lexicon: Lexicon = EMPTY_LEXICON,
 ) -> None:
     """Write the engine of a model, which is in float32 and in evaluation mode, to `folder`.
 
     The first precision is the default. `cache_bits`, 8 or 32, is the bits per number in the cache of `int8` and `int4`;
-    the others keep floats. `index` is that of the training text, which `max_verbatim_tokens` needs. Raises `UserError`
-    for an unknown precision, or a GPT-2 that the graph cannot express.
+    the others keep floats. `index` is that of the training text, which `max_verbatim_tokens` needs; the words of
+    `lexicon` are those that `best_of` does not take for invented. Raises `UserError` for an unknown precision, or a
+    GPT-2 that the graph cannot express.
     """
     check_precisions(precisions)
     shape = shape_of(model.config)
@@ -55,6 +58,8 @@ def build_engine(
         shutil.copy(tokenizer_folder / TOKENIZER_FILE, partial)
         if index is not None:
             index.save(partial / INDEX_FOLDER)
+        if lexicon:
+            write_lexicon(partial / LEXICON_FILE, lexicon)
         manifest = Manifest(
             context_length=shape.context_length,
             vocabulary_size=shape.vocabulary_size,

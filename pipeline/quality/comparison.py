@@ -6,7 +6,7 @@ prompt out in turn, of the samples and of the people's texts, as the intervals n
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pipeline.errors import UserError
 from pipeline.quality.distance import BALANCED, Distance, SetFigures, Weights, distance, human_scales
 from pipeline.quality.diversity import distinct_n
+from pipeline.quality.faults import TextFaults, fault_rates
 from pipeline.quality.jackknife import Interval, jackknife_interval, leave_each_out
 from pipeline.quality.mauve import mauve_of_buckets, sort_in_buckets
 from pipeline.quality.ngrams import TokenIds
@@ -35,6 +36,7 @@ class SampleFigures:
     """The tokens without the prompt."""
     rep: tuple[float, float, float]
     """`rep_n` for n of 2, 3 and 4."""
+    faults: TextFaults
     copy_tokens: int
     """The length of the longest run that occurs verbatim in the training text."""
     looping: bool
@@ -49,6 +51,7 @@ class SampleFigures:
 def measure_sample(
     token_ids: TokenIds,
     *,
+    faults: TextFaults,
     copy_tokens: int,
     loop_ngram_tokens: int,
     loop_repeats: int,
@@ -60,6 +63,7 @@ def measure_sample(
     return SampleFigures(
         token_ids=token_ids,
         rep=(rep_n(token_ids, 2), rep_n(token_ids, 3), rep_n(token_ids, 4)),
+        faults=faults,
         copy_tokens=copy_tokens,
         looping=is_looping(token_ids, loop_ngram_tokens, loop_repeats),
         in_form=in_form,
@@ -88,6 +92,7 @@ def measure_set(samples: Sequence[SampleFigures]) -> SetFigures:
         self_bleu=self_bleu(ids, SELF_BLEU_TOKENS),
         perplexity=math.exp(-math.fsum(sample.logprob for sample in samples) / tokens),
         mean_tokens=tokens / len(samples),
+        **asdict(fault_rates([sample.faults for sample in samples])),
         mean_copy_tokens=float(np.mean([sample.copy_tokens for sample in samples])),
         looping_share=float(np.mean([sample.looping for sample in samples])),
         form_share=float(np.mean([sample.in_form for sample in samples])),

@@ -1,8 +1,16 @@
-"""How far samples are from what people wrote: the one number that a search of decoding parameters minimizes.
+"""How far samples are from what people wrote, and whether they have more faults: what a search of decoding minimizes.
 
-No figure of samples is good by itself. Cold decoding repeats itself and is too easy to predict, hot decoding babbles;
-what people wrote is in between (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). So the distance
-is a sum over figures of weight · |own - human| / scale.
+Two things decide, in this order:
+
+1. **Faults**, which readers do not forgive: invented words, broken sentences, loops, copies. Each may occur as often
+   as in people's texts, up to the end of the interval that chance allows these. What is above that is the `excess`.
+2. **Nearness.** No other figure of samples is good by itself. Cold decoding repeats itself and is too easy to predict;
+   hot decoding is too varied (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). So the distance is
+   a sum over figures of weight · |own - human| / scale.
+
+Nearness alone prefers a babbling decoding: people write in a more varied way than a weak model that makes sense.
+Readers see one text and not the statistics of many (Ippolito et al. 2020, "Automatic Detection of Generated Text is
+Easiest when Humans are Fooled"). docs/decoding.md has the comparison with blind reading.
 
 The scale of a figure is a tenth of the people's own, or its standard error over their texts if that is larger: a term
 of 1, at weight 1, is a tenth more or less than people have. So weights say what matters, whatever the unit of a figure.
@@ -18,12 +26,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.quality.jackknife import jackknife_error
+from pipeline.quality.jackknife import jackknife_error, jackknife_reach
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetFigures:
-    """The figures of a set of samples; each is a term of the distance."""
+    """The figures of a set of samples; each is a fault or a term of the distance."""
 
     rep_2: float
     rep_3: float
@@ -38,8 +46,23 @@ class SetFigures:
     perplexity: float
     """The perplexity of the samples under the base, which has neither written them nor read what the people wrote."""
     mean_tokens: float
+    invented_words: float
+    """The words per 1,000 that no lexicon has: see `TextFaults`, which defines this and the next six."""
+    lone_names: float
+    """Per 1,000 words."""
+    joined_words: float
+    """Per 1,000 words."""
+    doubled_words: float
+    """Per 1,000 words."""
+    broken_quotes: float
+    """The share of paragraphs."""
+    broken_sentences: float
+    """The share of paragraphs."""
+    empty_share: float
+    """The share of samples."""
     mean_copy_tokens: float
-    """The mean length of the longest verbatim copy in each sample."""
+    """The mean length of the longest verbatim copy in each sample (Carlini et al. 2023, "Quantifying Memorization
+    Across Neural Language Models")."""
     looping_share: float
     form_share: float
     """The share of samples that have the form of the data; 1 if no form is asked for."""
@@ -73,12 +96,6 @@ class Weights:
     faults."""
     mean_tokens: float = 0.5
     """Whether texts are as long as people's. Half, because the limit of tokens cuts both short."""
-    mean_copy_tokens: float = 1.0
-    """Counts only above people's: Carlini et al. 2023, "Quantifying Memorization Across Neural Language Models"."""
-    looping_share: float = 1.0
-    """Counts only above people's. A loop spoils a whole sample; rep-n shows it too."""
-    form_share: float = 1.0
-    """Counts only below people's. Our own, without a paper: penalties on repetition soon break a form."""
     mauve: float = 1.0
     """Differences that no count of tokens shows: Pillutla et al. 2021, "MAUVE"."""
 
@@ -90,32 +107,46 @@ class Weights:
 
 BALANCED = Weights()
 TERMS = tuple(field.name for field in fields(Weights))
+FAULTS = {
+    "invented_words": 1.0,
+    "lone_names": 1.0,
+    "joined_words": 1.0,
+    "doubled_words": 1.0,
+    "broken_quotes": 0.02,
+    "broken_sentences": 0.02,
+    "empty_share": 0.0,
+    "mean_copy_tokens": 0.1,
+    "looping_share": 0.0,
+    "form_share": 0.0,
+}
+"""The faults, each with the least allowance above people's, in its own unit (`LOGARITHMS`); for shares of samples the
+least is one sample. docs/decoding.md says which corruptions of people's texts each of them sees."""
+BETTER_ABOVE = ("form_share",)
+"""The faults of which people have more."""
 LOGARITHMS: dict[str, Callable[[float], float]] = {
     "perplexity": math.log,
     "mean_tokens": math.log,
     "mean_copy_tokens": math.log1p,
 }
 """The figures that are compared on a log scale. One is added to copies, which may have no token."""
-PENALTIES = {"mean_copy_tokens": 1, "looping_share": 1, "form_share": -1}
-"""The figures that count only above people's (1) or only below (-1): nobody copies too little or keeps a form too well.
-"""
 SHARE_OF_HUMAN = 0.1
 """The part of the people's figure that counts as 1, unless chance makes more; a step of 0.1 in a logarithm is nearly
 the same part."""
 DOCUMENTED_SCALES = {"mauve": SHARE_OF_HUMAN}
 """The scales without a standard error: MAUVE takes two sets of texts, and is always 1 for people's with themselves."""
+EXCESS_COST = 1000.0
 LEAST_SCALE = 0.002
-"""The smallest scale of any figure, as when nobody repeats four tokens: less than that is no difference."""
+"""The smallest scale of any term, as when nobody repeats four tokens: less than that is no difference."""
 
 
-TAME_ABOVE = ("rep_2", "rep_3", "rep_4", "zipf", "self_bleu", "mean_copy_tokens", "looping_share")
+TAME_ABOVE = ("rep_2", "rep_3", "rep_4", "zipf", "self_bleu")
 TAME_BELOW = ("distinct_1", "distinct_2", "distinct_3", "perplexity")
 """The figures that are above people's, or below them, if decoding is too cold, and the other way if it is too hot.
-Length, form and MAUVE are off for either reason."""
+Length and MAUVE are off for either reason."""
 
 
 class Distance(NamedTuple):
-    """The distance, and the terms that add up to it, by the name of their figure."""
+    """The distance and the faults, with their parts by the name of the figure."""
 
     total: float
     terms: dict[str, float]
@@ -123,6 +154,20 @@ class Distance(NamedTuple):
     """The sum of the terms that show cold decoding, which repeats itself, and of those that show neither."""
     too_wild: float
     """The sum of the terms that show hot decoding, which babbles, and of those that show neither."""
+    excess: float
+    """The sum of `excesses`; 0 if there are no more faults than people's texts may have by chance."""
+    excesses: dict[str, float]
+    """How far each fault is above its limit, in units of the allowance between people's figure and the limit."""
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The order of sets of samples, the best first: faults decide, and of equal ones the distance."""
+        return self.excess, self.total
+
+    @property
+    def score(self) -> float:
+        """The rank as one number, for a search: an excess of one allowance outweighs any usual distance."""
+        return self.total + EXCESS_COST * self.excess
 
 
 def distance(own: SetFigures, human: SetFigures, scales: Mapping[str, float], weights: Weights = BALANCED) -> Distance:
@@ -135,45 +180,59 @@ def distance(own: SetFigures, human: SetFigures, scales: Mapping[str, float], we
     """
     here, there = _coordinates(own, "own"), _coordinates(human, "human")
     there["mauve"] = 1.0
-    terms, too_tame, too_wild = {}, [], []
+    terms, excesses, too_tame, too_wild = {}, {}, [], []
     for name, place in here.items():
         scale = scales.get(name, math.nan)
         if not 0 < scale < math.inf:
             raise UserError(f"distance: the scale of {name} is {scale}, must be a number above 0")
         gap = place - there[name]
-        off = max(0.0, PENALTIES[name] * gap) if name in PENALTIES else abs(gap)
-        term = terms[name] = getattr(weights, name) * off / scale
+        if name in FAULTS:
+            above = -gap if name in BETTER_ABOVE else gap
+            excesses[name] = max(0.0, above / scale - 1)
+            continue
+        term = terms[name] = getattr(weights, name) * abs(gap) / scale
         is_tame = gap > 0 if name in TAME_ABOVE else gap < 0
         is_neither = name not in TAME_ABOVE + TAME_BELOW
         if is_tame or is_neither:
             too_tame.append(term)
         if not is_tame or is_neither:
             too_wild.append(term)
-    return Distance(math.fsum(terms.values()), terms, math.fsum(too_tame), math.fsum(too_wild))
+    return Distance(
+        math.fsum(terms.values()),
+        terms,
+        math.fsum(too_tame),
+        math.fsum(too_wild),
+        math.fsum(excesses.values()),
+        excesses,
+    )
 
 
 def human_scales(human: SetFigures, without: Sequence[SetFigures]) -> dict[str, float]:
     """Return the scale of each term, from the figures of all texts of people and those `without` each text in turn.
 
-    The scale of the share of loops is at least one sample. Raises `UserError` for fewer than two texts, and as
-    `distance` does.
+    The scale of a fault is its allowance: what people's own figure may be off by chance, with 95 % confidence, or the
+    least of `FAULTS` if that is more. Raises `UserError` for fewer than two texts, and as `distance` does.
     """
     rows = [_coordinates(scores, "human") for scores in without]
-    names = [name for name in TERMS if name not in DOCUMENTED_SCALES]
-    errors = jackknife_error(np.array([[row[name] for name in names] for row in rows]))
-    scales = dict(DOCUMENTED_SCALES)
+    names = [name for name in (*TERMS, *FAULTS) if name not in DOCUMENTED_SCALES]
+    columns = np.array([[row[name] for name in names] for row in rows])
     places = _coordinates(human, "human")
-    for name, error in zip(names, errors.tolist(), strict=True):
-        tenth = SHARE_OF_HUMAN * (1 if name in LOGARITHMS else abs(places[name]))
-        least = 1 / len(rows) if name == "looping_share" else LEAST_SCALE
-        scales[name] = max(error, tenth, least)
+    scales = dict(DOCUMENTED_SCALES)
+    for name, error, reach in zip(
+        names, jackknife_error(columns).tolist(), jackknife_reach(columns).tolist(), strict=True
+    ):
+        if name in FAULTS:
+            scales[name] = max(reach, FAULTS[name] or 1 / len(rows))
+        else:
+            tenth = SHARE_OF_HUMAN * (1 if name in LOGARITHMS else abs(places[name]))
+            scales[name] = max(error, tenth, LEAST_SCALE)
     return scales
 
 
 def _coordinates(scores: SetFigures, side: str) -> dict[str, float]:
     """Return each figure that is not None, on the axis on which differences are taken."""
     places = {}
-    for name in TERMS:
+    for name in (*TERMS, *FAULTS):
         value = getattr(scores, name)
         if value is None:
             continue

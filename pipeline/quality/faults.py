@@ -78,6 +78,11 @@ class TextFaults:
     empty: bool
     """Whether the text has no word at all."""
 
+    @property
+    def total(self) -> int:
+        """All faults; a joined word or a lone name is an invented word already."""
+        return self.invented_words + self.doubled_words + self.broken_quotes + self.broken_sentences
+
 
 @dataclass(frozen=True, kw_only=True)
 class FaultRates:

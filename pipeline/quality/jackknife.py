@@ -50,11 +50,16 @@ def jackknife_error(without: npt.NDArray[np.floating]) -> Floats:
     return np.asarray(np.sqrt((len(without) - 1) * without.var(axis=0, dtype=np.float64)))
 
 
+def jackknife_reach(without: npt.NDArray[np.floating]) -> Floats:
+    """Return half the width of the interval of one figure or of several: see `jackknife_interval`."""
+    return jackknife_error(without) * float(stdtrit(len(without) - 1, (1 + CONFIDENCE) / 2))
+
+
 def jackknife_interval(estimate: float, without: npt.NDArray[np.floating]) -> Interval:
     """Return the interval of an estimate from its values `without` one sample each, [samples].
 
     `jackknife_error` times Student's t with n - 1 degrees of freedom, on both sides. Raises `UserError` as
     `jackknife_error` does.
     """
-    reach = float(jackknife_error(without)) * float(stdtrit(len(without) - 1, (1 + CONFIDENCE) / 2))
+    reach = float(jackknife_reach(without))
     return Interval(estimate, estimate - reach, estimate + reach)

@@ -17,6 +17,7 @@ LEXICON_FILE = "lexicon.txt"
 
 Lexicon = frozenset[str]
 """Folded words, as `fold` returns them; `|` unites two."""
+EMPTY_LEXICON: Lexicon = frozenset()
 
 SENTENCE_ENDS = ".!?…。！？।॥؟۔։።"
 OPENING_MARKS = '"“„”«»‹›「『'
@@ -36,8 +37,8 @@ def _class_of(*categories: str) -> str:
 
 
 _INNER = r"\u200c\u200d\u00ad" + _class_of("Mn", "Mc", "Me")
-_LETTERS = rf"[^\W_]+(?:[{_INNER}]+[^\W_]*)*"
-_RUN = re.compile(rf"{_LETTERS}(?:['’ʼ]{_LETTERS})*")
+_LETTERS = rf"[^\W_]|[{_INNER}]"
+_RUN = re.compile(rf"(?:{_LETTERS})+(?:['’ʼ](?:{_LETTERS})+)*")
 _NUMBER = re.compile(f"[{_class_of('Nd', 'Nl', 'No')}]")
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -86,12 +87,9 @@ def words_of(text: str) -> list[Word]:
 
 def _spans(text: str) -> Iterator[tuple[int, int]]:
     for run in _RUN.finditer(text):
-        start, end = run.span()
-        if run.group().isascii() and run.group().isalpha():
-            yield start, end
-            continue
         if _NUMBER.search(run.group()) or not any(map(str.isalpha, run.group())):
             continue
+        start, end = run.span()
         # In scripts without spaces, each letter takes the marks up to the next; other letters between them are a word.
         letters = [match.start() for match in _UNSPACED.finditer(text, start, end) if match.group().isalpha()]
         if not letters:
@@ -146,24 +144,27 @@ def is_known(word: str, lexicon: Lexicon) -> bool:
     return len(parts) > 1 and all(len(part) <= 2 or part in lexicon for part in parts)
 
 
-def collect_words(texts: Iterable[str], minimum_count: int = 1) -> set[str]:
+def collect_words(texts: Iterable[str], minimum_count: int = 1) -> Lexicon:
     """Return the folded words that occur at least `minimum_count` times in all texts together.
 
     A word with an apostrophe counts for its longest part, too: "Oswin's" makes "Oswin" known.
     """
-    written: Counter[str] = Counter()
-    for text in texts:
-        written.update(text[start:end] for start, end in _spans(text))
     counts: Counter[str] = Counter()
-    for word, count in written.items():
-        for form in {fold(word), core(word)}:
-            counts[form] += count
-    return {word for word, count in counts.items() if count >= minimum_count}
+    for text in texts:
+        for start, end in _spans(text):
+            counts.update({fold(text[start:end]), core(text[start:end])})
+    return frozenset(word for word, count in counts.items() if count >= minimum_count)
 
 
 def read_lexicon(path: Path) -> Lexicon:
     """Return the words in a file that `write_lexicon` wrote."""
     return frozenset(path.read_text(encoding="utf-8").split("\n")) - {""}
+
+
+def load_lexicon(folder: Path) -> Lexicon:
+    """Return the words in the lexicon of a base's or an engine's folder; empty if it has none."""
+    path = folder / LEXICON_FILE
+    return read_lexicon(path) if path.is_file() else EMPTY_LEXICON
 
 
 def write_lexicon(path: Path, words: Iterable[str]) -> None:

@@ -117,7 +117,7 @@ async def begin_call(
         scores = bool(asked.echo) and asked.logprobs is not None
         try:
             # Before any work for prompts that could never be taken.
-            model.worker.check(len(asked.prompts()) * params.n)
+            model.worker.check(len(asked.prompts()) * params.candidates)
             prompts = [await _read_prompt(entry, model) for entry in asked.prompts()]
             for prompt in prompts:
                 if draws:

@@ -93,6 +93,9 @@ class CompletionRequest(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = Field(None, description="The number of continuations per prompt")
+    best_of: int | None = Field(
+        None, description="Draw this many per prompt and return the n with the fewest faults; 1 is off"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: int | None = Field(
@@ -109,6 +112,12 @@ class CompletionRequest(BaseModel):
     top_k: int | None = None
     min_p: float | None = None
     typical_p: float | None = None
+    top_n_sigma: float | None = Field(
+        None, description="Keeps tokens with a logit at most this many standard deviations below the largest; 0 is off"
+    )
+    eta_cutoff: float | None = Field(
+        None, description="Keeps tokens with a probability of at least min(e, sqrt(e) * exp(-entropy)); 0 is off"
+    )
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     max_verbatim_tokens: int | None = Field(

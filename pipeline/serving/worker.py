@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Token
-from pipeline.engine.text import Choice, Detokenizer, Piece, TextGenerator, TokenText
+from pipeline.engine.text import Asked, Choice, Detokenizer, Piece, TextGenerator, TokenText
 from pipeline.errors import UserError
 from pipeline.tokens import prompt_ids
 
@@ -74,6 +74,11 @@ class Job:
     @property
     def choices(self) -> int:
         return len(self.prompts) * self.params.n
+
+    @property
+    def continuations(self) -> int:
+        """The continuations that are drawn: more than there are choices if the best are chosen."""
+        return len(self.prompts) * self.params.candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +167,15 @@ class Worker:
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises `QueueFullError`, `RuntimeError` if the engine has ended, and what `check` raises."""
-        self.check(job.choices)
+        self.check(job.continuations)
         with self._lock:
             if self.ended:
                 raise RuntimeError("the engine has ended")
-            if self._open + job.choices > self.most:
+            if self._open + job.continuations > self.most:
                 rounds = 1 + (self._open - self.slots) / self.slots
                 seconds = math.ceil(max(1.0, rounds * self._mean_seconds))
                 raise QueueFullError(min(seconds, LONGEST_RETRY_SECONDS))
-            self._open += job.choices
+            self._open += job.continuations
             self._messages.put(_Begin(job))
 
     def cancel(self, job: Job) -> None:
@@ -245,31 +250,26 @@ class Worker:
     def _draw(self, job: Job, echoed: list[Piece]) -> None:
         """Deliver the echo of a job, a piece per prompt if it has one, and submit its continuations."""
         n = job.params.n
+        lengths = [len(echoed[index].text) if echoed else 0 for index in range(len(job.prompts))]
         heads = [replace(echoed[index // n], index=index) for index in range(job.choices)] if echoed else []
         if not job.draws:
             ends = [Piece(index, finish_reason="length") for index in range(job.choices)]
             job.deliver(Delivery(heads + ends, is_last=True))
-            self._close(job.choices)
+            self._close(job.continuations)
             return
         if heads:
             job.deliver(Delivery(heads, is_last=False))
         try:
-            requests = self.generator.submit([(prompt.ids, job.params) for prompt in job.prompts])
+            choices = self.generator.begin(
+                [
+                    Asked(prompt.ids, prompt.text, job.params, length)
+                    for prompt, length in zip(job.prompts, lengths, strict=True)
+                ]
+            )
         except UserError as error:
             self._end(job, error)
             return
-        texts = self.generator.token_texts if job.params.logprobs is not None else None
-        self._running[job] = {
-            Choice(
-                index,
-                request,
-                self.generator.tokenizer,
-                job.params.stop,
-                texts=texts,
-                begin=len(echoed[index // n].text) if echoed else 0,
-            ): None
-            for index, request in enumerate(requests)
-        }
+        self._running[job] = dict.fromkeys(choices)
 
     def _step(self) -> None:
         """Draw a token for every running continuation, and deliver what each job has gained."""
@@ -284,7 +284,7 @@ class Worker:
                 job.deliver(error)
                 continue
             pieces = [
-                piece for choice in list(choices) if (piece := self._advance(job, choices, choice, now)) is not None
+                piece for choice in list(choices) for piece in choice.sift(self._advance(job, choices, choice, now))
             ]
             if not choices:
                 del self._running[job]
@@ -310,14 +310,14 @@ class Worker:
     def _cancel(self, job: Job) -> None:
         for scoring in [scoring for scoring in self._scoring if scoring.job is job]:
             self._scoring.remove(scoring)
-            self._close(job.choices)
+            self._close(job.continuations)
         for choice in self._running.pop(job, {}):
             self.generator.engine.scheduler.cancel(choice.request)
             self._close(1)
 
     def _end(self, job: Job, error: Exception) -> None:
         job.deliver(error)
-        self._close(job.choices)
+        self._close(job.continuations)
 
     def _close(self, count: int, seconds: float | None = None) -> None:
         with self._lock:

@@ -16,6 +16,7 @@ from pipeline.errors import UserError, report_errors
 from pipeline.files import whole_folder, write_json
 from pipeline.params.base import BaseParams
 from pipeline.params.file import load_section
+from pipeline.quality.lexicon import LEXICON_FILE, load_lexicon, write_lexicon
 from pipeline.stage_process import stage_process
 from pipeline.tokens import end_of_text_id, load_tokenizer, vocabulary_size
 
@@ -33,7 +34,7 @@ def main() -> None:
 
 
 def make_base(training_split: Path, out: Path, params: BaseParams) -> None:
-    """Write config, tokenizer, float32 weights, and their origin as `source.json` to `out`.
+    """Write config, tokenizer, float32 weights, their origin as `source.json`, and a lexicon if it has one, to `out`.
 
     Raises `UserError` if the source is missing or not a complete GPT-2; `out` is not created then.
     """
@@ -45,6 +46,8 @@ def make_base(training_split: Path, out: Path, params: BaseParams) -> None:
         else:
             model = load_checkpoint(folder, params.source)
             tokenizer = AutoTokenizer.from_pretrained(folder)
+            if lexicon := load_lexicon(folder):
+                write_lexicon(partial / LEXICON_FILE, lexicon)
         tokenizer.save_pretrained(partial)
         fit_vocabulary(model, load_tokenizer(partial), params.source)
         save_model(model, partial)

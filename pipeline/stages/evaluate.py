@@ -8,7 +8,7 @@ from pipeline.engine.text import TextGenerator
 from pipeline.errors import report_errors
 from pipeline.evaluation.documents import loss_by_position, score_documents, summarize_losses
 from pipeline.evaluation.report import Report, describe_choice, render_report
-from pipeline.evaluation.samples import SLOTS, Meter, human_samples
+from pipeline.evaluation.samples import SLOTS, human_samples, make_meter
 from pipeline.evaluation.summary import metrics_of, protocol_of
 from pipeline.evaluation.systems import (
     HUMAN,
@@ -89,7 +89,7 @@ def evaluate(
     )
     found = read_json(tune / "found.json")
     decodings = decodings_of(params, found["balanced"], holds_index=engine.manifest.holds_index)
-    meter = Meter(generators["base"].engine, tokenizer, train.tokens, sampling)
+    meter = make_meter(generators["base"].engine, export / "engine", tokenizer, train, sampling)
     people = System(written, meter.measure(written))
     models = run_systems(generators, people, decodings, meter, params.seed)
     systems = {HUMAN: people, **models}

@@ -23,8 +23,9 @@ from pipeline.export.parity import Parity, broken_promises, measure_parity
 from pipeline.files import whole_folder, write_json
 from pipeline.params.export import ExportParams
 from pipeline.params.file import load_section
+from pipeline.quality.lexicon import EMPTY_LEXICON, Lexicon, collect_words, load_lexicon
 from pipeline.stage_process import stage_process
-from pipeline.tokens import TokenArrays, load_tokens, tokenizer_sha256
+from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.training.packing import cut_windows
 
 
@@ -50,21 +51,29 @@ def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: Export
     """
     train = load_tokens(tokens / "train", tokenizer_sha256(checkpoint))
     index = index_text(train.tokens) if params.verbatim_index else None
+    lexicon = load_lexicon(base)
+    if params.verbatim_index:
+        lexicon |= collect_words(train.texts(load_tokenizer(checkpoint)))
     with whole_folder(out) as partial:
-        export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits, index)
+        export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits, index, lexicon)
         parity = certify(checkpoint, partial / "engine", tokens, params)
         write_json(partial / "parity.json", {precision: asdict(found) for precision, found in parity.items()})
         # `evaluate` compares the base with the model, in the precision that it evaluates.
-        export_checkpoint(base, partial / "base", params.precisions[:1], params.cache_bits, index)
+        export_checkpoint(base, partial / "base", params.precisions[:1], params.cache_bits, index, lexicon)
 
 
 def export_checkpoint(
-    checkpoint: Path, out: Path, precisions: Sequence[str], cache_bits: int, index: VerbatimIndex | None = None
+    checkpoint: Path,
+    out: Path,
+    precisions: Sequence[str],
+    cache_bits: int,
+    index: VerbatimIndex | None = None,
+    lexicon: Lexicon = EMPTY_LEXICON,
 ) -> None:
     """Write the standard ONNX graph, made by Optimum, to `portable/`, and the engine to `engine/`."""
     # Loading checks the weights: a graph of NaNs would export without an error.
     model = load_checkpoint(checkpoint)
-    build_engine(model, checkpoint, out / "engine", precisions, cache_bits=cache_bits, index=index)
+    build_engine(model, checkpoint, out / "engine", precisions, cache_bits=cache_bits, index=index, lexicon=lexicon)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         main_export(
@@ -79,7 +88,7 @@ def certify(checkpoint: Path, engine: Path, tokens: Path, params: ExportParams) 
     }
     context_length = engines[params.precisions[0]].context_length
     validation, train = (
-        texts_of(load_tokens(tokens / split, tokenizer_sha256(checkpoint)), context_length)
+        windows_of(load_tokens(tokens / split, tokenizer_sha256(checkpoint)), context_length)
         for split in ("validation", "train")
     )
     parity = measure_parity(
@@ -103,7 +112,7 @@ def certify(checkpoint: Path, engine: Path, tokens: Path, params: ExportParams) 
     return parity
 
 
-def texts_of(arrays: TokenArrays, context_length: int) -> Iterator[list[int]]:
+def windows_of(arrays: TokenArrays, context_length: int) -> Iterator[list[int]]:
     """Yield the documents of a split, each starting with end-of-text, cut if they exceed the context."""
     documents = (arrays.document(index) for index in range(len(arrays)))
     for document in documents:

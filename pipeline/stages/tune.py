@@ -1,4 +1,4 @@
-"""Search for the decoding parameters whose texts are nearest to people's, on the validation split."""
+"""Search for the decoding parameters whose texts read most like people's, on the validation split."""
 
 import argparse
 from dataclasses import asdict
@@ -9,7 +9,7 @@ import optuna
 
 from pipeline import resume
 from pipeline.errors import report_errors
-from pipeline.evaluation.presets import choose_presets, rows_of
+from pipeline.evaluation.presets import choose_presets, edges_of, rows_of
 from pipeline.evaluation.search import Search, open_search
 from pipeline.evaluation.trials import run_finals, run_trials, set_up
 from pipeline.files import whole_folder, write_json
@@ -73,11 +73,15 @@ def tune(
     trials = run_trials(bench, search, lambda trial, start_s: record_trial(run, asdict(trial), start_s))
     finals = run_finals(bench, trials, search)
     presets = choose_presets(trials, finals)
+    found = trials[presets["balanced"]].values
+    for name in edges_of(found, params.space):
+        print(f"tune.space.{name}: the winner has {found[name]:g}, an end of the range; the best may be outside")
     with whole_folder(out) as partial:
         # Neutral values too: they replace whatever is set by hand.
         write_json(partial / "found.json", {name: trials[number].values for name, number in presets.items()})
-        write_json(partial / "trials.json", rows_of(trials, finals, presets))
-        write_json(partial / "metrics.json", {"validation_distance": finals[presets["balanced"]]})
+        write_json(partial / "trials.json", rows_of(trials, finals, presets, params.space))
+        best = finals[presets["balanced"]]
+        write_json(partial / "metrics.json", {"validation_excess": best.excess, "validation_distance": best.distance})
 
 
 if __name__ == "__main__":

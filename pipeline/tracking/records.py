@@ -55,7 +55,7 @@ def record_search(run: RunLog, tune: Path) -> None:
 
 def record_trial(run: RunLog, trial: Mapping[str, Any], start_s: float | None = None) -> None:
     """Record a row of `trials.json` as a run of its own, and its distance as a point of the search's curve."""
-    distances = {name: trial[name] for name in ("distance", "too_tame", "too_wild")}
+    distances = {name: trial[name] for name in ("excess", "distance", "too_tame", "too_wild")}
     scores = {**trial["scores"], **distances}
     run.log_trial(trial["number"], trial["values"], scores, {"tune.state": trial["state"]}, start_s)
     if trial["state"] == "complete":

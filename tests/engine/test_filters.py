@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import (
+    EtaLogitsWarper,
     LogitsProcessor,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -31,6 +32,7 @@ from pipeline.engine.filters import (
     Logits,
     apply_bans,
     apply_bias,
+    apply_eta_cutoff,
     apply_min_p,
     apply_minimum_length,
     apply_no_repeat_ngram,
@@ -38,6 +40,7 @@ from pipeline.engine.filters import (
     apply_repetition_penalty,
     apply_temperature,
     apply_top_k,
+    apply_top_n_sigma,
     apply_top_p,
     apply_typical_p,
     check_token_ids,
@@ -227,7 +230,7 @@ def test_top_p_keeps_ties_at_the_edge() -> None:
     np.testing.assert_array_equal(apply_top_p(logits_of(0.2, 0.5, 0.2, 0.1), 0.6), logits_of(0.2, 0.5, 0.2, 0))
 
 
-@pytest.mark.parametrize("apply", [apply_top_p, apply_typical_p])
+@pytest.mark.parametrize("apply", [apply_top_p, apply_typical_p, apply_top_n_sigma, apply_eta_cutoff])
 @pytest.mark.parametrize("share", [5e-324, 1e-17, 0.5, LARGEST_UNIFORM])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 50_257])
 def test_all_of_a_uniform_distribution_is_tied(
@@ -252,7 +255,7 @@ def test_min_p_1_keeps_ties_with_the_likeliest() -> None:
 
 
 def test_typical_p_prefers_the_surprise_nearest_the_entropy() -> None:
-    # Entropy 1.28 nats; surprises 0.69, 1.39, 2.08, 2.08: the nearest is token 1, then 0, then 2 and 3 alike.
+    # Entropy 1.21 nats; surprises 0.69, 1.39, 2.08, 2.08: the nearest is token 1, then 0, then 2 and 3 alike.
     logits = logits_of(0.5, 0.25, 0.125, 0.125)
     np.testing.assert_array_equal(apply_typical_p(logits, 0.2), row(-INF, logits[1], -INF, -INF))
     np.testing.assert_array_equal(apply_typical_p(logits, 0.7), row(logits[0], logits[1], -INF, -INF))
@@ -263,10 +266,102 @@ def test_typical_p_takes_a_probability_of_0_by_underflow() -> None:
     np.testing.assert_array_equal(apply_typical_p(row(0, -5000, -INF), 0.9), row(0, -INF, -INF))
 
 
+@pytest.mark.parametrize(("top_n_sigma", "kept"), [(0.5, {0}), (1.0, {0, 1}), (2.0, {0, 1, 2}), (3.0, {0, 1, 2, 3})])
+@pytest.mark.parametrize("removed", [0, 5])
+def test_top_n_sigma_counts_deviations_of_what_is_left(top_n_sigma: float, kept: set[int], removed: int) -> None:
+    # The mean is 0 and the deviation sqrt(5), 2.24: edges at 1.88, 0.76, -1.47 and -3.71.
+    filtered = apply_top_n_sigma(row(3, 1, -1, -3, *[-INF] * removed), top_n_sigma)
+    assert set(np.flatnonzero(np.isfinite(filtered))) == kept
+
+
+@pytest.mark.parametrize(("top_n_sigma", "kept"), [(1.99, {0, 2}), (2.0, {0, 1, 2, 3})])
+def test_top_n_sigma_keeps_ties_at_the_edge(top_n_sigma: float, kept: set[int]) -> None:
+    filtered = apply_top_n_sigma(row(0.7, 0.1, 0.7, 0.1), top_n_sigma)
+    assert set(np.flatnonzero(np.isfinite(filtered))) == kept
+
+
+def test_top_n_sigma_keeps_the_same_at_any_temperature() -> None:
+    logits = np.random.default_rng(3).normal(size=200).astype(np.float32)
+    kept = np.isfinite(apply_top_n_sigma(logits, 1.5))
+    assert 1 < kept.sum() < 100
+    for temperature in (0.1, 0.7, 3.0, 50.0):
+        found = apply_top_n_sigma(apply_temperature(logits, temperature), 1.5)
+        np.testing.assert_array_equal(np.isfinite(found), kept)
+
+
+@same_examples
+@given(distinct_logits, st.floats(0.01, 5), st.integers(0, 6))
+def test_top_n_sigma_against_its_formula(logits: Logits, top_n_sigma: float, removed: int) -> None:
+    left = logits[removed:].astype(np.float64)
+    edge = left.max() - top_n_sigma * np.sqrt(np.mean((left - left.mean()) ** 2))
+    logits[:removed] = -INF
+    np.testing.assert_array_equal(apply_top_n_sigma(logits, top_n_sigma), np.where(logits >= edge, logits, -INF))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "eta_cutoff", "kept"),
+    [
+        # Entropy 1.21 nats, so exp(-entropy) is 0.297: the cutoffs are 0.094, 0.163 and 0.266.
+        ((0.5, 0.25, 0.125, 0.125), 0.1, {0, 1, 2, 3}),
+        ((0.5, 0.25, 0.125, 0.125), 0.3, {0, 1}),
+        ((0.5, 0.25, 0.125, 0.125), 0.8, {0}),
+        # Entropy 0.39 nats: sqrt(0.05) * 0.675 is 0.151, so the cutoff is the value itself.
+        ((0.9, 0.06, 0.04), 0.05, {0, 1}),
+    ],
+)
+def test_eta_lowers_its_cutoff_as_entropy_grows(
+    probabilities: tuple[float, ...], eta_cutoff: float, kept: set[int]
+) -> None:
+    filtered = apply_eta_cutoff(logits_of(*probabilities, 0), eta_cutoff)
+    assert set(np.flatnonzero(np.isfinite(filtered))) == kept
+
+
+@pytest.mark.parametrize("apply", [apply_top_n_sigma, apply_eta_cutoff])
+@given(
+    st.lists(st.floats(-(2.0**127), 2.0**127, width=32) | st.just(-INF) | st.just(1.5), min_size=1, max_size=50),
+    st.floats(0, LARGEST_UNIFORM),
+)
+def test_the_likeliest_is_kept_and_whatever_is_as_likely_as_a_token_kept(
+    apply: Callable[[Logits, float], Logits], values: list[float], strength: float
+) -> None:
+    logits = row(0, *values)
+    filtered = apply(logits, strength)
+    kept = np.isfinite(filtered)
+    assert kept[logits == logits.max()].all()
+    np.testing.assert_array_equal(filtered, np.where(logits >= logits[kept].min(), logits, -INF))
+
+
+@pytest.mark.parametrize("apply", [apply_top_n_sigma, apply_eta_cutoff])
+@given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32) | st.just(-INF), min_size=1, max_size=50))
+def test_a_value_of_0_removes_nothing(apply: Callable[[Logits, float], Logits], values: list[float]) -> None:
+    np.testing.assert_array_equal(apply(row(*values), 0), row(*values))
+
+
+def test_an_enormous_top_n_sigma_removes_nothing() -> None:
+    logits = row(3e38, 0, -3e38, -INF)
+    np.testing.assert_array_equal(apply_top_n_sigma(logits, 1.7e308), logits)
+
+
+def test_eta_takes_a_probability_of_0_by_underflow() -> None:
+    np.testing.assert_array_equal(apply_eta_cutoff(row(0, -5000, -INF), 5e-324), row(0, -INF, -INF))
+
+
+class TopNSigmaLogitsWarper(LogitsProcessor):
+    """Top-n-sigma in PyTorch, which `transformers` lacks."""
+
+    def __init__(self, top_n_sigma: float) -> None:
+        self.top_n_sigma = top_n_sigma
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
+        deviation = scores[scores.isfinite()].std(correction=0)
+        return scores.masked_fill(scores < scores.max() - self.top_n_sigma * deviation, -INF)
+
+
 WARPERS: list[tuple[Callable[[Logits, float], Logits], Callable[[float], LogitsProcessor]]] = [
     (apply_top_p, TopPLogitsWarper),
     (apply_min_p, MinPLogitsWarper),
     (apply_typical_p, TypicalLogitsWarper),
+    (apply_eta_cutoff, EtaLogitsWarper),
 ]
 
 
@@ -298,6 +393,8 @@ def test_one_token_left_stays(share: float) -> None:
         apply_top_p(logits, share),
         apply_min_p(logits, share),
         apply_typical_p(logits, share),
+        apply_top_n_sigma(logits, share),
+        apply_eta_cutoff(logits, share),
     ):
         np.testing.assert_array_equal(filtered, logits)
     assert draw(logits, share) == 1
@@ -320,6 +417,8 @@ chains = st.fixed_dictionaries(
         "top_p": shares | st.just(1.0),
         "min_p": shares | st.just(0.0),
         "typical_p": shares | st.just(1.0),
+        "top_n_sigma": st.sampled_from([0.0, 0.37, 1.13, 2.71]),
+        "eta_cutoff": shares | st.just(0.0),
     }
 )
 
@@ -350,6 +449,10 @@ def test_chain_against_transformers(
         processors.append(MinPLogitsWarper(params.min_p))
     if params.typical_p < 1:
         processors.append(TypicalLogitsWarper(params.typical_p))
+    if params.top_n_sigma:
+        processors.append(TopNSigmaLogitsWarper(params.top_n_sigma))
+    if params.eta_cutoff:
+        processors.append(EtaLogitsWarper(params.eta_cutoff))
 
     expected = processed(processors, logits, prompt + output)
     filtered = filter_logits(logits, params, prompt, output, END_OF_TEXT)
@@ -378,6 +481,8 @@ def test_no_filter_changes_its_input() -> None:
         top_p=0.9,
         min_p=0.01,
         typical_p=0.9,
+        top_n_sigma=3.0,
+        eta_cutoff=0.01,
         stop_token_ids=(6,),
     )
     logits = np.linspace(-3, 3, 8, dtype=np.float32)
@@ -434,7 +539,9 @@ def test_logits_that_are_no_numbers_are_no_fault_of_the_user(value: float) -> No
 @pytest.mark.parametrize("magnitude", [1e-38, 1.0, 1e4, 3e38])
 def test_logits_of_any_magnitude_can_be_drawn_from(magnitude: float) -> None:
     logits = np.array([-1, 1, 0.5, -INF], dtype=np.float32) * np.float32(magnitude)
-    params = SamplingParams(temperature=0.5, top_k=3, top_p=0.99, min_p=0.01, typical_p=0.99)
+    params = SamplingParams(
+        temperature=0.5, top_k=3, top_p=0.99, min_p=0.01, typical_p=0.99, top_n_sigma=3, eta_cutoff=1e-4
+    )
     assert sample(logits, params, [], [], 3, 1, 0) in {0, 1, 2}
 
 
@@ -463,7 +570,7 @@ def test_removed_token_is_never_drawn(logits: Logits, removed: int, u: float) ->
 
 
 def test_temperature_0_ignores_the_seed() -> None:
-    greedy = SamplingParams(temperature=0, top_k=2, typical_p=0.1)
+    greedy = SamplingParams(temperature=0, top_k=2, typical_p=0.1, top_n_sigma=3, eta_cutoff=0.1)
     assert {sample(row(1, 3, 3, 2), greedy, [], [], 0, seed, 0) for seed in range(20)} == {1}
 
 

@@ -27,6 +27,9 @@ PARAMETER_SETS = {
     "no repeats": SamplingParams(seed=6, temperature=0.3, no_repeat_ngram_size=2, max_new_tokens=24),
     "long": SamplingParams(seed=7, logit_bias={0: 6.0}, min_new_tokens=5, max_new_tokens=24),
     "min-p and typical-p": SamplingParams(seed=8, temperature=1.5, min_p=0.02, typical_p=0.9, max_new_tokens=24),
+    "top-n-sigma and eta": SamplingParams(
+        seed=8, temperature=1.5, top_n_sigma=2.5, eta_cutoff=0.002, max_new_tokens=24
+    ),
     "two stop ids": SamplingParams(seed=9, stop_token_ids=(257, 215), ignore_eos=True, max_new_tokens=24),
 }
 

@@ -22,7 +22,7 @@ from sampler_cases import (
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import sampler
-from pipeline.engine.filters import Logits, filter_logits, sample, softmax
+from pipeline.engine.filters import Logits, filter_logits, sample, softmax, uniform
 from pipeline.engine.sampler import Continuation
 
 
@@ -93,6 +93,60 @@ def test_the_same_token_as_the_reference(
         assert near_an_edge(before, params, prompt, output)
 
 
+exact = STRATEGIES | {
+    "top_n_sigma": st.just(0.0) | st.floats(0.01, 6),
+    "eta_cutoff": st.just(0.0) | st.floats(0, 0.5),
+    "typical_p": st.just(1.0),
+    "allowed_token_ids": st.just(()),
+}
+of_top_k = st.builds(SamplingParams, **exact | {"top_k": st.sampled_from([1, 5, 40, 300, 700])})
+of_the_row = st.builds(SamplingParams, **exact | {"top_k": st.just(0), "top_p": st.just(1.0)})
+
+
+@settings(max_examples=500)
+@given(
+    of_top_k | of_the_row,
+    histories,
+    histories,
+    st.integers(0, 10_000),
+    st.sampled_from([0.1, 2.0, 6.0]),
+    st.sampled_from([2, 16, 2**16]),
+    st.sampled_from([0, 20, 128, VOCABULARY]),
+)
+def test_top_n_sigma_and_eta_draw_exactly_what_the_reference_draws(
+    params: SamplingParams, prompt: list[int], output: list[int], seed: int, spread: float, steps: int, listed: int
+) -> None:
+    """They see the reference's logits in its order, so that not even rounding differs."""
+    if not (params.top_n_sigma or params.eta_cutoff):
+        return
+    logits = make_logits(seed, spread, steps)
+    drawn = outcome(lambda: draw(continued(params, prompt, output), logits, listed))
+    arguments = (params, prompt, output, END_OF_TEXT, params.seed or 0, 0, followers)
+    assert drawn == outcome(lambda: sample(logits, *arguments))
+
+
+@pytest.mark.parametrize("values", [{"top_k": 20}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "further", [{"top_n_sigma": 2.5}, {"eta_cutoff": 0.05}, {"top_n_sigma": 1.5, "eta_cutoff": 0.1}]
+)
+def test_top_n_sigma_and_eta_need_no_more_than_the_list_if_it_holds_what_is_left(
+    values: dict[str, Any], further: dict[str, float]
+) -> None:
+    logits = make_logits(3, 2.0, 2**16)
+    ids = np.argsort(-logits, kind="stable")[:128]
+    drawn = set()
+    for seed in range(50):
+        params = SamplingParams(**values, **further)
+        u = uniform(seed, 0, 0)
+        token_id = sampler.draw_listed(ids, logits[ids], logits[ids[-1]], params, u)
+        assert token_id == sampler.draw_fast(logits, params, u) == sample(logits, params, [], [], END_OF_TEXT, seed, 0)
+        drawn.add(token_id)
+    assert len(drawn) > 1
+    alone = SamplingParams(**further)
+    assert sampler.draw_listed(ids, logits[ids], logits[ids[-1]], alone, 0.5) is None
+    assert sampler.draw_fast(logits, alone, 0.5) is not None
+
+
 @pytest.mark.parametrize("candidates", [4, 256])
 @pytest.mark.parametrize("top_p", [0.5, 0.95, 0.9999999])
 def test_a_nucleus_wider_than_the_candidates_is_found_too(
@@ -135,6 +189,8 @@ def test_logits_that_are_no_numbers_are_the_models_fault(bad: float) -> None:
         SamplingParams(top_p=0.9, presence_penalty=0.5, frequency_penalty=0.2, seed=0),
         SamplingParams(temperature=1.5, min_p=0.1, no_repeat_ngram_size=2, seed=0),
         SamplingParams(typical_p=0.7, seed=0),
+        SamplingParams(temperature=1.5, top_n_sigma=1.2, seed=0),
+        SamplingParams(top_k=200, eta_cutoff=0.01, seed=0),
     ],
 )
 def test_frequencies_are_those_of_the_filtered_distribution(params: SamplingParams) -> None:

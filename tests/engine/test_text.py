@@ -179,3 +179,11 @@ def test_generator_loads_engine_and_tokenizer_from_one_folder(
     params = SamplingParams(seed=6, max_new_tokens=10)
     loaded = TextGenerator.load(tiny_engine_folder, precision="float32", provider="cpu")
     assert loaded.complete(["N"], [params]) == generator.complete(["N"], [params])
+
+
+def test_a_text_that_is_held_back_comes_once_while_others_run(generator: TextGenerator) -> None:
+    ended = SamplingParams(max_new_tokens=3, seed=1, ignore_eos=True)
+    (alone,) = generator.complete(["The"], [ended])
+    held = replace(ended, stop=(alone.text[-1] + "\0",))
+    together = generator.complete(["The", "The"], [held, replace(ended, max_new_tokens=20)])
+    assert together[0].text == alone.text

@@ -24,6 +24,7 @@ from pipeline.evaluation.samples import (
 )
 from pipeline.files import write_jsonl
 from pipeline.params.samples import SamplesParams
+from pipeline.quality.lexicon import collect_words
 from pipeline.tokens import load_tokenizer, prompt_ids
 
 
@@ -92,7 +93,8 @@ def test_a_sample_is_measured_by_the_base(
 ) -> None:
     training = tokenizer.encode("Nobody on the rock had seen the lamp.").ids
     params = SamplesParams(prompt_words=1, loop_ngram_tokens=3, loop_repeats=3, form_pattern=r"\AThey.+lamp")
-    meter = Meter(generator.engine, tokenizer, np.array(training, np.uint16), params)
+    lexicon = collect_words(["They on the rock had seen"])
+    meter = Meter(generator.engine, tokenizer, np.array(training, np.uint16), lexicon, params)
     sample = sample_of(" on the rock had seen lamps", tokenizer, "They")
     looping, empty = sample_of("ha ha ha ha", tokenizer), Sample("They", "", [], "stop")
     found = meter.measure([sample, looping, empty])
@@ -110,6 +112,8 @@ def test_a_sample_is_measured_by_the_base(
     assert found[0].logprob == pytest.approx(math.fsum(own), rel=1e-4)
     np.testing.assert_allclose(found[0].state, made.hidden_states[-1][0].double().mean(dim=0).numpy(), atol=1e-4)
     assert [one.looping for one in found] == [False, True, False]
+    assert [one.faults.invented_words for one in found] == [1, 4, 0]
+    assert [one.faults.empty for one in found] == [False, False, True]
     assert [one.in_form for one in found] == [True, False, False]
     assert (found[2].logprob, found[2].copy_tokens) == (0, 0)
 

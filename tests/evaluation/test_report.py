@@ -72,12 +72,22 @@ SCALES = {
     "mean_copy_tokens": 0.2,
     "looping_share": 0.25,
     "form_share": 0.1,
+    "invented_words": 2.0,
     "mauve": 0.1,
 }
 
 
-CHOICE = {"kept": "tuned", "difference": -3.25, "difference_low": -5.0, "difference_high": -1.5}
-PEOPLE = {name: value for name, value in row(9).items() if not name.startswith("distance")} | {"mauve": None}
+CHOICE = {
+    "kept": "tuned",
+    "tuned_excess": 0.0,
+    "hand_set_excess": 0.0,
+    "difference": -3.25,
+    "difference_low": -5.0,
+    "difference_high": -1.5,
+}
+PEOPLE = {name: value for name, value in row(9).items() if not name.startswith(("distance", "excess"))} | {
+    "mauve": None
+}
 DETAILS: dict[str, Any] = {
     "protocol": {"samples": 2, "copy_tokens": 10, "repeat_tokens": 4, "guard_tokens": 14, "split": "test"},
     "documents": {
@@ -98,8 +108,10 @@ TRIALS = [
         "on_front": front,
         "preset": preset,
         "prompts": 2,
+        "excess": 0.0,
         "distance": 9.0,
-        "final_distance": None,
+        "final": None,
+        "edges": ["temperature"] if index == 0 else [],
     }
     for index, (state, wild, tame, front, preset) in enumerate(
         [
@@ -160,7 +172,11 @@ def test_every_number_of_the_table_is_that_of_the_metrics() -> None:
     table = scores(tree(page()))
     assert list(table) == [system.label for system in LABELS.values()]
     for name, system in LABELS.items():
-        own = {**DETAILS["systems"][name], "distance": 0.0} if name == "human" else DETAILS["systems"][name]
+        own = (
+            {**DETAILS["systems"][name], "distance": 0.0, "excess": 0.0}
+            if name == "human"
+            else DETAILS["systems"][name]
+        )
         for column, cell in zip(FIGURES, table[system.label], strict=True):
             value = own[column.name]
             expected = ["–" if value is None else f"{value:.{column.decimals}f}"]
@@ -175,7 +191,7 @@ def test_a_row_or_an_interval_that_is_missing_is_left_out() -> None:
         del systems["hand_set"][name]
     table = scores(tree(page(details={**DETAILS, "systems": systems})))
     assert list(table) == ["People", "Hand-set", "Tuned", "Base"]
-    assert text(table["Hand-set"][0]) == "2.00"
+    assert text(table["Hand-set"][1]) == f"{row(2)['distance']:.2f}"
     mauve = [column.name for column in FIGURES].index("mauve")
     assert (text(table["Hand-set"][mauve]), table["Hand-set"][mauve].get("class")) == ("–", "mauve ")
 
@@ -234,6 +250,29 @@ def test_what_was_learned_is_said(bits: float, said: str) -> None:
     documents = {**DETAILS["documents"], "finetuned": {"bits_per_byte": bits, "perplexity": 30.0}}
     (heading,) = tree(page(details={**DETAILS, "documents": documents})).iter("h1")
     assert text(heading) == said
+
+
+def test_faults_decide_the_choice_and_it_is_said() -> None:
+    assert choice_in_page(hand_set_excess=1.5) == (
+        "The tuned decoding is kept: its samples have no more faults than people’s, those of the hand-set one 1.5 "
+        "above it."
+    )
+    assert choice_in_page(kept="hand_set", tuned_excess=2.0, hand_set_excess=0.5) == (
+        "The hand-set decoding is kept: its samples have faults 0.5 above people’s level, those of the tuned one 2.0 "
+        "above it."
+    )
+
+
+def test_the_page_begins_with_the_first_samples_that_ship() -> None:
+    own = [sample("tuned", prompt=f"Prompt {index}") for index in range(3)]
+    rows = [*(sample("human", prompt=f"Prompt {index}") for index in range(3)), *own]
+    (lead,) = of_class(tree(page(samples=rows)), "lead")
+    found = [text(sheet) for sheet in of_class(lead, "sheet")]
+    assert found == [f"Prompt {index} upon a time, says tuned." for index in range(2)]
+
+
+def test_a_winner_at_an_edge_is_said() -> None:
+    assert "The winner is at the end of the range that was tried: temperature." in text(tree(page()))
 
 
 def test_the_choice_is_said() -> None:
@@ -384,7 +423,8 @@ def test_all_that_is_given_is_escaped() -> None:
     )
     root = tree(attacked)
     assert list(root.iter("script")) == []
-    assert [whole for whole, _ in texts(root)] == [attack * 2] * 4
+    # One of them leads the page, too.
+    assert [whole for whole, _ in texts(root)] == [attack * 2] * (len(WALL) + 1)
     assert_alone(attacked.replace("http://x", ""))
 
 

@@ -19,6 +19,7 @@ from pipeline.quality.comparison import (
 )
 from pipeline.quality.distance import distance
 from pipeline.quality.diversity import distinct_n
+from pipeline.quality.faults import fault_rates, find_faults
 from pipeline.quality.jackknife import jackknife_interval, leave_each_out
 from pipeline.quality.mauve import mauve_of_buckets, sort_in_buckets
 from pipeline.quality.repetition import is_looping, rep_n
@@ -26,6 +27,7 @@ from pipeline.quality.self_bleu import self_bleu
 from pipeline.quality.zipf import zipf_coefficient
 
 RULES = {"loop_ngram_tokens": 4, "loop_repeats": 3, "in_form": True}
+FAULTS = find_faults("The lomp was lit.", prompt="", lexicon=frozenset({"the", "was", "lit"}), finished=True)
 
 
 def texts(seed: int, exponent: float = 1.4, count: int = 8) -> list[list[int]]:
@@ -36,7 +38,9 @@ def texts(seed: int, exponent: float = 1.4, count: int = 8) -> list[list[int]]:
 def measured(ids: Sequence[Sequence[int]], seed: int = 0) -> list[SampleFigures]:
     rng = np.random.default_rng(seed)
     return [
-        measure_sample(own, copy_tokens=index, logprob=-3.0 * len(own) - index, state=rng.normal(size=5), **RULES)
+        measure_sample(
+            own, faults=FAULTS, copy_tokens=index, logprob=-3.0 * len(own) - index, state=rng.normal(size=5), **RULES
+        )
         for index, own in enumerate(ids)
     ]
 
@@ -47,11 +51,13 @@ def human() -> Human:
 
 
 def test_a_sample_by_hand() -> None:
-    found = measure_sample([1, 2, 1, 2, 1, 2], copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES)
+    found = measure_sample([1, 2, 1, 2, 1, 2], faults=FAULTS, copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES)
     assert found.rep == pytest.approx((3 / 5, 2 / 4, 1 / 3))
     assert found.looping
     assert found.in_form
-    assert not measure_sample([1, 2, 1, 2, 1], copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES).looping
+    assert not measure_sample(
+        [1, 2, 1, 2, 1], faults=FAULTS, copy_tokens=3, logprob=-6.0, state=np.ones(2), **RULES
+    ).looping
 
 
 def test_figures_of_a_set_are_those_of_its_texts() -> None:
@@ -65,6 +71,7 @@ def test_figures_of_a_set_are_those_of_its_texts() -> None:
             "self_bleu": self_bleu(ids, 4),
             "perplexity": math.exp(3 + sum(range(9)) / sum(map(len, ids))),
             "mean_tokens": np.mean([len(own) for own in ids]),
+            **asdict(fault_rates([FAULTS])),
             "mean_copy_tokens": 4.0,
             "looping_share": np.mean([is_looping(own, 4, 3) for own in ids]),
             "form_share": 1.0,

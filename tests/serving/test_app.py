@@ -99,6 +99,8 @@ def test_every_parameter_reaches_the_engine(running: Running, generator: TextGen
         top_p=0.9,
         min_p=0.01,
         typical_p=0.95,
+        top_n_sigma=3.5,
+        eta_cutoff=0.001,
         repetition_penalty=1.1,
         presence_penalty=0.3,
         frequency_penalty=0.2,

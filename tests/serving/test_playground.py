@@ -1,5 +1,6 @@
 """The playground page in Chromium, with a fake server and with the real one."""
 
+import csv
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from played_server import LONGEST_PROMPT, OWN_NAMES, TEXT, Piece, Played, PlayedServer, piece
+from scipy.stats import binomtest
 
 from pipeline.decoding import SamplingParams
 
@@ -326,6 +328,237 @@ def test_both_sides_share_a_seed_that_the_page_draws(page: Page, server: PlayedS
     generate(page)
     assert [body["seed"] for body in played.bodies[4:]] == [body["seed"] for body in played.bodies[2:4]]
     expect(field(page, "seed")).to_have_value(str(played.bodies[2]["seed"]))
+
+
+def compare_blind(page: Page, server: PlayedServer, played: Played) -> None:
+    """Compare a temperature of 0.3 with one of 1.3, each of which has its own text."""
+    played.pieces = lambda body: [piece(" cool" if body["temperature"] < 1 else " hot", -3.0)] * 2
+    open_page(page, server).get_by_label("Compare two settings").check()
+    page.get_by_label("Blind vote").check()
+    field(page, "temperature", "A").fill("0.3")
+    field(page, "temperature", "B").fill("1.3")
+
+
+def show_first(page: Page, side: str) -> None:
+    """Decide what the page draws at random."""
+    page.evaluate("(value) => { crypto.getRandomValues = (array) => array.fill(value); }", int(side == "A"))
+
+
+def cast(page: Page, choice: str) -> Locator:
+    """Generate, vote, and return the tally."""
+    generate(page)
+    page.get_by_role("button", name=choice).click()
+    return page.locator("#tally")
+
+
+def kept_votes(page: Page) -> Any:
+    return json.loads(page.evaluate("localStorage.getItem('playground-votes')") or "[]")
+
+
+@pytest.mark.parametrize("first", ["A", "B"])
+def test_a_blind_vote_hides_which_is_whose_until_it_is_cast(
+    first: str, page: Page, server: PlayedServer, played: Played
+) -> None:
+    compare_blind(page, server, played)
+    show_first(page, first)
+    generate(page)
+    answers = page.locator(".answer")
+    texts = [" cool cool", " hot hot"] if first == "A" else [" hot hot", " cool cool"]
+    for number, text in (("1", texts[0]), ("2", texts[1])):
+        assert tokens(page, number).text_content() == text
+        answer = answers.nth(int(number) - 1)
+        expect(answer.locator(".badge")).to_have_text(number)
+        assert answer.inner_text().split("\n")[0] == number
+        assert "temperature" not in answer.inner_text()
+        assert "tokens" not in answer.inner_text()
+        token = tokens(page, number).locator(".token").first
+        assert token.evaluate("(span) => getComputedStyle(span).backgroundColor") == "rgba(0, 0, 0, 0)"
+        token.hover()
+        expect(page.get_by_role("tooltip")).to_be_hidden()
+    badges = page.locator(".answer .badge").evaluate_all(
+        "(all) => all.map((each) => getComputedStyle(each).background)"
+    )
+    assert badges[0] == badges[1]
+    expect(page.get_by_role("status").last).to_have_text("Both are written. Your vote?")
+
+    other = "B" if first == "A" else "A"
+    page.get_by_role("button", name="1 is better").click()
+    share = "100 % of 1 (95 % interval 3 to 100 %)" if first == "A" else "0 % of 1 (95 % interval 0 to 98 %)"
+    expect(page.locator("#tally")).to_have_text(
+        f"1 was {first}, 2 was {other}; your vote: {first} is better. "
+        f"A {int(first == 'A')}, B {int(first == 'B')}, ties 0: A preferred in {share}."
+    )
+    assert page.locator(".answer .badge").all_text_contents() == [first, other]
+    chips = answers.first.get_by_role("listitem").all_text_contents()
+    assert chips == [f"temperature {'0.3' if first == 'A' else '1.3'}"]
+    expect(answers.first.locator(".figures")).to_contain_text("2 tokens")
+    assert tokens(page, first).text_content() == texts[0]
+    expect(page.get_by_role("button", name="Generate")).to_be_focused()
+    # Without a blind vote, A is first again.
+    page.get_by_label("Blind vote").uncheck()
+    generate(page)
+    assert page.locator(".answer .badge").all_text_contents() == ["A", "B"]
+
+
+def test_blind_answers_appear_together(page: Page, server: PlayedServer, played: Played) -> None:
+    compare_blind(page, server, played)
+    played.first_piece_only = True
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_text("Both answers appear when both are written.")).to_have_count(2)
+    expect(page.locator(".tokens")).to_have_text([re.compile("cool|hot")] * 2)
+    expect(page.locator(".token").first).to_be_hidden()
+    expect(page.get_by_role("button", name="1 is better")).to_be_hidden()
+    played.go_on.set()
+    expect(page.get_by_role("button", name="1 is better")).to_be_visible()
+    expect(tokens(page, "1")).to_be_visible()
+    expect(tokens(page, "2")).to_be_visible()
+
+
+def test_the_order_of_blind_answers_is_random(page: Page, server: PlayedServer, played: Played) -> None:
+    compare_blind(page, server, played)
+    firsts = page.evaluate("[...Array(64)].map(() => { beginRound(); return round.order[0]; })")
+    assert set(firsts) == {"A", "B"}
+
+
+def test_votes_are_counted_for_the_pair_of_settings(page: Page, server: PlayedServer, played: Played) -> None:
+    compare_blind(page, server, played)
+    show_first(page, "A")
+    cast(page, "1 is better")
+    cast(page, "2 is better")
+    cast(page, "1 is better")
+    tally = cast(page, "No difference")
+    expect(tally).to_contain_text("your vote: no difference. A 2, B 1, ties 1: A preferred in 67 % of 3")
+    # The same pair with the sides swapped; a value that is the model's own is no other setting.
+    field(page, "temperature", "A").fill("1.3")
+    field(page, "temperature", "B").fill("0.3")
+    field(page, "top_k", "B").fill("50")
+    expect(cast(page, "2 is better")).to_contain_text("A 1, B 3, ties 1: A preferred in 25 % of 4")
+    # Another pair.
+    field(page, "top_k", "B").fill("7")
+    expect(cast(page, "1 is better")).to_contain_text("A 1, B 0, ties 0:")
+
+    own = {"max_tokens": 400, "temperature": 0.3, "top_k": 50}
+    model = "harbour-tales, version 3, int8, cpu, 0123456789abcdef0123456789abcdef"
+    expected = [
+        {"model": model, "settings": [own, own | {"temperature": 1.3}], "wins": [3, 1], "ties": 1},
+        {"model": model, "settings": [own | {"top_k": 7}, own | {"temperature": 1.3}], "wins": [0, 1], "ties": 0},
+    ]
+    assert kept_votes(page) == expected
+    expect(page.locator("#kept span")).to_have_text("6 votes on 2 pairs of settings in this browser.")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save as JSON").click()
+    assert download.value.suggested_filename == "votes.json"
+    assert json.loads(download.value.path().read_text()) == kept_votes(page)
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save as CSV").click()
+    with download.value.path().open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [list(row.values())[3:] for row in rows] == [["3", "1", "1"], ["0", "1", "0"]]
+    assert [json.loads(rows[0][name]) for name in ("one", "other")] == kept_votes(page)[0]["settings"]
+
+    # They are there when the page is opened again, until they are cleared.
+    open_page(page, server).get_by_label("Compare two settings").check()
+    page.get_by_label("Blind vote").check()
+    expect(page.locator("#kept span")).to_have_text("6 votes on 2 pairs of settings in this browser.")
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.get_by_role("button", name="Clear all votes").click()
+    assert len(kept_votes(page)) == 2
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Clear all votes").click()
+    expect(page.locator("#kept")).to_be_hidden()
+    assert kept_votes(page) == []
+
+
+def test_what_is_not_voted_on_is_not_counted(page: Page, server: PlayedServer, played: Played) -> None:
+    compare_blind(page, server, played)
+    generate(page)
+    page.get_by_label("Blind vote").uncheck()
+    assert sorted(page.locator(".answer .badge").all_text_contents()) == ["A", "B"]
+    expect(page.get_by_role("button", name="1 is better")).to_be_hidden()
+    page.get_by_label("Blind vote").check()
+    generate(page)
+    generate(page)
+    expect(page.locator(".answer .badge")).to_have_text(["1", "2"])
+    page.get_by_label("Compare two settings").uncheck()
+    expect(page.locator("#votes")).to_be_hidden()
+    expect(page.get_by_label("Blind vote")).to_be_hidden()
+    page.get_by_label("Compare two settings").check()
+
+    played.endless = True
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".tokens")).to_have_text([re.compile("cool|hot")] * 2)
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("status").last).to_have_text("Stopped.")
+    expect(page.locator(".answer").first.locator(".figures")).to_contain_text("stopped by you")
+    expect(page.get_by_role("button", name="1 is better")).to_be_hidden()
+    played.endless = False
+
+    field(page, "top_p", "B").fill("1.5")
+    generate(page)
+    expect(page.get_by_role("button", name="Go to top_p")).to_be_visible()
+    expect(page.get_by_role("button", name="1 is better")).to_be_hidden()
+    assert kept_votes(page) == []
+
+
+def test_equal_settings_are_not_voted_on(page: Page, server: PlayedServer, played: Played) -> None:
+    open_page(page, server).get_by_label("Compare two settings").check()
+    page.get_by_label("Blind vote").check()
+    field(page, "temperature", "B").fill("0.80")
+    generate(page)
+    expect(page.locator("#tally")).to_have_text("A and B have the same settings. Change one of them to vote.")
+    expect(page.locator(".answer .badge")).to_have_text(["A", "B"])
+    expect(page.get_by_role("button", name="1 is better")).to_be_hidden()
+
+
+def test_a_vote_is_cast_by_keyboard(page: Page, server: PlayedServer, played: Played) -> None:
+    compare_blind(page, server, played)
+    for _ in range(2):
+        page.keyboard.press("Control+Enter")
+        expect(page.get_by_role("group", name="Which answer is better?")).to_be_visible()
+        tokens(page, "2").locator(".token").first.focus()
+        for name in ("1 is better", "2 is better", "No difference"):
+            page.keyboard.press("Tab")
+            expect(page.get_by_role("button", name=name)).to_be_focused()
+        page.keyboard.press("Space")
+    expect(page.locator("#tally")).to_contain_text("A 0, B 0, ties 2.")
+    # A vote that is skipped leaves the focus on a control.
+    page.keyboard.press("Control+Enter")
+    page.get_by_role("button", name="2 is better").focus()
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("button", name="Generate")).to_be_focused()
+    expect(page.get_by_role("group", name="Which answer is better?")).to_be_visible()
+
+
+def test_a_browser_that_keeps_nothing_counts_until_the_page_is_closed(
+    page: Page, server: PlayedServer, played: Played
+) -> None:
+    page.add_init_script(
+        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
+    )
+    compare_blind(page, server, played)
+    cast(page, "No difference")
+    tally = cast(page, "No difference")
+    expect(tally).to_contain_text("ties 2. This browser does not keep the votes: save them before you close the page.")
+
+
+def test_the_interval_of_the_votes_is_clopper_and_pearsons(page: Page, server: PlayedServer, played: Played) -> None:
+    open_page(page, server)
+    for wins, losses in ((7, 3), (0, 1), (5, 0), (1, 999), (1500, 1400)):
+        exact = binomtest(wins, wins + losses).proportion_ci(0.95, method="exact")
+        assert page.evaluate(f"intervalOf({wins}, {losses})") == pytest.approx([exact.low, exact.high], abs=1e-9)
+    text = "A 7, B 3, ties 2: A preferred in 70 % of 10 (95 % interval 35 to 93 %)."
+    assert page.evaluate("describeVotes(7, 3, 2)") == text
+
+
+@pytest.mark.parametrize("width", [360, 390, 1280])
+def test_the_votes_fit_the_screen(width: int, page: Page, server: PlayedServer, played: Played) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    compare_blind(page, server, played)
+    for _ in range(2):
+        generate(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.get_by_role("button", name="2 is better").click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_pointing_at_a_token_shows_what_else_was_likely(page: Page, server: PlayedServer, played: Played) -> None:

@@ -23,7 +23,7 @@ from pipeline.evaluation.systems import choose_decoding
 from pipeline.files import read_json, read_jsonl, sha256_file
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.quality.comparison import Comparison
-from pipeline.quality.distance import TERMS, Distance, SetFigures
+from pipeline.quality.distance import FAULTS, TERMS, Distance, SetFigures
 from pipeline.stages.evaluate import evaluate
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.tracking import store
@@ -34,10 +34,19 @@ FILES = {
 }
 OF_SAMPLES = {
     *("rep_2", "rep_3", "rep_4", "distinct_1", "distinct_2", "distinct_3", "zipf", "self_bleu", "base_perplexity"),
-    *("looping_share", "longest_copy_tokens", "mean_copy_tokens", "form_share", "mean_tokens", "finished_share"),
+    *("invented_words", "lone_names", "joined_words", "doubled_words", "broken_quotes", "broken_sentences"),
+    *(
+        "empty_share",
+        "looping_share",
+        "longest_copy_tokens",
+        "mean_copy_tokens",
+        "form_share",
+        "mean_tokens",
+        "finished_share",
+    ),
     "mauve",
 }
-OF_DISTANCE = {"distance", "distance_low", "distance_high", "too_tame", "too_wild"}
+OF_DISTANCE = {"excess", "distance", "distance_low", "distance_high", "too_tame", "too_wild"}
 DECODINGS = ("hand_set", "tuned", "guarded", "greedy", "sampling", "untuned_base")
 SYSTEMS = ("human", *DECODINGS)
 CHECKPOINTS = {"base": "base", "finetuned": "finetune/checkpoint"}
@@ -250,11 +259,11 @@ def test_the_same_inputs_give_the_same_bytes(project: Project, tmp_path: Path) -
         assert sha256_file(tmp_path / "out" / name) == sha256_file(out / "evaluate" / name), name
 
 
-def comparison(*distances: float) -> Comparison:
+def comparison(*distances: float, excess: float = 0.0) -> Comparison:
     """A set of samples at these distances without each of its prompts, and at their mean."""
-    scores = SetFigures(**dict.fromkeys(TERMS, 1.0))
+    scores = SetFigures(**dict.fromkeys((*TERMS, *FAULTS), 1.0))
     total = float(np.mean(distances))
-    return Comparison(scores, Distance(total, {}, 0.0, 0.0), np.array(distances))
+    return Comparison(scores, Distance(total, {}, 0.0, 0.0, excess, {}), np.array(distances))
 
 
 def test_the_tuned_decoding_is_kept_where_it_is_nearer_beyond_chance() -> None:
@@ -262,6 +271,8 @@ def test_the_tuned_decoding_is_kept_where_it_is_nearer_beyond_chance() -> None:
     near, about = comparison(5.0, 5.1, 5.2, 4.9), comparison(5.0, 13.0, 5.0, 5.0)
     assert choose_decoding(near, hand_set) == {
         "kept": "tuned",
+        "tuned_excess": 0.0,
+        "hand_set_excess": 0.0,
         "difference": pytest.approx(-4.0),
         "difference_low": pytest.approx(-4.0),
         "difference_high": pytest.approx(-4.0),
@@ -271,6 +282,14 @@ def test_the_tuned_decoding_is_kept_where_it_is_nearer_beyond_chance() -> None:
     assert chance["difference_low"] < chance["difference"] < 0 < chance["difference_high"]
     assert choose_decoding(hand_set, near)["kept"] == "hand_set"
     assert choose_decoding(hand_set, hand_set)["kept"] == "hand_set"
+
+
+def test_fewer_faults_are_kept_whatever_is_nearer() -> None:
+    far, near = comparison(9.0, 9.1, 9.2, 8.9), comparison(5.0, 5.1, 5.2, 4.9, excess=0.5)
+    assert choose_decoding(far, near)["kept"] == "tuned"
+    assert choose_decoding(near, far)["kept"] == "hand_set"
+    worse = comparison(5.0, 5.1, 5.2, 4.9, excess=1.5)
+    assert choose_decoding(near, worse)["kept"] == "tuned"
 
 
 def test_what_was_chosen_is_what_the_model_brings(project: Project, details: dict[str, Any]) -> None:

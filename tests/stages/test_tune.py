@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dag import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from toy_project import Project
 
+from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError
 from pipeline.evaluation import trials as trials_module
-from pipeline.evaluation.presets import choose_presets, rows_of
-from pipeline.evaluation.trials import Bench, Trial, set_up, try_out
+from pipeline.evaluation.presets import choose_presets, edges_of, rows_of
+from pipeline.evaluation.trials import Bench, Final, Trial, set_up, try_out
 from pipeline.files import read_json, sha256_file, write_jsonl
+from pipeline.params.section import read_yaml
+from pipeline.params.tune import TuneParams
 from pipeline.resume import RESUME_FOLDER
 from pipeline.stages import tune as stage
 from pipeline.stages.tune import fingerprint
@@ -65,9 +69,9 @@ def trials_of(client: MlflowClient, run_id: str) -> list[Run]:
     return sorted(children, key=lambda run: int(run.data.tags[runs.TRIAL_TAG]))
 
 
-def complete(number: int, tame: float, wild: float, distance: float | None = None) -> Trial:
+def complete(number: int, tame: float, wild: float, distance: float | None = None, excess: float = 0.0) -> Trial:
     total = tame + wild if distance is None else distance
-    return Trial(number, "complete", 8, VALUES, total, too_tame=tame, too_wild=wild, scores={})
+    return Trial(number, "complete", 8, VALUES, excess, total, too_tame=tame, too_wild=wild, scores={})
 
 
 def test_what_is_written(project: Project, rows: list[dict[str, Any]]) -> None:
@@ -81,9 +85,10 @@ def test_what_is_written(project: Project, rows: list[dict[str, Any]]) -> None:
         (row,) = (row for row in rows if row["preset"] and name in row["preset"].split(", "))
         assert row["values"] == values
     assert [row["number"] for row in rows] == list(range(project.params.tune.trials))
-    finals = {row["number"]: row["final_distance"] for row in rows if row["final_distance"] is not None}
+    finals = [row["final"] for row in rows if row["final"] is not None]
     assert len(finals) == project.params.tune.finalists
-    assert read_json(out / "metrics.json") == {"validation_distance": min(finals.values())}
+    best = min(finals, key=lambda final: (final["excess"], final["distance"]))
+    assert read_json(out / "metrics.json") == {f"validation_{name}": value for name, value in best.items()}
     # Fewer documents than samples were asked for: none comes twice.
     assert {row["prompts"] for row in rows if row["state"] == "complete"} == {8}
 
@@ -200,13 +205,13 @@ def test_a_search_whose_run_is_gone_starts_again(
 def test_a_pruned_trial_has_drawn_half(bench: Bench) -> None:
     asked: list[tuple[int, float]] = []
 
-    def stops(prompts: int, distance: float) -> bool:
-        asked.append((prompts, distance))
+    def stops(prompts: int, score: float) -> bool:
+        asked.append((prompts, score))
         return True
 
     found, prompts = try_out(bench, VALUES, stops)
     assert prompts == 4
-    assert asked == [(4, found.distance.total)]
+    assert asked == [(4, found.distance.score)]
     whole, prompts = try_out(bench, VALUES, lambda *_: False)
     assert prompts == 8
     assert whole.figures.mean_tokens == pytest.approx(
@@ -261,24 +266,55 @@ def test_presets_by_hand() -> None:
         replace(complete(6, 0.0, 0.0), state="pruned"),
     ]
     # The winner of the finals need not be on the front; three times as far as it, a preset is too far.
-    assert choose_presets(rows, {2: 6.5, 5: 7.0}) == {"balanced": 2, "faithful": 0, "adventurous": 3}
-    assert choose_presets(rows, {2: 7.5, 5: 7.0}) == {"balanced": 5, "faithful": 0, "adventurous": 4}
+    assert choose_presets(rows, {2: Final(0, 6.5), 5: Final(0, 7.0)}) == {
+        "balanced": 2,
+        "faithful": 0,
+        "adventurous": 3,
+    }
+    assert choose_presets(rows, {2: Final(0, 7.5), 5: Final(0, 7.0)}) == {
+        "balanced": 5,
+        "faithful": 0,
+        "adventurous": 4,
+    }
     rows[0] = replace(rows[0], distance=25.0)
-    assert choose_presets(rows, {2: 7.5, 5: 7.0}) == {"balanced": 5, "faithful": 1, "adventurous": 4}
+    assert choose_presets(rows, {2: Final(0, 7.5), 5: Final(0, 7.0)}) == {
+        "balanced": 5,
+        "faithful": 1,
+        "adventurous": 4,
+    }
+
+
+def test_faults_come_before_nearness() -> None:
+    rows = [complete(0, 1.0, 9.0), complete(1, 5.0, 5.0), complete(2, 9.0, 4.0, excess=0.5), complete(3, 4.0, 6.0)]
+    # The nearest finalist has faults above people's level; what has more faults than the winner is no preset.
+    assert choose_presets(rows, {1: Final(0, 9.0), 2: Final(0.5, 1.0)}) == {
+        "balanced": 1,
+        "faithful": 1,
+        "adventurous": 0,
+    }
+
+
+def test_an_end_of_a_range_is_an_edge_unless_it_turns_the_filter_off() -> None:
+    space = TuneParams.model_validate(read_yaml(ROOT / "params.yaml")["tune"]).space
+    neutral = {name: getattr(SamplingParams(), name) for name, _ in space}
+    assert edges_of(neutral, space) == []
+    ends = {"temperature": space.temperature.low, "repetition_penalty": space.repetition_penalty.high, "top_k": 50}
+    assert edges_of({**neutral, **ends}, space) == ["temperature", "repetition_penalty"]
 
 
 def test_where_nothing_else_is_near_all_presets_are_the_winner() -> None:
     rows = [complete(0, 1.0, 1.0), complete(1, 0.5, 9.0), complete(2, 9.0, 0.5)]
-    assert choose_presets(rows, {0: 2.0}) == {"balanced": 0, "faithful": 0, "adventurous": 0}
+    assert choose_presets(rows, {0: Final(0, 2.0)}) == {"balanced": 0, "faithful": 0, "adventurous": 0}
     rows = [complete(0, 1.0, 1.0), complete(1, 0.9, 0.9, distance=9.0)]
-    assert choose_presets(rows, {0: 2.0}) == {"balanced": 0, "faithful": 0, "adventurous": 0}
+    assert choose_presets(rows, {0: Final(0, 2.0)}) == {"balanced": 0, "faithful": 0, "adventurous": 0}
 
 
 def test_rows_tell_what_was_made_of_them() -> None:
     rows = [complete(0, 1.0, 1.0), complete(1, 3.0, 3.0), replace(complete(2, 0.0, 0.0), state="pruned")]
-    found = rows_of(rows, {0: 2.5}, {"balanced": 0, "faithful": 0, "adventurous": 1})
-    assert [(row["on_front"], row["final_distance"], row["preset"]) for row in found] == [
-        (True, 2.5, "balanced, faithful"),
+    space = TuneParams.model_validate(read_yaml(ROOT / "params.yaml")["tune"]).space
+    found = rows_of(rows, {0: Final(0.0, 2.5)}, {"balanced": 0, "faithful": 0, "adventurous": 1}, space)
+    assert [(row["on_front"], row["final"], row["preset"]) for row in found] == [
+        (True, {"excess": 0.0, "distance": 2.5}, "balanced, faithful"),
         (False, None, "adventurous"),
         (False, None, None),
     ]

@@ -38,12 +38,14 @@ def trial(number: int, state: str = "complete") -> dict[str, Any]:
         "state": state,
         "prompts": 8,
         "values": {"temperature": 0.5 * number, "top_k": 0},
+        "excess": 0.0,
         "distance": 5.0 + number,
         "too_tame": 2.0,
         "too_wild": 3.0 + number,
         "scores": {"rep_4": 0.01},
         "on_front": number == 0,
-        "final_distance": None,
+        "final": None,
+        "edges": [],
         "preset": None,
     }
 
@@ -139,7 +141,13 @@ def test_a_search_is_recorded_with_its_trials(client: MlflowClient, recorded: Pa
     assert {run.info.run_name for run in trials} == {"trial 0", "trial 1", "trial 2"}
     (last,) = [run for run in trials if run.info.run_name == "trial 2"]
     assert last.data.params == {"temperature": "1.0", "top_k": "0"}
-    assert last.data.metrics == {"rep_4": 0.01, "distance": 7.0, "too_tame": 2.0, "too_wild": 5.0}
+    assert last.data.metrics == {
+        "rep_4": 0.01,
+        "excess": 0.0,
+        "distance": 7.0,
+        "too_tame": 2.0,
+        "too_wild": 5.0,
+    }
     assert last.data.tags["tune.state"] == "pruned"
 
 

@@ -11,7 +11,7 @@ from pipeline.engine import filters
 from pipeline.engine.sampler import OUTSIDE_THE_DRAW, Continuation
 
 DEVICE_FIELDS = (OUTSIDE_THE_DRAW - {"logprobs"}) | {
-    *("temperature", "top_k", "top_p", "min_p"),
+    *("temperature", "top_k", "top_p", "min_p", "top_n_sigma", "eta_cutoff"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("min_new_tokens", "stop_token_ids"),
     *("logit_bias", "banned_token_ids", "allowed_token_ids"),
@@ -29,7 +29,6 @@ the draw since the row joined; and from bit `TAG_BITS` on, a tag, which grows ea
 can distinguish the token that it waits for from an older one in the same place."""
 NEVER = -1
 """An ending id that no token has."""
-LOWEST = np.finfo(np.float32).min
 
 
 def round_up_rows(rows: int) -> int:
@@ -59,6 +58,8 @@ STATE: dict[str, Field] = {
     "top_k": Field(np.int64, "one"),
     "top_p": Field(np.float64, "one"),
     "log_min_p": Field(np.float32, "one"),
+    "top_n_sigma": Field(np.float64, "one"),
+    "eta_cutoff": Field(np.float64, "one"),
     "ending_ids": Field(np.int64, "endings"),
     "uniforms": Field(np.float64, "context"),
     # How many tokens were drawn, which is the index of the next uniform; how many may still be drawn.
@@ -71,8 +72,8 @@ STATE: dict[str, Field] = {
     "position_ids": Field(np.int64, "one"),
     "last_positions": Field(np.int32, "none"),
 }
-"""The fields in the order of `Rows` in `sampler.cu`. A `top_k` of 0, a `top_p` of 1 and a `log_min_p` of `LOWEST`
-filter nothing."""
+"""The fields in the order of `Rows` in `sampler.cu`. A `top_k`, `top_n_sigma` or `eta_cutoff` of 0, a `top_p` of 1 and
+a `log_min_p` of `filters.LOWEST` filter nothing."""
 
 
 def widths(vocabulary_size: int, context_length: int) -> dict[str, tuple[int, ...]]:
@@ -115,7 +116,9 @@ def row_of(
         # Greedy takes the likeliest token, the first of several: the smallest uniform draws it from the top-1.
         "top_k": 1 if greedy else params.top_k,
         "top_p": 1 if greedy else params.top_p,
-        "log_min_p": LOWEST if greedy or params.min_p == 0 else math.log(params.min_p),
+        "log_min_p": filters.LOWEST if greedy or params.min_p == 0 else math.log(params.min_p),
+        "top_n_sigma": 0 if greedy else params.top_n_sigma,
+        "eta_cutoff": 0 if greedy else params.eta_cutoff,
         "drawn": 0,
         "left": left,
         "tag": tag,

@@ -9,6 +9,8 @@
 // Weights become integers, so that their sums do not depend on the order in which threads add. Most tokens are far
 // below top-k: at least k tokens reach the k-th largest of the threads' largest keys, and the tokens that reach this
 // bound are listed in shared memory. If they do not fit in the list, or nothing limits their number, the row is read.
+// Top-n-sigma and eta sum doubles over the row, as the list has no fixed order: each thread its own tokens, and then
+// the threads, always in the same order.
 //
 // NVRTC compiles it without contraction of products and sums. For the tests, a C++ compiler does, with
 // tests/engine/cuda/cuda_on_host.h.
@@ -48,6 +50,8 @@ struct Rows {
     const i64 *top_k;
     const double *top_p;
     const float *log_min_p;
+    const double *top_n_sigma;
+    const double *eta_cutoff;
     const i64 *ending_ids;
     const double *uniforms;
     i64 *drawn;
@@ -65,6 +69,7 @@ struct Rows {
 
 struct Shared {
     u64 sums[2][WAYS][WARPS];
+    double parts[2][WARPS];
     u64 totals[WARPS];
     u32 keys[LISTED];
     float weights[LISTED];
@@ -108,6 +113,23 @@ __device__ void add_up(u64 *own, int ways, Shared *shared, int *turn) {
             own[way] += __shfl_xor_sync(0xffffffffu, own[way], step);
     }
     *turn = 1 - *turn;
+}
+
+// Sum a double over the block's threads in a fixed order, and give the sum to all threads. `turn` is as in `add_up`.
+__device__ double sum_of(double own, Shared *shared, int *turn) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = (blockDim.x + WARP - 1) / WARP;
+    for (int step = WARP / 2; step > 0; step /= 2)
+        own += __shfl_xor_sync(0xffffffffu, own, step);
+    if (lane == 0)
+        shared->parts[*turn][warp] = own;
+    __syncthreads();
+    own = 0;
+    for (int other = lane; other < warps; other += WARP)
+        own += shared->parts[*turn][other];
+    for (int step = WARP / 2; step > 0; step /= 2)
+        own += __shfl_xor_sync(0xffffffffu, own, step);
+    *turn = 1 - *turn;
+    return own;
 }
 
 // Find the largest key of the block's threads, and give it to all threads.
@@ -268,6 +290,45 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP) draw(Rows rows) {
         edge = edge_p > edge ? edge_p : edge;
     }
     edge = edge_k > edge ? edge_k : edge;
+
+    // Top-n-sigma. The largest logit is 0.
+    double top_n_sigma = rows.top_n_sigma[row];
+    if (top_n_sigma > 0) {
+        double left = 0, sum = 0, squares = 0;
+        for (int token = thread; token < vocabulary; token += threads) {
+            bool is_left = keys[token] >= edge;
+            left += is_left ? 1 : 0;
+            sum += is_left ? value_of(keys[token]) : 0;
+        }
+        left = sum_of(left, &shared, &turn);
+        double mean = sum_of(sum, &shared, &turn) / left;
+        for (int token = thread; token < vocabulary; token += threads) {
+            double distance = keys[token] >= edge ? value_of(keys[token]) - mean : 0;
+            squares += distance * distance;
+        }
+        squares = sum_of(squares, &shared, &turn);
+        u32 edge_sigma = key_of((float)(-top_n_sigma * sqrt(squares / left)));
+        edge = edge_sigma > edge ? edge_sigma : edge;
+    }
+
+    // Eta, by the logarithms of its cutoff and of the probabilities.
+    double eta_cutoff = rows.eta_cutoff[row];
+    if (eta_cutoff > 0) {
+        double mass = 0, moment = 0;
+        for (int token = thread; token < vocabulary; token += threads) {
+            if (keys[token] < edge)
+                continue;
+            double logit = value_of(keys[token]), weight = exp(logit);
+            mass += weight;
+            moment += weight * logit;
+        }
+        mass = sum_of(mass, &shared, &turn);
+        double log_mass = log(mass), entropy = log_mass - sum_of(moment, &shared, &turn) / mass;
+        double log_eta = fmin(log(eta_cutoff), log(eta_cutoff) / 2 - entropy);
+        double least = log_eta + log_mass;
+        u32 edge_eta = key_of(least < 0 ? (float)least : -0.0f);
+        edge = edge_eta > edge ? edge_eta : edge;
+    }
 
     // Find the token at which the CDF in vocabulary order first exceeds the uniform: first the warp with its range of
     // tokens, then the token. Until now each thread has read only keys and weights that it wrote.

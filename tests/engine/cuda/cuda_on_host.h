@@ -29,9 +29,10 @@ static std::vector<std::barrier<> *> warp_barriers;
 template <typename T>
 static T exchange(T value, int from) {
     int warp = threadIdx.x / WARP;
-    exchanged[warp][threadIdx.x % WARP] = value;
+    std::memcpy(&exchanged[warp][threadIdx.x % WARP], &value, sizeof value);
     warp_barriers[warp]->arrive_and_wait();
-    T found = (T)exchanged[warp][from];
+    T found;
+    std::memcpy(&found, &exchanged[warp][from], sizeof found);
     warp_barriers[warp]->arrive_and_wait();
     return found;
 }

@@ -180,7 +180,7 @@ def test_a_vocabulary_smaller_than_the_block(launch: Launch) -> None:
     logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
     found = []
     for seed in range(400):
-        params = SamplingParams(seed=seed, top_k=3, top_p=0.65, ignore_eos=True)
+        params = SamplingParams(seed=seed, top_k=3, top_p=0.65, top_n_sigma=5, eta_cutoff=1e-3, ignore_eos=True)
         continuation = Continuation(params, seed, 0, [], 3, 4)
         found.append(drawn(step(launch, logits, stack([state_of(continuation)]), threads=6))[0][0])
         assert found[-1] == sample(logits[0], params, [], [], 3, seed, 0)

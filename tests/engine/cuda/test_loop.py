@@ -88,6 +88,7 @@ SETTINGS: list[SamplingParams] = [
     SamplingParams(seed=10, top_k=30, context_overflow="slide", max_new_tokens=90, ignore_eos=True),
     SamplingParams(seed=11, temperature=0.3, repetition_detection=(8, 2), max_new_tokens=50, ignore_eos=True),
     SamplingParams(seed=12, top_k=50, min_new_tokens=4, max_new_tokens=20),
+    SamplingParams(seed=13, temperature=2.0, top_n_sigma=3.0, eta_cutoff=0.002, max_new_tokens=20),
 ]
 
 
