@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from changed_params import write_changed_params
 from tokenizers import Tokenizer
 from toy_project import TEXTS, make_project
 
@@ -20,6 +21,7 @@ from pipeline.engine.text import TextCompletion
 from pipeline.engine.verbatim import index_text
 from pipeline.export.build import build_engine
 from pipeline.files import write_jsonl
+from pipeline.params.section import PARAMS_FILE
 from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +117,8 @@ def test_guard_compares_limits_with_none(tiny_checkpoint: Path, tmp_path: Path) 
 
 
 def test_figures_are_tried_on_corrupted_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    out = make_project(tmp_path / "toy", tiny_checkpoint).out
+    out = make_project(tmp_path, tiny_checkpoint).out
+    write_changed_params(tmp_path / PARAMS_FILE, {"tune": {"max_new_tokens": 40}}, tmp_path / PARAMS_FILE)
     tale = '# A tale\n\nThe lamp of {0} went out. "Who lit it?" asked {0}. Nobody knew. Then the tide came.'
     for split, names in (("validation", ("Oswin", "Maudie", "Tobias")), ("test", ("Perrin", "Greta", "Judd"))):
         write_jsonl(out / "prepare" / f"{split}.jsonl", [{"text": tale.format(name)} for name in names])
@@ -125,13 +128,13 @@ def test_figures_are_tried_on_corrupted_texts(tiny_checkpoint: Path, tmp_path: P
     for folder in (out / "export" / "engine", out / "export" / "base" / "engine"):
         build_engine(load_checkpoint(tiny_checkpoint), tiny_checkpoint, folder, ["float32"])
     (tmp_path / "words").write_text("asked\nnobody\nknew\n")
-    command = [sys.executable, "benchmarks/figures.py", "--project", str(out.parent), "--samples", "3", "--sets", "2"]
+    command = [sys.executable, "benchmarks/figures.py", "--project", str(tmp_path), "--samples", "3", "--sets", "2"]
     command += ["--lexicon", str(tmp_path / "words"), "--out", str(tmp_path / "result")]
-    first, second = run(command), run(command)
-    assert first.returncode == 0, first.stderr
+    done = run(command)
+    assert done.returncode == 0, done.stderr
     result = (tmp_path / "result").read_text()
-    assert result == first.stdout == second.stdout
-    assert "6 texts of people" in first.stderr
+    assert result == done.stdout
+    assert "6 texts of people" in done.stderr
     for name in ("mauve", "self_bleu", "invented_words", "empty_share"):
         assert f"\n{name} " in result
         assert f"\n| {name} |" in result
