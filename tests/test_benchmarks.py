@@ -3,17 +3,26 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from changed_params import write_changed_params
 from tokenizers import Tokenizer
+from toy_project import TEXTS, make_project
 
+from benchmarks.corruptions import DOSES, Text, corrupt, names_of, sentences_of
 from pipeline.checkpoint import load_checkpoint
 from pipeline.engine.cuda import driver
+from pipeline.engine.text import TextCompletion
 from pipeline.engine.verbatim import index_text
 from pipeline.export.build import build_engine
-from pipeline.tokens import write_tokens
+from pipeline.files import write_jsonl
+from pipeline.params.section import PARAMS_FILE
+from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,3 +114,79 @@ def test_guard_compares_limits_with_none(tiny_checkpoint: Path, tmp_path: Path) 
         "no limit again",
         *(f"limit {limit}" for limit in (4, 8, 15, 30)),
     ]
+
+
+def test_figures_are_tried_on_corrupted_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = make_project(tmp_path, tiny_checkpoint).out
+    write_changed_params(tmp_path / PARAMS_FILE, {"tune": {"max_new_tokens": 40}}, tmp_path / PARAMS_FILE)
+    tale = '# A tale\n\nThe lamp of {0} went out. "Who lit it?" asked {0}. Nobody knew. Then the tide came.'
+    for split, names in (("validation", ("Oswin", "Maudie", "Tobias")), ("test", ("Perrin", "Greta", "Judd"))):
+        write_jsonl(out / "prepare" / f"{split}.jsonl", [{"text": tale.format(name)} for name in names])
+    tokens = out / "tokenize" / "train"
+    tokens.mkdir(parents=True)
+    write_tokens(tokens, TEXTS["train"], load_tokenizer(tiny_checkpoint), tokenizer_sha256(tiny_checkpoint))
+    for folder in (out / "export" / "engine", out / "export" / "base" / "engine"):
+        build_engine(load_checkpoint(tiny_checkpoint), tiny_checkpoint, folder, ["float32"])
+    (tmp_path / "words").write_text("asked\nnobody\nknew\n")
+    command = [sys.executable, "benchmarks/figures.py", "--project", str(tmp_path), "--samples", "3", "--sets", "2"]
+    command += ["--lexicon", str(tmp_path / "words"), "--out", str(tmp_path / "result")]
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    result = (tmp_path / "result").read_text()
+    assert result == done.stdout
+    assert "6 texts of people" in done.stderr
+    for name in ("mauve", "self_bleu", "invented_words", "empty_share"):
+        assert f"\n{name} " in result
+        assert f"\n| {name} |" in result
+    assert str(tmp_path) not in result
+
+
+@dataclass
+class Draws:
+    """Continues every text with the same word, and keeps what it has read."""
+
+    read: list[str] = field(default_factory=list)
+
+    def complete(self, prompts: Sequence[str], params: object) -> list[TextCompletion]:
+        self.read += prompts
+        return [TextCompletion("  drawn, and more", [], "length") for _ in prompts]
+
+
+TALES = [
+    Text(
+        "# A tale\n\nOnce",
+        f' {name} saw it. He met {name} there! "So. It fell," said {name}. No.\n\nGo {number}.',
+        True,
+    )
+    for number, name in enumerate(("Oswin", "Maudie", "Perrin"))
+]
+
+
+def test_corruptions_change_as_much_as_the_dose_says_and_more_at_each() -> None:
+    draws = Draws()
+    copies = corrupt(TALES * 20, draws, seed=1)  # type: ignore[arg-type]
+    assert list(copies) == ["words", "names", "splice", "shuffle"]
+    words = [sum(own.text.count("drawn,") for own in dose) for dose in copies["words"].values()]
+    total = sum(len(text.text.split()) for text in TALES * 20)
+    assert np.array(words) == pytest.approx(np.array(DOSES) * total, abs=0.03 * total)
+    assert words[-1] <= len(draws.read)
+    assert all(any((text.prompt + text.text).startswith(prompt) for text in TALES) for prompt in draws.read)
+    for doses in copies.values():
+        assert list(doses) == list(DOSES)
+        changed = [
+            {index for index, (own, text) in enumerate(zip(dose, TALES * 20, strict=True)) if own.text != text.text}
+            for dose in doses.values()
+        ]
+        assert all(low <= high for low, high in pairwise(changed))
+        assert changed[-1]
+    for own, text in zip(copies["shuffle"][0.4], TALES * 20, strict=True):
+        assert sorted(own.text) == sorted(text.text)
+    for own, text in zip(copies["names"][0.4], TALES * 20, strict=True):
+        assert own.text.split()[1:3] == text.text.split()[1:3]
+
+
+def test_sentences_and_names_of_a_tale() -> None:
+    tale = TALES[0]
+    parts = [tale.text[start:end] for start, end in sentences_of(tale.text)]
+    assert parts == ["He met Oswin there!", '"So. It fell," said Oswin.', "No.", "Go 0."]
+    assert [tale.text[start:end] for start, end in names_of(tale)] == ["Oswin"] * 3

@@ -232,8 +232,10 @@ def _is_heading(block: str) -> bool:
 
 def _ends(block: str, *, is_last: bool) -> bool:
     lines = block.split("\n")
-    while len(lines) > 1 and _ATTRIBUTION.match(lines[-1]) and not _SENTENCE_END.search(lines[-1]):
-        lines.pop()
+    for index in range(1, len(lines)):
+        if _ATTRIBUTION.match(lines[index]) and not any(map(_SENTENCE_END.search, lines[index:])):
+            lines = lines[:index]
+            break
     text = "\n".join(lines).rstrip()
     if _SENTENCE_END.search(text) or _BROKEN_OFF.search(text) or _LIST_ITEM.match(lines[-1]):
         return True

@@ -99,6 +99,8 @@ def test_quotations(text: str, broken: int) -> None:
         ("It was a cat... and a dog, etc. and mr. a. in it.", 0),
         ("She had seen:\n\n- a cat\n\n- a dog\n\n* * *\n\nIT WAS HE\n\nIt was.", 0),
         ("It was not the cat.\n        -- The cook", 0),
+        ("It was not the cat.\n        -- The cook\n(The cook's garden)", 0),
+        ("It was not the cat\n        -- The cook", 1),
         ("Der Koch sah eine Katze. die Maus war alt.", 1),
         ("„Komm mit!“, sagte er. »Komm!« sagte der Koch.", 0),
     ],
