@@ -9,7 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,8 @@ from pipeline.params.section import PARAMS_FILE
 from pipeline.params.tune import TuneParams
 from pipeline.progress import progress
 from pipeline.quality.comparison import MAUVE_SEEDS, SampleFigures, measure_set
-from pipeline.quality.distance import BETTER_ABOVE, FAULTS
+from pipeline.quality.distance import BETTER_ABOVE, FAULTS, KINDS_OF_INVENTED_WORDS
 from pipeline.quality.jackknife import jackknife_error, leave_each_out
-from pipeline.quality.lexicon import LEXICON_FILE, read_lexicon
 from pipeline.quality.mauve import Buckets, mauve_of_buckets, sort_in_buckets
 from pipeline.tokens import load_tokens, tokenizer_sha256
 
@@ -110,7 +109,7 @@ class Result:
     @property
     def direction(self) -> int:
         """Return 1 if only more than people have counts against samples, -1 if only less, and 0 if both do."""
-        if self.name in FAULTS:
+        if self.name in (*FAULTS, *KINDS_OF_INVENTED_WORDS):
             return -1 if self.name in BETTER_ABOVE else 1
         return 0
 
@@ -156,25 +155,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog=RULE, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--project", type=Path, default=Path(), help="folder of the project (default: this one)")
     parser.add_argument("--samples", type=int, default=10**9, help="the most texts per split (default: all)")
-    parser.add_argument("--lexicon", type=Path, help=f"more known words (default: base/{LEXICON_FILE}, if it is there)")
     parser.add_argument("--sets", type=int, default=100, help="random sets of texts per dose (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="file for the tables, besides the terminal")
     arguments = parser.parse_args()
     with report_errors():
-        lexicon = arguments.lexicon or arguments.project / "base" / LEXICON_FILE
-        tables = run(arguments.project, lexicon, samples=arguments.samples, sets=arguments.sets, seed=arguments.seed)
+        tables = run(arguments.project, samples=arguments.samples, sets=arguments.sets, seed=arguments.seed)
         print(tables, end="")
         if arguments.out:
             arguments.out.write_text(tables, encoding="utf-8")
 
 
-def run(project: Path, lexicon: Path, *, samples: int, sets: int, seed: int) -> str:
+def run(project: Path, *, samples: int, sets: int, seed: int) -> str:
     """Return the tables. Raises `UserError` if there are too few texts."""
-    return report(judge(gather(project, lexicon, samples=samples, seed=seed), sets=sets, seed=seed), sets=sets)
+    return report(judge(gather(project, samples=samples, seed=seed), sets=sets, seed=seed), sets=sets)
 
 
-def gather(project: Path, lexicon: Path, *, samples: int, seed: int) -> Evidence:
+def gather(project: Path, *, samples: int, seed: int) -> Evidence:
     """Measure people's texts, their changed copies, and samples at the two temperatures."""
     params = load_section("samples", SamplesParams, project / PARAMS_FILE)
     max_new_tokens = load_section("tune", TuneParams, project / PARAMS_FILE).max_new_tokens
@@ -183,8 +180,6 @@ def gather(project: Path, lexicon: Path, *, samples: int, seed: int) -> Evidence
     tokenizer = generator.tokenizer
     training = load_tokens(project / "out" / "tokenize" / "train", tokenizer_sha256(engine))
     meter = make_meter(Engine.load(project / "out" / "export" / "base" / "engine"), engine, tokenizer, training, params)
-    if lexicon.is_file():
-        meter = replace(meter, lexicon=meter.lexicon | read_lexicon(lexicon))
 
     def measure(texts: Sequence[Text]) -> list[SampleFigures]:
         # Each text is tokenized, as it may have been changed.

@@ -330,14 +330,14 @@ def _add_pack(commands: Any) -> None:
 def _pack(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import WEIGHTS_FILE, pack_checkpoint
     from pipeline.files import read_jsonl
-    from pipeline.quality.lexicon import LEXICON_FILE, collect_words, load_lexicon, write_lexicon
+    from pipeline.quality.lexicon import collect_words, load_lexicon, write_lexicon
 
     lexicon = load_lexicon(arguments.checkpoint)
     if arguments.words_of is not None:
         lexicon |= collect_words((row["text"] for row in read_jsonl(arguments.words_of)), LEXICON_COUNT)
     pack_checkpoint(arguments.checkpoint, arguments.out)
     if lexicon:
-        write_lexicon(arguments.out / LEXICON_FILE, lexicon)
+        write_lexicon(arguments.out, lexicon)
     file = arguments.out / WEIGHTS_FILE
     print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")
 

@@ -98,8 +98,6 @@ COLUMNS = {
     "faults": [
         Column("invented_words", "invented", 1, "Words per 1,000 that neither the training text nor the base’s lexicon "
                "has, except names that the text keeps."),
-        Column("lone_names", "names", 1, "Names per 1,000 words that come once and are in no lexicon."),
-        Column("joined_words", "joined", 1, "Words per 1,000 that are two words run together."),
         Column("doubled_words", "doubled", 1, "Words per 1,000 that follow themselves."),
         Column("broken_quotes", "quotes", 3, "Share of paragraphs with a quotation mark that lacks its partner."),
         Column("broken_sentences", "sentences", 3, "Broken sentences per paragraph: without an end, or begun with a "

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.export.graph import QUANTIZATIONS, CacheScales, Floats, Shape, write_graph
 from pipeline.files import whole_folder
 from pipeline.progress import progress
-from pipeline.quality.lexicon import EMPTY_LEXICON, LEXICON_FILE, Lexicon, write_lexicon
+from pipeline.quality.lexicon import EMPTY_LEXICON, Lexicon, write_lexicon
 from pipeline.tokens import TOKENIZER_FILE, end_of_text_id, load_tokenizer
 
 PRECISIONS = ("float32", "float16", *QUANTIZATIONS)
@@ -59,7 +59,7 @@ def build_engine(
         if index is not None:
             index.save(partial / INDEX_FOLDER)
         if lexicon:
-            write_lexicon(partial / LEXICON_FILE, lexicon)
+            write_lexicon(partial, lexicon)
         manifest = Manifest(
             context_length=shape.context_length,
             vocabulary_size=shape.vocabulary_size,

@@ -156,27 +156,19 @@ def compare(
 ) -> Comparison:
     """Compare samples with what people wrote after the same prompts, in the same order.
 
-    With `intervals`, each prompt is left out in turn. MAUVE's buckets stay those of all prompts, because new ones would
-    differ by more than one text is worth. Raises `UserError` unless there are as many samples as people's texts.
+    With `intervals`, each prompt is left out in turn. Raises `UserError` unless there are as many samples as people's
+    texts.
     """
     if len(samples) != len(human.samples):
         raise UserError(
             f"{len(samples)} samples cannot be compared with {len(human.samples)} texts of people; "
             "give one of each per prompt"
         )
-    every = range(len(samples))
     states = [np.stack([sample.state for sample in side]) for side in (samples, human.samples)]
-    buckets = [sort_in_buckets(*states, seed=seed) for seed in MAUVE_SEEDS]
-
-    def measure_kept(kept: Sequence[int]) -> SetFigures:
-        rows = np.array(kept)
-        parts = [found._replace(own=found.own[rows], human=found.human[rows]) for found in buckets]
-        own = measure_set([samples[index] for index in kept])
-        return replace(own, mauve=float(np.mean([mauve_of_buckets(part) for part in parts])))
-
-    own_figures = measure_kept(every)
+    mauve = float(np.mean([mauve_of_buckets(sort_in_buckets(*states, seed=seed)) for seed in MAUVE_SEEDS]))
+    figures = replace(measure_set(samples), mauve=mauve)
     without = None
     if intervals:
-        pairs = zip(leave_each_out(every, measure_kept), human.without, strict=True)
+        pairs = zip(leave_each_out(samples, measure_set), human.without, strict=True)
         without = np.array([distance(own, theirs, human.scales, weights).total for own, theirs in pairs])
-    return Comparison(own_figures, distance(own_figures, human.figures, human.scales, weights), without)
+    return Comparison(figures, distance(figures, human.figures, human.scales, weights), without)

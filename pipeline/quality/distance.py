@@ -31,7 +31,7 @@ from pipeline.quality.jackknife import jackknife_error, jackknife_reach
 
 @dataclass(frozen=True, kw_only=True)
 class SetFigures:
-    """The figures of a set of samples; each is a fault or a term of the distance."""
+    """The figures of a set of samples. Some are faults, some are terms of the distance, the others only inform."""
 
     rep_2: float
     rep_3: float
@@ -67,37 +67,31 @@ class SetFigures:
     form_share: float
     """The share of samples that have the form of the data; 1 if no form is asked for."""
     mauve: float | None = None
-    """MAUVE against the people's texts; None leaves its term out. For people's own figures it counts as 1."""
+    """MAUVE against the people's texts; None for people's own figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """The cost of a difference of one scale in each figure; 0 leaves it out. Raises `UserError` if a weight is below 0.
 
-    Figures that show one fault at several lengths share a weight of 1.
+    One figure per kind of difference. Perplexity has the largest weight, because only it passes the ladder of
+    `benchmarks/figures.py`; the others depend on the length of texts, so both sides are cut at the same length. MAUVE
+    of tens of texts sees less than any of them and is no term.
     """
 
-    rep_2: float = 1 / 3
+    rep_2: float = 0.5
     """Repetition within a sample, the fault of cold decoding: Welleck et al. 2020, "Neural Text Generation with
     Unlikelihood Training"."""
-    rep_3: float = 1 / 3
-    rep_4: float = 1 / 3
-    distinct_1: float = 1 / 3
+    distinct_2: float = 0.5
     """Variety over all samples, too small when cold and too large when hot: Li et al. 2016, "A Diversity-Promoting
     Objective Function for Neural Conversation Models"."""
-    distinct_2: float = 1 / 3
-    distinct_3: float = 1 / 3
-    zipf: float = 0.5
-    """Whether rare words are as frequent: Holtzman et al. 2020. Half, because distinct-1 shows much of it."""
-    self_bleu: float = 1.0
+    self_bleu: float = 0.5
     """Whether all samples are alike: Zhu et al. 2018, "Texygen". Repetition within a sample does not show it."""
     perplexity: float = 1.0
     """Whether the text is as hard to predict as people's: Holtzman et al. 2020, who find it the clearest sign of both
     faults."""
     mean_tokens: float = 0.5
     """Whether texts are as long as people's. Half, because the limit of tokens cuts both short."""
-    mauve: float = 1.0
-    """Differences that no count of tokens shows: Pillutla et al. 2021, "MAUVE"."""
 
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
@@ -109,8 +103,6 @@ BALANCED = Weights()
 TERMS = tuple(field.name for field in fields(Weights))
 FAULTS = {
     "invented_words": 1.0,
-    "lone_names": 1.0,
-    "joined_words": 1.0,
     "doubled_words": 1.0,
     "broken_quotes": 0.02,
     "broken_sentences": 0.02,
@@ -121,6 +113,8 @@ FAULTS = {
 }
 """The faults, each with the least allowance above people's, in its own unit (`LOGARITHMS`); for shares of samples the
 least is one sample. docs/decoding.md says which corruptions of people's texts each of them sees."""
+KINDS_OF_INVENTED_WORDS = ("lone_names", "joined_words")
+"""The faults without a limit of their own, because `invented_words` counts them."""
 BETTER_ABOVE = ("form_share",)
 """The faults of which people have more."""
 LOGARITHMS: dict[str, Callable[[float], float]] = {
@@ -132,17 +126,16 @@ LOGARITHMS: dict[str, Callable[[float], float]] = {
 SHARE_OF_HUMAN = 0.1
 """The part of the people's figure that counts as 1, unless chance makes more; a step of 0.1 in a logarithm is nearly
 the same part."""
-DOCUMENTED_SCALES = {"mauve": SHARE_OF_HUMAN}
-"""The scales without a standard error: MAUVE takes two sets of texts, and is always 1 for people's with themselves."""
 EXCESS_COST = 1000.0
+"""The weight of the excess in the score of a search: the distance decides only among sets with hardly any."""
 LEAST_SCALE = 0.002
 """The smallest scale of any term, as when nobody repeats four tokens: less than that is no difference."""
 
 
-TAME_ABOVE = ("rep_2", "rep_3", "rep_4", "zipf", "self_bleu")
-TAME_BELOW = ("distinct_1", "distinct_2", "distinct_3", "perplexity")
-"""The figures that are above people's, or below them, if decoding is too cold, and the other way if it is too hot.
-Length and MAUVE are off for either reason."""
+TAME_ABOVE = ("rep_2", "self_bleu")
+TAME_BELOW = ("distinct_2", "perplexity")
+"""The terms that are above people's, or below them, if decoding is too cold, and the other way if it is too hot. Length
+is off for either reason."""
 
 
 class Distance(NamedTuple):
@@ -179,7 +172,6 @@ def distance(own: SetFigures, human: SetFigures, scales: Mapping[str, float], we
     that has no logarithm.
     """
     here, there = _coordinates(own, "own"), _coordinates(human, "human")
-    there["mauve"] = 1.0
     terms, excesses, too_tame, too_wild = {}, {}, [], []
     for name, place in here.items():
         scale = scales.get(name, math.nan)
@@ -214,10 +206,10 @@ def human_scales(human: SetFigures, without: Sequence[SetFigures]) -> dict[str, 
     least of `FAULTS` if that is more. Raises `UserError` for fewer than two texts, and as `distance` does.
     """
     rows = [_coordinates(scores, "human") for scores in without]
-    names = [name for name in (*TERMS, *FAULTS) if name not in DOCUMENTED_SCALES]
+    names = (*TERMS, *FAULTS)
     columns = np.array([[row[name] for name in names] for row in rows])
     places = _coordinates(human, "human")
-    scales = dict(DOCUMENTED_SCALES)
+    scales = {}
     for name, error, reach in zip(
         names, jackknife_error(columns).tolist(), jackknife_reach(columns).tolist(), strict=True
     ):
@@ -230,12 +222,10 @@ def human_scales(human: SetFigures, without: Sequence[SetFigures]) -> dict[str, 
 
 
 def _coordinates(scores: SetFigures, side: str) -> dict[str, float]:
-    """Return each figure that is not None, on the axis on which differences are taken."""
+    """Return each fault and each term of the distance, on the axis on which differences are taken."""
     places = {}
     for name in (*TERMS, *FAULTS):
         value = getattr(scores, name)
-        if value is None:
-            continue
         if not math.isfinite(value):
             raise UserError(f"distance: {name} of the {side} samples is {value}, must be a finite number")
         if LOGARITHMS.get(name) is math.log and value <= 0:

@@ -167,18 +167,13 @@ def collect_words(texts: Iterable[str], minimum_count: int = 1) -> Lexicon:
     return frozenset(word for word, count in counts.items() if count >= minimum_count)
 
 
-def read_lexicon(path: Path) -> Lexicon:
-    """Return the words in a file that `write_lexicon` wrote."""
-    return frozenset(path.read_text(encoding="utf-8").split("\n")) - {""}
-
-
 def load_lexicon(folder: Path) -> Lexicon:
-    """Return the words in the lexicon of a base's or an engine's folder; empty if it has none."""
+    """Return the words in the lexicon of a base's or an engine's folder; the empty lexicon if it has none."""
     path = folder / LEXICON_FILE
-    return read_lexicon(path) if path.is_file() else EMPTY_LEXICON
+    return frozenset(path.read_text(encoding="utf-8").split("\n")) - {""} if path.is_file() else EMPTY_LEXICON
 
 
-def write_lexicon(path: Path, words: Iterable[str]) -> None:
-    """Write words, one per line and sorted by code points: the same words give the same bytes."""
-    with whole_file(path) as partial:
-        partial.write_bytes("".join(f"{word}\n" for word in sorted(set(words))).encode())
+def write_lexicon(folder: Path, words: Lexicon) -> None:
+    """Write words to a folder, one per line and sorted by code points: the same words give the same bytes."""
+    with whole_file(folder / LEXICON_FILE) as partial:
+        partial.write_bytes("".join(f"{word}\n" for word in sorted(words)).encode())

@@ -16,7 +16,7 @@ from pipeline.errors import UserError, report_errors
 from pipeline.files import whole_folder, write_json
 from pipeline.params.base import BaseParams
 from pipeline.params.file import load_section
-from pipeline.quality.lexicon import LEXICON_FILE, load_lexicon, write_lexicon
+from pipeline.quality.lexicon import load_lexicon, write_lexicon
 from pipeline.stage_process import stage_process
 from pipeline.tokens import end_of_text_id, load_tokenizer, vocabulary_size
 
@@ -47,7 +47,7 @@ def make_base(training_split: Path, out: Path, params: BaseParams) -> None:
             model = load_checkpoint(folder, params.source)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             if lexicon := load_lexicon(folder):
-                write_lexicon(partial / LEXICON_FILE, lexicon)
+                write_lexicon(partial, lexicon)
         tokenizer.save_pretrained(partial)
         fit_vocabulary(model, load_tokenizer(partial), params.source)
         save_model(model, partial)
