@@ -123,7 +123,7 @@ class TextGenerator:
         `UserError` as `check` does, and then queues none of them.
         """
         for own in asked:
-            self.check(own.ids, own.params)
+            self._check_lexicon(own.params)
         requests = iter(self.engine.submit_all((own.ids, _for_engine(own.params)) for own in asked))
         choices: list[Choice] = []
         first = 0
@@ -141,9 +141,15 @@ class TextGenerator:
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise `UserError` if a prompt does not fit, or needs what the engine lacks. Safe to call from any thread."""
-        if params.best_of > 1 and not self.lexicon:
-            raise UserError("best_of: this engine holds no lexicon to judge texts by; export the checkpoint again")
+        self._check_lexicon(params)
         self.engine.check(prompt, _for_engine(params))
+
+    def _check_lexicon(self, params: SamplingParams) -> None:
+        if params.best_of > 1 and not self.lexicon:
+            raise UserError(
+                "best_of: this engine holds no lexicon to judge texts by; export the checkpoint again, with "
+                "export.verbatim_index set to true or a base that has a lexicon"
+            )
 
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[str]:
         """Continue a prompt, and yield pieces of whole characters as they come, up to a stop text.
