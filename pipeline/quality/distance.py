@@ -106,6 +106,7 @@ FAULTS = {
     "doubled_words": 1.0,
     "broken_quotes": 0.02,
     "broken_sentences": 0.02,
+    "rep_4": 0.005,
     "empty_share": 0.0,
     "mean_copy_tokens": 0.1,
     "looping_share": 0.0,

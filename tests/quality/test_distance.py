@@ -54,7 +54,7 @@ HUMAN = SetFigures(
     looping_share=0.02,
     form_share=0.8,
 )
-INFORMING = ("rep_3", "rep_4", "distinct_1", "distinct_3", "zipf", "mauve")
+INFORMING = ("rep_3", "distinct_1", "distinct_3", "zipf", "mauve")
 """The figures that are neither faults nor terms."""
 SCALES = dict.fromkeys((*TERMS, *FAULTS), 0.1)
 EVERY_WEIGHT = Weights(**dict.fromkeys(TERMS, 1.0))
