@@ -11,18 +11,20 @@ from pipeline.params.tune import RangeParams, SpaceParams
 
 PRESET_DISTANCE = 3.0
 """An end of the front is of use up to this many times the winner's distance from people."""
+PRESET_EXCESS = 2.0
+"""A preset may have this many times the winner's excess: none if the winner has no more faults than people."""
 
 
 def choose_presets(trials: Sequence[Trial], finals: Mapping[int, Final]) -> dict[str, int]:
     """Return the number of each preset's trial.
 
     `balanced` is the best finalist: the one with the fewest faults above people's level and, of equal ones, the nearest
-    to people. Of the trials on the front that have no more faults than the winner had and are near enough, `faithful`
-    is the least wild and `adventurous` the least tame. If no other trial is left, both are the winner.
+    to people. Of the trials on the front that have few enough faults and are near enough, `faithful` is the least wild
+    and `adventurous` the least tame. If no other trial is left, both are the winner.
     """
     winner = min(finals, key=lambda number: finals[number])
     limit = PRESET_DISTANCE * trials[winner].distance
-    passing = [trial for trial in trials if trial.excess <= trials[winner].excess]
+    passing = [trial for trial in trials if trial.excess <= PRESET_EXCESS * trials[winner].excess]
     near = [trial.number for trial in front_of(passing) if trial.distance <= limit] or [winner]
     # The front rises from the least tame.
     return {"balanced": winner, "faithful": near[-1], "adventurous": near[0]}

@@ -103,21 +103,15 @@ COLUMNS = {
         Column("broken_sentences", "sentences", 3, "Broken sentences per paragraph: without an end, or begun with a "
                "small letter."),
         Column("empty_share", "empty", 3, "Share of samples without a word."),
+        Column("rep_4", "repeats", 3, "Share of a sample's 4-grams of tokens that occur earlier in it."),
         Column("looping_share", "loops", 3, "Share of samples that end in a loop."),
         Column("form_share", "form", 3, "Share of samples that have the form of a text of the data."),
         Column("mean_copy_tokens", "copied", 1, "Longest verbatim run of the training text in a sample, in tokens; the "
                "average."),
     ],
-    "repetition": [
-        Column("rep_2", "rep-2", 3, "Share of a sample's 2-grams of tokens that occur earlier in it."),
-        Column("rep_3", "rep-3", 3, "The same for 3-grams."),
-        Column("rep_4", "rep-4", 3, "The same for 4-grams."),
-    ],
     "variety": [
-        Column("distinct_1", "dist-1", 3, "Different tokens divided by all tokens, over all samples together."),
-        Column("distinct_2", "dist-2", 3, "The same for 2-grams."),
-        Column("distinct_3", "dist-3", 3, "The same for 3-grams."),
-        Column("zipf", "Zipf", 3, "Zipf's coefficient: higher if few words do most of the work."),
+        Column("rep_2", "rep-2", 3, "Share of a sample's 2-grams of tokens that occur earlier in it."),
+        Column("distinct_2", "dist-2", 3, "Different 2-grams divided by all 2-grams, over all samples together."),
         Column("self_bleu", "self-BLEU", 3, "How much the samples resemble each other."),
     ],
     "likeness": [

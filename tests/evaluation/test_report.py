@@ -225,14 +225,17 @@ def figure(name: str) -> Column:
 
 def test_near_and_far_are_told_without_colour_too() -> None:
     own = {**DETAILS["systems"], "human": row(1), "hand_set": row(1)}
-    own["hand_set"] |= {"rep_2": own["human"]["rep_2"] + 0.1, "rep_3": own["human"]["rep_3"] * 0.5}
+    own["hand_set"] |= {"rep_2": own["human"]["rep_2"] + 0.1, "distinct_2": own["human"]["distinct_2"] * 0.5}
     cells = scores(tree(page(details={**DETAILS, "systems": own})))["Hand-set"]
     shown = {column.name: cell for column, cell in zip(FIGURES, cells, strict=True)}
-    found = {name: (shown[name].get("class", "").split()[1], text(shown[name])) for name in ("rep_2", "rep_3", "rep_4")}
+    found = {
+        name: (shown[name].get("class", "").split()[1], text(shown[name]))
+        for name in ("rep_2", "distinct_2", "self_bleu")
+    }
     assert found == {
         "rep_2": ("off", f"↑ {own['hand_set']['rep_2']:.3f} off, above"),
-        "rep_3": ("far", f"↓↓ {own['hand_set']['rep_3']:.3f} far, below"),
-        "rep_4": ("near", f"{own['hand_set']['rep_4']:.3f}"),
+        "distinct_2": ("far", f"↓↓ {own['hand_set']['distinct_2']:.3f} far, below"),
+        "self_bleu": ("near", f"{own['hand_set']['self_bleu']:.3f}"),
     }
 
 

@@ -292,6 +292,8 @@ def test_faults_come_before_nearness() -> None:
         "faithful": 1,
         "adventurous": 0,
     }
+    # If the winner itself has some, a preset may have twice as many.
+    assert choose_presets(rows, {2: Final(0.5, 1.0)}) == {"balanced": 2, "faithful": 2, "adventurous": 0}
 
 
 def test_an_end_of_a_range_is_an_edge_unless_it_turns_the_filter_off() -> None:
