@@ -2,7 +2,7 @@
 
 import csv
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pipeline.evaluation.systems import choose_decoding
 from pipeline.files import read_json, read_jsonl, sha256_file
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.quality.comparison import Comparison
-from pipeline.quality.distance import FAULTS, TERMS, Distance, SetFigures
+from pipeline.quality.distance import Distance, SetFigures
 from pipeline.stages.evaluate import evaluate
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
 from pipeline.tracking import store
@@ -263,7 +263,7 @@ def test_the_same_inputs_give_the_same_bytes(project: Project, tmp_path: Path) -
 
 def comparison(*distances: float, excess: float = 0.0) -> Comparison:
     """A set of samples at these distances without each of its prompts, and at their mean."""
-    scores = SetFigures(**dict.fromkeys((*TERMS, *FAULTS), 1.0))
+    scores = SetFigures(**dict.fromkeys((field.name for field in fields(SetFigures)), 1.0))
     total = float(np.mean(distances))
     return Comparison(scores, Distance(total, {}, 0.0, 0.0, excess, {}), np.array(distances))
 

@@ -64,7 +64,7 @@ def test_checkpoint_and_base_are_exported_in_both_forms(project: Project) -> Non
     assert {file.name for file in out.iterdir()} == {"base", "engine", "parity.json", "portable"}
     for folder in (out, out / "base"):
         precisions = project.params.export.precisions if folder == out else ["float32"]
-        names = {"engine.json", "tokenizer.json", "verbatim", *precisions}
+        names = {"engine.json", "tokenizer.json", "lexicon.txt", "verbatim", *precisions}
         assert {file.name for file in (folder / "engine").iterdir()} == names
         assert (folder / "portable" / "model.onnx").is_file()
 
@@ -92,8 +92,8 @@ def test_the_same_checkpoint_gives_the_same_engine(project: Project, tiny_engine
     # Otherwise DVC would run every later stage again, and register a new version.
     again = project.out / "export" / "base" / "engine"
     files = {file.relative_to(again) for file in again.rglob("*") if file.is_file()} - {Path("engine.json")}
-    # That of the tiny engine holds no text.
-    files = {file for file in files if file.parts[0] != "verbatim"}
+    # That of the tiny engine holds no text, and other words.
+    files = {file for file in files if file.parts[0] not in ("verbatim", "lexicon.txt")}
     assert Path("float32/model.data") in files
     assert {file for file in files if sha256_file(again / file) != sha256_file(tiny_engine_folder / file)} == set()
 
@@ -122,6 +122,7 @@ def test_the_text_stays_behind_where_the_parameter_says_so(project: Project, tmp
     params = project.params.export.model_copy(update={"verbatim_index": False, "precisions": ["float32"]})
     export(checkpoint, project.out / "base", tokens, tmp_path / "out", params)
     assert not list((tmp_path / "out").rglob("verbatim"))
+    assert not list((tmp_path / "out").rglob("lexicon.txt"))
     with pytest.raises(UserError, match=r"export it again with export\.verbatim_index set to true"):
         Engine.load(tmp_path / "out" / "engine").generate([[]], SamplingParams(max_verbatim_tokens=5))
 

@@ -28,7 +28,7 @@ from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.imports import needed_files
-from pipeline.params.section import PARAMS_FILE, read_yaml
+from pipeline.params.section import PARAMS_FILE
 from pipeline.stages import register as stage
 from pipeline.stages.register import SERVED_MODULE, SIGNATURE, register
 from pipeline.tokens import load_tokenizer, prompt_ids
@@ -170,8 +170,6 @@ def test_a_version_holds_engine_tokenizer_decoding_presets_parity_and_scores(
     engine = project.out / "export" / "engine"
     for file in (file for file in engine.rglob("*") if file.is_file()):
         assert sha256_file(artifacts / "engine" / file.relative_to(engine)) == sha256_file(file)
-    decoding = read_yaml(project.root / PARAMS_FILE)["evaluate"]["decoding"]
-    assert read_json(artifacts / "decoding.json") == decoding
     packed = {
         file.relative_to(folder / "code") for file in (folder / "code").rglob("*") if file.suffix in (".py", ".cu")
     }
@@ -186,7 +184,7 @@ def test_a_version_holds_engine_tokenizer_decoding_presets_parity_and_scores(
 @pytest.mark.usefixtures("entered")
 def test_a_model_is_fetched_as_engine_and_decoding(project: Project, version: dict[str, Any]) -> None:
     folder, decoding = fetch_model(f"models:/{version['name']}@champion")
-    assert decoding == ModelDecoding(project.params.evaluate.decoding, PRESETS)
+    assert decoding == ModelDecoding(kept(project), PRESETS)
     ids = prompt_ids(load_tokenizer(folder), PROMPT)
     assert len(Engine.load(folder, provider="cpu").generate([ids], decoding.default)[0].token_ids) > 0
 
@@ -269,6 +267,11 @@ def test_a_model_loads_in_a_new_process_without_torch_or_this_repository(
     assert once[0]
 
 
+def kept(project: Project) -> SamplingParams:
+    """The decoding that the evaluation kept."""
+    return SamplingParams.from_mapping(read_json(project.out / "evaluate" / "decoding.json"))
+
+
 def said(project: Project, decoding: SamplingParams) -> str:
     """What the exported engine says after the prompt."""
     (done,) = TextGenerator.load(project.out / "export" / "engine").complete([PROMPT], [decoding])
@@ -278,7 +281,7 @@ def said(project: Project, decoding: SamplingParams) -> str:
 def test_the_model_says_what_the_engine_says(project: Project, model: PyFuncModel) -> None:
     folder = project.out / "export" / "engine"
     tokenizer = load_tokenizer(folder)
-    decoding = SamplingParams.from_mapping(project.params.evaluate.decoding.to_mapping() | PARAMS)
+    decoding = SamplingParams.from_mapping(kept(project).to_mapping() | PARAMS)
     (completion,) = Engine.load(folder, provider="cpu").generate([prompt_ids(tokenizer, PROMPT)], decoding)
     (text,) = model.predict([PROMPT], params=PARAMS)
     assert text.rstrip("�") == tokenizer.decode(completion.token_ids, skip_special_tokens=False).rstrip("�")
