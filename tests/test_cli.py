@@ -17,8 +17,9 @@ from unused_model import log_unused_model
 import pipeline
 from pipeline.__main__ import main
 from pipeline.decoding import SamplingParams
-from pipeline.files import write_json
+from pipeline.files import write_json, write_jsonl
 from pipeline.params.section import PARAMS_FILE
+from pipeline.quality.lexicon import load_lexicon
 from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
 from pipeline.tracking import runs, store
 
@@ -301,6 +302,17 @@ def test_pack_writes_a_base(tiny_checkpoint: Path, tmp_path: Path, capsys: pytes
     main(["pack", str(tiny_checkpoint), str(tmp_path / "base")])
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'base' / 'model.safetensors'}: 0.")
     assert (tmp_path / "base" / "tokenizer.json").is_file()
+    assert load_lexicon(tmp_path / "base") == frozenset()
+
+
+def test_pack_writes_the_words_that_come_twice(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    documents = tmp_path / "train.jsonl"
+    write_jsonl(documents, [{"text": "The lamp was lit."}, {"text": "The LAMP went out."}])
+    main(["pack", str(tiny_checkpoint), str(tmp_path / "base"), "--words-of", str(documents)])
+    assert load_lexicon(tmp_path / "base") == {"the", "lamp"}
+    # A base that is packed again keeps its words.
+    main(["pack", str(tmp_path / "base"), str(tmp_path / "again")])
+    assert load_lexicon(tmp_path / "again") == {"the", "lamp"}
 
 
 def test_export_names_what_is_wrong(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

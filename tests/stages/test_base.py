@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.params.base import BaseParams
 from pipeline.params.section import PARAMS_FILE, read_yaml
+from pipeline.quality.lexicon import load_lexicon, write_lexicon
 from pipeline.stages.base import make_base
 from pipeline.tokens import end_of_text_id, load_tokenizer
 
@@ -59,6 +60,12 @@ def test_a_folder_gives_the_same_logits(model_folder: Path, make: Callable[[Path
     assert torch.equal(one, two)
     assert load_tokenizer(out).to_str() == load_tokenizer(model_folder).to_str()
     assert read_json(out / "source.json")["source"] == str(model_folder)
+
+
+def test_the_words_that_a_base_knows_come_along(model_folder: Path, make: Callable[[Path], Path]) -> None:
+    assert not (make(model_folder) / "lexicon.txt").exists()
+    write_lexicon(model_folder, frozenset({"lamp", "tide"}))
+    assert load_lexicon(make(model_folder)) == {"lamp", "tide"}
 
 
 def test_nothing_but_source_json_holds_the_folders_path(model_folder: Path, make: Callable[[Path], Path]) -> None:
