@@ -5,7 +5,6 @@ last line of the output is what its --against takes. Run it in the folder of a p
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +14,14 @@ from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import report_errors
-from pipeline.evaluation.samples import SLOTS, draw_samples, human_samples, make_meter
-from pipeline.evaluation.systems import replace_searched
+from pipeline.evaluation.samples import SLOTS, human_samples, make_meter
+from pipeline.evaluation.systems import System, replace_searched, run_systems
 from pipeline.files import read_json, write_jsonl
 from pipeline.params.evaluate import EvaluateParams
 from pipeline.params.file import load_section
 from pipeline.params.samples import SamplesParams
 from pipeline.params.section import PARAMS_FILE
-from pipeline.quality.comparison import Comparison, compare, measure_people
+from pipeline.quality.comparison import Comparison
 from pipeline.tokens import load_tokens, tokenizer_sha256
 
 TEMPERATURES = (0.6, 0.8, 1.0, 1.2)
@@ -70,18 +69,17 @@ def run(project: Path, out: Path, *, samples: int) -> str:
     training = load_tokens(project / "out" / "tokenize" / "train", tokenizer_sha256(engine))
     base = Engine.load(project / "out" / "export" / "base" / "engine")
     meter = make_meter(base, engine, generator.tokenizer, training, sampling)
-    human = measure_people(meter.measure(people))
-    prompts = [sample.prompt for sample in people]
-    found: dict[str, Comparison] = {}
-    rows = []
     decodings = ladder(params.decoding, read_json(project / "out" / "tune" / "found.json")["balanced"])
-    for name, decoding in decodings.items():
-        print(f"drawing {name}", file=sys.stderr)
-        drawn = draw_samples(generator, prompts, decoding, seed=params.seed)
-        found[name] = compare(meter.measure(drawn), human)
-        rows += [{"system": name, "prompt": sample.prompt, "text": sample.text} for sample in drawn]
+    systems = run_systems(
+        {"finetuned": generator}, System(people, meter.measure(people)), decodings, meter, params.seed
+    )
+    rows = [
+        {"system": name, "prompt": sample.prompt, "text": sample.text}
+        for name, system in systems.items()
+        for sample in system.samples
+    ]
     write_jsonl(out, rows)
-    return describe(found)
+    return describe({name: system.comparison for name, system in systems.items()})
 
 
 def describe(found: Mapping[str, Comparison]) -> str:
