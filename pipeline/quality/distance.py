@@ -26,11 +26,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.quality.faults import FaultRates
 from pipeline.quality.jackknife import jackknife_error, jackknife_reach
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetFigures:
+class SetFigures(FaultRates):
     """The figures of a set of samples. Some are faults, some are terms of the distance, the others only inform."""
 
     rep_2: float
@@ -46,20 +47,6 @@ class SetFigures:
     perplexity: float
     """The perplexity of the samples under the base, which has neither written them nor read what the people wrote."""
     mean_tokens: float
-    invented_words: float
-    """The words per 1,000 that no lexicon has: see `TextFaults`, which defines this and the next six."""
-    lone_names: float
-    """Per 1,000 words."""
-    joined_words: float
-    """Per 1,000 words."""
-    doubled_words: float
-    """Per 1,000 words."""
-    broken_quotes: float
-    """The share of paragraphs."""
-    broken_sentences: float
-    """The share of paragraphs."""
-    empty_share: float
-    """The share of samples."""
     mean_copy_tokens: float
     """The mean length of the longest verbatim copy in each sample (Carlini et al. 2023, "Quantifying Memorization
     Across Neural Language Models")."""
