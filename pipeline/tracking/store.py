@@ -7,8 +7,9 @@ it, so that queued and temporary experiments write to the same store as the work
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -18,11 +19,19 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
 
 EXPERIMENT = "gpt2-pipeline"
+ARTIFACT_URIS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
+"""The tables and columns in which MLflow keeps where files are, as absolute URIs."""
 
 
 def root() -> Path:
@@ -33,6 +42,11 @@ def root() -> Path:
 def embedded_uri() -> str:
     """Return the URI of the store that is used unless `MLFLOW_TRACKING_URI` names another."""
     return f"sqlite:///{root() / 'mlflow.db'}"
+
+
+def artifacts_uri() -> str:
+    """Return the URI of the folder in which the embedded store keeps its files."""
+    return (root() / "mlartifacts").as_uri()
 
 
 def store_lock() -> FileLock:
@@ -63,6 +77,8 @@ def connect(*, create: bool = True) -> MlflowClient:
             mlflow.set_tracking_uri(uri)
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
+            if uri == embedded_uri():
+                _find_artifacts_again(client)
     # ImportError: the driver of the database that the URI names is not installed.
     except (MlflowException, ImportError) as error:
         raise UserError(
@@ -100,6 +116,25 @@ def _reason(error: BaseException) -> str:
     return without_password((str(error).splitlines() or [type(error).__name__])[0])
 
 
+def _find_artifacts_again(client: MlflowClient) -> None:
+    """Let the embedded store look for its files in the project's folder, if that was moved, renamed or copied.
+
+    MLflow keeps absolute URIs: it would read and write in the old folder, which it makes again.
+    """
+    here, own = artifacts_uri(), artifacts_uri().rpartition("/")[2]
+    locations = {experiment.artifact_location for experiment in client.search_experiments(view_type=ViewType.ALL)}
+    moved = [place for place in locations if place.startswith("file:") and place.endswith(f"/{own}") and place != here]
+    if not moved:
+        return
+    with closing(sqlite3.connect(root() / "mlflow.db")) as database, database:
+        for table, column in ARTIFACT_URIS:
+            for old in moved:
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                    (here, len(old) + 1, len(old) + 1, f"{old}/"),
+                )
+
+
 @contextmanager
 def _answering_soon() -> Iterator[None]:
     """Give up on an unreachable server within seconds, unless the user has set limits; later uploads have none."""
@@ -120,7 +155,7 @@ def experiment_id(client: MlflowClient) -> str:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             embedded = mlflow.get_tracking_uri() == embedded_uri()
-            location = (root() / "mlartifacts").as_uri() if embedded else None
+            location = artifacts_uri() if embedded else None
             return str(client.create_experiment(name, artifact_location=location))
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment {name!r} is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME to another")

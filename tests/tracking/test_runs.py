@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 from isolated_store import isolated_store
 from mlflow import MlflowClient
@@ -45,12 +47,51 @@ def logged_run(stage: str = "finetune", **arguments: object) -> tuple[MlflowClie
     return run.client, run.client.get_run(run.run_id)
 
 
+class Echo(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    def predict(self, context: object, model_input: list[str]) -> list[str]:
+        return model_input
+
+
+def registered_model() -> int:
+    """Register a model in the project's store and return its version."""
+    with runs.start_run("register", {}) as run, mlflow.start_run(run_id=run.run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="echo", python_model=Echo(), pip_requirements=[], registered_model_name="echo"
+        )
+    return int(logged.registered_model_version)
+
+
 def test_runs_are_stored_beside_the_project_and_files_at_an_absolute_place(tmp_path: Path) -> None:
     client = store.connect()
     experiment = client.get_experiment(store.experiment_id(client))
     assert client.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert experiment.name == store.EXPERIMENT
     assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
+
+
+def test_files_are_found_after_the_project_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Characters that mean something to SQL and to URIs, and a name that begins like another project's.
+    old, new, neighbour = tmp_path / "my_50% off", tmp_path / "new place", tmp_path / "my_50% off 2"
+    for folder in (old, neighbour):
+        folder.mkdir()
+        shutil.copy(tmp_path / "mlflow.db", folder)
+    monkeypatch.setenv("DVC_ROOT", str(old))
+    client, run = logged_run()
+    (tmp_path / "note.txt").write_text("kept")
+    client.log_artifact(run.info.run_id, str(tmp_path / "note.txt"))
+    elsewhere = client.create_experiment("elsewhere", artifact_location=(neighbour / "mlartifacts2").as_uri())
+    version = registered_model()
+    mlflow.set_tracking_uri(None)
+    old.rename(new)
+    monkeypatch.setenv("DVC_ROOT", str(new))
+    client = store.connect()
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["note.txt"]
+    assert client.get_experiment(elsewhere).artifact_location == (neighbour / "mlartifacts2").as_uri()
+    mlflow.pyfunc.load_model(f"models:/echo/{version}")
+    _, later = logged_run()
+    client.log_artifact(later.info.run_id, str(tmp_path / "note.txt"))
+    assert (new / "mlartifacts" / later.info.run_id / "artifacts" / "note.txt").is_file()
+    assert not old.exists()
 
 
 def test_dvc_root_is_where_the_store_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
