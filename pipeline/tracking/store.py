@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 from filelock import FileLock
 
@@ -41,7 +42,11 @@ def root() -> Path:
 
 def embedded_uri() -> str:
     """Return the URI of the store that is used unless `MLFLOW_TRACKING_URI` names another."""
-    return f"sqlite:///{root() / 'mlflow.db'}"
+    path = str(root() / "mlflow.db")
+    if "?" not in path:
+        return f"sqlite:///{path}"
+    # SQLAlchemy would take what follows for options. With the driver's name, MLflow does not make the escaped folder.
+    return f"sqlite+pysqlite:///{path.replace('?', '%3F')}"
 
 
 def artifacts_uri() -> str:
@@ -62,12 +67,18 @@ def store_uri() -> str:
 def connect(*, create: bool = True) -> MlflowClient:
     """Return a client of the tracking store. A missing embedded store is created, unless `create` is false.
 
-    Raises `UserError` if the store cannot be reached, or does not exist.
+    Raises `UserError` if the store cannot be reached, does not exist, or is in a folder that MLflow cannot name.
     """
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     uri = store_uri()
-    if not create and uri == embedded_uri() and not (root() / "mlflow.db").exists():
+    is_embedded = uri == embedded_uri()
+    if is_embedded and unquote(str(root())) != str(root()):
+        raise UserError(
+            f"{root()}: MLflow takes a % before two digits for an escape; rename the folder, "
+            "or set MLFLOW_TRACKING_URI to a store elsewhere"
+        )
+    if not create and is_embedded and not (root() / "mlflow.db").exists():
         raise UserError(
             f"{root() / 'mlflow.db'}: there is no tracking store here; go to the folder of the project, "
             "or set MLFLOW_TRACKING_URI to its store"
@@ -77,7 +88,7 @@ def connect(*, create: bool = True) -> MlflowClient:
             mlflow.set_tracking_uri(uri)
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
-            if uri == embedded_uri():
+            if is_embedded:
                 _find_artifacts_again(client)
     # ImportError: the driver of the database that the URI names is not installed.
     except (MlflowException, ImportError) as error:

@@ -71,7 +71,7 @@ def test_runs_are_stored_beside_the_project_and_files_at_an_absolute_place(tmp_p
 
 def test_files_are_found_after_the_project_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Characters that mean something to SQL and to URIs, and a name that begins like another project's.
-    old, new, neighbour = tmp_path / "my_50% off", tmp_path / "new place", tmp_path / "my_50% off 2"
+    old, new, neighbour = tmp_path / "my_50% off", tmp_path / "what? 100% #place", tmp_path / "my_50% off 2"
     for folder in (old, neighbour):
         folder.mkdir()
         shutil.copy(tmp_path / "mlflow.db", folder)
@@ -91,7 +91,16 @@ def test_files_are_found_after_the_project_is_moved(tmp_path: Path, monkeypatch:
     _, later = logged_run()
     client.log_artifact(later.info.run_id, str(tmp_path / "note.txt"))
     assert (new / "mlartifacts" / later.info.run_id / "artifacts" / "note.txt").is_file()
-    assert not old.exists()
+    # And no folder was made whose name is that of the project in a URI.
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {new.name, neighbour.name}
+
+
+def test_a_folder_that_mlflow_would_not_find_again_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "a%20b"))
+    with pytest.raises(UserError, match=r"a%20b: MLflow takes a % .* rename the folder"):
+        store.connect()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    store.connect()
 
 
 def test_dvc_root_is_where_the_store_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
