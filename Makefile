@@ -36,7 +36,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 data: setup
-	@test -e data -a -e base || dvc pull --quiet data.dvc base.dvc
+	@test -e data -a -e base || dvc pull --quiet --remote embedded data.dvc base.dvc
 
 repro: data
 	@python -m pipeline.params.whole

@@ -1,5 +1,6 @@
 """Errors of the user, reported in one line."""
 
+import io
 import logging
 import os
 import sys
@@ -16,8 +17,11 @@ def report_errors() -> Iterator[None]:
     """Run a command: show what `pipeline` logs on stderr, and report the error that stops it there in one line.
 
     A `UserError` or an operating-system error ends the process with exit code 2, an interruption by the user with 130.
-    If the reader of the output has gone (`| head`), the command ends silently.
+    If the reader of the output has gone (`| head`), the command ends silently. What the terminal's encoding lacks is
+    printed as an escape.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
     try:

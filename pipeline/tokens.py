@@ -84,7 +84,15 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the tokens of a prompt as the beginning of a document: end-of-text, then its text."""
+    """Return the tokens of a prompt as the beginning of a document: end-of-text, then its text.
+
+    Raises `UserError` for a prompt that UTF-8 cannot hold: half of a surrogate pair, or a byte of another encoding
+    that came from a terminal.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt: its character {error.start} is not valid Unicode; give the text as UTF-8") from error
     return [end_of_text_id(tokenizer), *tokenizer.encode(prompt).ids]
 
 

@@ -1,6 +1,7 @@
 """Errors end a command with one line and an exit code."""
 
 import errno
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,14 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[
     captured = capsys.readouterr()
     assert captured.err == "error: params.yaml: finetune.epochs: must be greater than 0, got -1\n"
     assert captured.out == ""
+
+
+def test_a_terminal_that_lacks_a_character_gets_its_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with report_errors():
+        print("Küste – Möwe")
+    assert terminal.buffer.getvalue() == b"K\xfcste \\u2013 M\xf6we\n"  # type: ignore[attr-defined]
 
 
 def test_an_operating_system_error_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

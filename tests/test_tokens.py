@@ -170,6 +170,12 @@ def test_end_of_text_written_out_is_thirteen_characters(tokenizer: Tokenizer) ->
     assert len(tokenizer.encode(END_OF_TEXT).ids) == 13
 
 
+@pytest.mark.parametrize("prompt", ["caf\udce9", "half a pair: \ud83d"])
+def test_a_prompt_that_utf8_cannot_hold_is_told(prompt: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=rf"prompt: its character {len(prompt) - 1} is not valid Unicode"):
+        prompt_ids(tokenizer, prompt)
+
+
 def test_a_prompt_begins_a_document(tokenizer: Tokenizer) -> None:
     assert prompt_ids(tokenizer, "") == [END]
     assert prompt_ids(tokenizer, "ab") == [END, *tokenizer.encode("ab").ids]
