@@ -42,6 +42,18 @@ def test_no_file_in_git_is_larger_than_the_hook_allows() -> None:
     assert [name for name in names if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 1_000_000] == []
 
 
+def test_git_changes_no_ends_of_lines_whatever_its_settings(tmp_path: Path) -> None:
+    # autocrlf, which Git for Windows sets, would change files that DVC has hashed.
+    git = ["git", "-c", "core.autocrlf=true", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    (tmp_path / ".gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
+    (tmp_path / "storage").write_bytes(b"unix\nlines\n")
+    subprocess.run([*git, "add", "storage"], check=True)
+    (tmp_path / "storage").unlink()
+    subprocess.run([*git, "checkout", "--quiet", "storage"], check=True)
+    assert (tmp_path / "storage").read_bytes() == b"unix\nlines\n"
+
+
 def test_the_workflow_runs_what_developers_run() -> None:
     (job,) = read_yaml(ROOT / ".github" / "workflows" / "ci.yml")["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
