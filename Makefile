@@ -36,6 +36,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 data: setup
+	@git rev-parse --git-dir > /dev/null 2>&1 || \
+		{ echo 'error: this folder is not a git repository, which DVC needs; clone it, or run git init here' >&2; exit 2; }
 	@test -e data -a -e base || dvc pull --quiet --remote embedded data.dvc base.dvc
 
 repro: data
