@@ -1,5 +1,7 @@
 """Each repair of a text, alone and in their order."""
 
+from collections import Counter
+
 import ftfy
 import pytest
 from hypothesis import given
@@ -132,4 +134,14 @@ def test_what_may_be_text_is_no_notice(paragraph: str) -> None:
 
 def test_clean_counts_what_it_repaired() -> None:
     text = "Produced by Jane Roe\n\n<p>one&nbsp;two</p>\n\n[page 1]\n\nThree."
-    assert clean(text, wrap_columns=None, straighten_quotes=True) == CleanedText("one two\n\nThree.", 1, 1, 0)
+    # A tag is replaced by two line ends, an entity by its character. A notice leaves the blank lines around it.
+    removed = {
+        "markup": len("<p></p>") - 4,
+        "repaired_characters": len("&nbsp;") - 1,
+        "space": 2 + 2,
+        "notices": len("Produced by Jane Roe\n\n"),
+        "page_marks": len("[page 1]\n\n"),
+        "line_breaks": 0,
+    }
+    expected = CleanedText("one two\n\nThree.", 1, 1, 0, Counter(removed))
+    assert clean(text, wrap_columns=None, straighten_quotes=True) == expected
