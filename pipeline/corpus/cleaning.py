@@ -99,7 +99,8 @@ def repair_characters(text: str, *, straighten_quotes: bool) -> str:
 
 def tidy_space(text: str) -> str:
     """Remove spaces at line ends, blank lines at both ends, and all but one of several blank lines in a row."""
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    # Not a regular expression: it would search a run of spaces inside a line from each of them.
+    text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 

@@ -1,5 +1,6 @@
 """Each repair of a text, alone and in their order."""
 
+import time
 from collections import Counter
 
 import ftfy
@@ -60,6 +61,14 @@ def test_entities_are_decoded_after_tags_and_once() -> None:
 
 def test_space_is_tidy() -> None:
     assert tidy_space("\n \na  \n\t\n \n\nb\n  c \n") == "a\n\nb\n  c"
+
+
+@pytest.mark.parametrize("run", [" ", "\t", "\u00a0", "\n", " \n", "[", "-", "<b ", "&", ".", "A "])
+def test_long_runs_cost_linear_time(run: str) -> None:
+    text = "Word" + run * 40_000 + "x"
+    start_s = time.process_time()
+    clean(text, wrap_columns=72, straighten_quotes=True)
+    assert time.process_time() - start_s < 3  # where it took the square, runs of spaces took 18 seconds
 
 
 @given(st.text(alphabet="a \t\n"))
