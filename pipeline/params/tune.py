@@ -74,5 +74,5 @@ class TuneParams(Section):
     samples: Annotated[int, Field(ge=2)]
     """The most continuations per trial; there is one per document."""
     max_new_tokens: Count
-    """The longest continuation, in tokens; people's texts are cut there too."""
+    """The longest continuation, in tokens; the context may end it earlier. People's texts are cut at the same length."""
     space: SpaceParams

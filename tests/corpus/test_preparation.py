@@ -81,7 +81,7 @@ LINES = [
 PARTS = st.sampled_from([*PIECES, *(f"\n{line}\n" for line in LINES), "\n" + 11 * ("word " * 14 + "\n")])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(PARTS, max_size=40).map("".join))
 def test_every_character_is_kept_or_dropped_by_a_rule(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
