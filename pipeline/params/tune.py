@@ -74,5 +74,5 @@ class TuneParams(Section):
     samples: Annotated[int, Field(ge=2)]
     """The most continuations per trial; there is one per document."""
     max_new_tokens: Count
-    """The longest continuation, in tokens; the context may end it earlier. People's texts are cut at the same length."""
+    """The longest continuation, in tokens, if the context holds it; people's texts are cut there too."""
     space: SpaceParams

@@ -142,11 +142,14 @@ def test_the_first_version_is_champion_and_leads_back_to_run_scores_and_data(
     parent = project.run_of("finetune")
     run = client.get_run(found.run_id)
     assert (run.data.tags["mlflow.parentRunId"], run.data.tags[runs.STAGE_TAG]) == (parent, "register")
-    documents = read_json(project.out / "evaluate" / "details.json")["documents"]
+    details = read_json(project.out / "evaluate" / "details.json")
+    precision = details["protocol"]["precision"]
     assert found.tags["pipeline.run_id"] == parent
     assert found.tags[registry.FINGERPRINT_TAG] == version["fingerprint"]
     assert registry.score_of(found) == registry.Score(
-        sha256_file(project.out / "prepare" / "test.jsonl"), documents["finetuned"]["bits_per_byte"]
+        registry.digest_texts(project.out / "prepare" / "test.jsonl"),
+        f"provider cpu, precision {precision}, window_tokens 64, stride_tokens 32",
+        details["documents"]["finetuned"]["bits_per_byte"],
     )
     assert {"machine.cpu", "library.mlflow"} <= set(found.tags)
 
