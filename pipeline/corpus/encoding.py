@@ -56,7 +56,8 @@ def detect_encoding(path: Path) -> str:
 def _count(path: Path, encoding: str) -> _Counts:
     """Count the characters of a file. Raises `UnicodeError` for NUL, and for bad UTF-16."""
     counts = _Counts(0, 0, 0, 0)
-    with path.open(encoding=encoding, errors="surrogateescape", newline="") as text:
+    errors = "strict" if encoding == "utf-16" else "surrogateescape"
+    with path.open(encoding=encoding, errors=errors, newline="") as text:
         while chunk := text.read(_CHUNK_CHARACTERS):
             if "\0" in chunk:
                 raise UnicodeError("NUL")
@@ -66,7 +67,7 @@ def _count(path: Path, encoding: str) -> _Counts:
 
 
 def _name_bad_byte(path: Path, encoding: str) -> str:
-    """Return the error that names the first byte that the codec, which has a byte per line end, cannot read."""
+    """Return the error that names the first byte that the codec (not UTF-16) cannot read."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:

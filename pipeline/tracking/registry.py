@@ -55,7 +55,7 @@ def find_objection(candidate: Score, champion: Score | None) -> str | None:
     """Return why a version whose parity holds does not replace a champion; None if it does.
 
     It does if both were scored on the same texts in the same way, and its bits per byte are no worse. Other scores are
-    not compared, and a champion that somebody else registered has None.
+    not compared, and a champion that somebody else registered has no score.
     """
     if champion is None:
         return "the champion has no score to compare"

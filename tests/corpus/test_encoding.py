@@ -61,6 +61,7 @@ def test_bad_byte_is_named_by_file_line_and_value(tmp_path: Path, content: bytes
         b"\x89PNG\r\n\x1a\n" + bytes(range(1, 32)) * 20,
         b"ok \x1b\x02\x03",
         codecs.BOM_UTF16_LE + b"\x00\xd8",  # half of a surrogate pair
+        codecs.BOM_UTF16_LE + "One.\n".encode("utf-16-le") + b"\xe9",  # half of a character
         codecs.BOM_UTF32_LE + "text".encode("utf-32-le"),
     ],
 )
