@@ -61,10 +61,10 @@ def run(project: Path, out: Path, *, samples: int) -> str:
     generator = TextGenerator.load(engine, slots=SLOTS)
     people = human_samples(
         project / "out" / "prepare" / "test.jsonl",
-        generator.tokenizer,
+        generator,
+        params.decoding,
         samples=samples,
         prompt_words=sampling.prompt_words,
-        max_new_tokens=params.decoding.max_new_tokens or generator.engine.context_length,
     )
     training = load_tokens(project / "out" / "tokenize" / "train", tokenizer_sha256(engine))
     base = Engine.load(project / "out" / "export" / "base" / "engine")

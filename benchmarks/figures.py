@@ -195,10 +195,10 @@ def gather(project: Path, *, samples: int, seed: int) -> Evidence:
         for split in ("validation", "test")
         for sample in human_samples(
             project / "out" / "prepare" / f"{split}.jsonl",
-            tokenizer,
+            generator,
+            SamplingParams(max_new_tokens=max_new_tokens),
             samples=samples,
             prompt_words=params.prompt_words,
-            max_new_tokens=max_new_tokens,
         )
         if len(sample.token_ids) > 1
     ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.decoding import ModelDecoding, SamplingParams, list_types, merge_decoding, read_decoding, scalar_types
 from pipeline.errors import UserError, report_errors
+from pipeline.files import read_json
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.params.whole import load_params
 from pipeline.serving.options import Access, Address, EngineOptions, Limits, keys_from_environment
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_pack(commands)
     _add_restore(commands)
+    _add_promote(commands)
     _add_ui(commands)
     _add_doctor(commands)
     _add_find_learning_rate(commands)
@@ -359,10 +361,42 @@ def _restore(_: argparse.Namespace) -> None:
     from pipeline.tracking.store import store_errors
 
     load_params()
-    if not (OUT / "register" / "version.json").is_file():
-        raise UserError(f"{OUT / 'register' / 'version.json'}: is missing; run `dvc repro` first")
+    _read_version()
     with store_errors():
         restore(OUT, read_yaml(PARAMS_FILE))
+
+
+def _read_version() -> Any:
+    """Return the version that `register` noted. Raises `UserError` if it did not run."""
+    file = OUT / "register" / "version.json"
+    if not file.is_file():
+        raise UserError(f"{file}: is missing; run `dvc repro` first")
+    return read_json(file)
+
+
+def _add_promote(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "promote",
+        summary="make the version of this working tree the champion",
+        description="Point the alias champion at the version that out/register/version.json names, whatever its score: "
+        "after going back to an earlier commit, or for a version that cannot be compared with the champion.",
+        examples="""
+            git checkout COMMIT params.yaml dvc.lock && dvc checkout && dvc repro
+            python -m pipeline promote
+        """,
+    )
+    parser.set_defaults(run=_promote)
+
+
+def _promote(_: argparse.Namespace) -> None:
+    from pipeline.tracking.registry import promote
+    from pipeline.tracking.store import connect, store_errors
+
+    noted = _read_version()
+    with store_errors():
+        version = promote(connect(create=False), noted["name"], noted["fingerprint"])
+    print(f"{version.name} version {version.version} is champion")
 
 
 def _add_ui(commands: Any) -> None:

@@ -21,7 +21,7 @@ from pipeline.files import write_json, write_jsonl
 from pipeline.params.section import PARAMS_FILE
 from pipeline.quality.lexicon import load_lexicon
 from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
-from pipeline.tracking import runs, store
+from pipeline.tracking import registry, runs, store
 
 ROOT = Path(pipeline.__file__).parents[1]
 PROMPT = "The lamp"
@@ -390,6 +390,23 @@ def test_the_ui_shows_the_store_that_is_in_use(monkeypatch: pytest.MonkeyPatch, 
 
 def test_restore_without_outputs_says_what_to_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "restore") == "error: out/register/version.json: is missing; run `dvc repro` first\n"
+
+
+def test_promote_moves_the_alias_to_the_version_of_the_tree(
+    tiny_engine_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(capsys, "promote") == "error: out/register/version.json: is missing; run `dvc repro` first\n"
+    write_json(tmp_path / "out" / "register" / "version.json", {"name": NAME, "version": 1, "fingerprint": "f"})
+    assert refused(capsys, "promote").startswith(f"error: {NAME}: the registry does not hold this version; run python ")
+    write_decoding(tmp_path / "registered")
+    for _ in range(2):
+        register_champion(tiny_engine_folder, tmp_path, "decoding")
+    client = store.connect()
+    client.set_model_version_tag(NAME, "1", registry.FINGERPRINT_TAG, "f")
+    capsys.readouterr()
+    main(["promote"])
+    assert capsys.readouterr().out == f"{NAME} version 1 is champion\n"
+    assert int(client.get_model_version_by_alias(NAME, "champion").version) == 1
 
 
 def test_restore_with_outputs_half_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,16 @@ WRONG = [
         "tune.space.temperature: low 1.2 is above high 0.6",
     ),
     (
+        "tune.space.temperature",
+        {"low": 0.6, "high": 1.12, "step": 0.05},
+        "tune.space.temperature: steps of 0.05 from low 0.6 miss high 1.12; set high to 1.1 or 1.15, or change step",
+    ),
+    (
+        "tune.space.min_p",
+        {"low": 0.0, "high": 0.05, "step": 0.1},
+        "tune.space.min_p: steps of 0.1 from low 0 miss high 0.05; set high to 0 or 0.1, or change step",
+    ),
+    (
         "tune.space.top_p",
         {"low": 0.0, "high": 1.0, "step": 0.1},
         "tune.space: top_p: 0.0 is out of range, must be in (0, 1]",

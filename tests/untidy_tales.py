@@ -5,6 +5,7 @@ import json
 import textwrap
 from pathlib import Path
 
+START, END = (f"*** {edge} OF THE PROJECT GUTENBERG EBOOK TALES ***" for edge in ("START", "END"))
 NAMES = [f"{letter}anny" for letter in "ABCDEFGHIJKLMNOPQRST"]
 
 
@@ -21,7 +22,7 @@ def write_tales(data: Path) -> None:
     tales = {name: tale(name) for name in NAMES}
     (data / "README.md").write_text("# The card\n")
     noticed = "\n\n***\n\n".join([*(tales[name] for name in NAMES[:5]), tales[NAMES[0]].upper()])
-    (data / "1.txt").write_text(f"Do not remove.\n*** START OF IT ***\n{noticed}\n*** END OF IT ***\nBelow.\n")
+    (data / "1.txt").write_text(f"Do not remove.\n{START}\n{noticed}\n{END}\nBelow.\n")
     rows = [{"title": name, "text": f"<p>{tales[name]}</p>".replace("\n\n", "</p><p>")} for name in NAMES[5:10]]
     rows += [{"title": "Retold", "text": tales[NAMES[1]].replace("Banny7 ", "")}, {"title": "Empty", "text": " "}]
     (data / "2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -66,9 +66,12 @@ class Point:
 
     @property
     def late_fall(self) -> float:
-        """Return the fall of the loss from the evaluation nearest to `LATE` to the end; 0 if that is the end."""
-        _, before = min(self.curve[1:], key=lambda point: abs(point[0] - LATE * self.steps))
-        return before - self.curve[-1][1]
+        """Return the fall of the loss from `LATE` of the training to its end, on straight lines between evaluations.
+
+        It is 0 if there is one evaluation: the line from the base says nothing about the end.
+        """
+        steps, losses = zip(*self.curve[1:], strict=True)
+        return float(np.interp(LATE * self.steps, steps, losses)) - losses[-1]
 
 
 @dataclass(frozen=True)

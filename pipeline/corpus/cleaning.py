@@ -1,7 +1,9 @@
 """Rules that repair text: characters, markup, page marks, notices, wrapped lines, blank lines."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 import ftfy
 from ftfy.fixes import unescape_html
@@ -37,6 +39,9 @@ _NAMES = re.compile(r"(?:\s*(?:[A-Z][\w.'’-]*+|and|the|of|from|for|with|de|van
 _MAX_CREDIT_LINES = 6
 
 
+Repair = Literal["markup", "repaired_characters", "space", "notices", "page_marks", "line_breaks"]
+
+
 @dataclass(frozen=True, slots=True)
 class CleanedText:
     """A clean text, and the counts of what was repaired in it."""
@@ -45,18 +50,36 @@ class CleanedText:
     page_marks: int
     notices: int
     joined_breaks: int
+    removed: Counter[Repair]
+    """The number of characters by which each repair shortened the text; below 0 if it lengthened it."""
 
 
 def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool) -> CleanedText:
     """Repair a section's text. `wrap_columns` is the column at which its file wraps lines; None if it does not."""
-    text = repair_characters(unescape_html(strip_markup(text)), straighten_quotes=straighten_quotes)
-    text = tidy_space(text)
-    text, notices = remove_notices(text)
-    text, page_marks = remove_page_marks(text, wrapped=wrap_columns is not None)
-    joined_breaks = 0
-    if wrap_columns is not None:
-        text, joined_breaks = join_wrapped(tidy_space(text), wrap_columns)
-    return CleanedText(tidy_space(text), page_marks, notices, joined_breaks)
+    plain = strip_markup(text)
+    repaired = repair_characters(unescape_html(plain), straighten_quotes=straighten_quotes)
+    tidy = tidy_space(repaired)
+    without_notices, notices = remove_notices(tidy)
+    without_marks, page_marks = remove_page_marks(without_notices, wrapped=wrap_columns is not None)
+    tidy_again = tidy_space(without_marks)
+    joined, joined_breaks = (tidy_again, 0) if wrap_columns is None else join_wrapped(tidy_again, wrap_columns)
+    final = tidy_space(joined)
+    forms: list[tuple[Repair, str]] = [
+        ("markup", plain),
+        ("repaired_characters", repaired),
+        ("space", tidy),
+        ("notices", without_notices),
+        ("page_marks", without_marks),
+        ("space", tidy_again),
+        ("line_breaks", joined),
+        ("space", final),
+    ]
+    removed: Counter[Repair] = Counter()
+    characters = len(text)
+    for repair, form in forms:
+        removed[repair] += characters - len(form)
+        characters = len(form)
+    return CleanedText(final, page_marks, notices, joined_breaks, removed)
 
 
 def repair_characters(text: str, *, straighten_quotes: bool) -> str:
@@ -76,7 +99,8 @@ def repair_characters(text: str, *, straighten_quotes: bool) -> str:
 
 def tidy_space(text: str) -> str:
     """Remove spaces at line ends, blank lines at both ends, and all but one of several blank lines in a row."""
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    # Not a regular expression: it would search a run of spaces inside a line from each of them.
+    text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 

@@ -1,12 +1,13 @@
 """Turn a section into candidates for documents. A pure function, so that sections can be cleaned in parallel."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from pipeline.corpus.cleaning import clean
+from pipeline.corpus.cleaning import Repair, clean
 from pipeline.corpus.deduplication import Hashes, minhash, shingle
 from pipeline.corpus.pieces import cut_pieces
 from pipeline.corpus.readers import Section
@@ -39,6 +40,8 @@ class CleanedSection:
     page_marks: int
     notices: int
     joined_breaks: int
+    removed: Counter[Repair]
+    """The number of characters that each repair removed."""
 
 
 def clean_section(section: Section, wrap_columns: int | None, params: PrepareParams) -> CleanedSection:
@@ -47,16 +50,17 @@ def clean_section(section: Section, wrap_columns: int | None, params: PreparePar
     title = clean(section.title, wrap_columns=None, straighten_quotes=params.straighten_quotes).text
     texts = cut_pieces(cleaned.text, params.piece_words) if section.running else [cleaned.text]
     min_words = 0 if section.running else params.minimum_words
+    cleaned.removed["space"] += len(cleaned.text) - sum(map(len, texts))
     candidates = [_make_candidate(text, title, min_words, params) for text in texts]
-    return CleanedSection(candidates, cleaned.page_marks, cleaned.notices, cleaned.joined_breaks)
+    return CleanedSection(candidates, cleaned.page_marks, cleaned.notices, cleaned.joined_breaks, cleaned.removed)
 
 
 def _make_candidate(text: str, title: str, min_words: int, params: PrepareParams) -> Candidate:
     words = normalize_words(text)
     if not words:
-        return _reject("empty")
+        return _reject("empty", text)
     if len(_HEADING_LINE.sub("", text).split()) < min_words:
-        return _reject("fragment")
+        return _reject("fragment", text)
     heading = _TITLE.match(text)
     shingles = shingle(words, params.near_duplicate.ngram_words)
     return Candidate(
@@ -69,6 +73,6 @@ def _make_candidate(text: str, title: str, min_words: int, params: PrepareParams
     )
 
 
-def _reject(fault: Literal["empty", "fragment"]) -> Candidate:
+def _reject(fault: Literal["empty", "fragment"], text: str) -> Candidate:
     nothing = np.empty(0, dtype=np.uint64)
-    return Candidate(fault, "", "", b"", nothing, nothing)
+    return Candidate(fault, "", text, b"", nothing, nothing)

@@ -54,14 +54,14 @@ def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None
             }
             for file, row_name, candidate in _clean_rows(report, params, workers, characters):
                 if candidate.fault:
-                    file.outcomes[candidate.fault] += 1
+                    file.add(candidate.fault, candidate.text)
                     continue
                 repeat = deduplicator.admit(row_name, candidate.digest, candidate.shingles, candidate.signature)
                 if repeat:
-                    file.outcomes[repeat.reason] += 1
+                    file.add(repeat.reason, candidate.text)
                     report.add_duplicate(row_name, repeat)
                     continue
-                file.outcomes["kept"] += 1
+                file.add("kept", candidate.text)
                 split = choose_split(
                     candidate.digest, validation_share=params.validation_share, test_share=params.test_share
                 )
@@ -91,6 +91,7 @@ def _clean_rows(
             file.page_marks += cleaned.page_marks
             file.notices += cleaned.notices
             file.joined_breaks += cleaned.joined_breaks
+            file.removed.update(cleaned.removed)
             for candidate in cleaned.candidates:
                 numbers[file.source.name] += 1
                 yield file, f"{file.source.name}:{numbers[file.source.name]}", candidate

@@ -28,8 +28,13 @@ BLOCK_CHARACTERS = 1_000_000
 """The approximate size of the blocks of running text, so that one huge file fits in memory and keeps all cores busy."""
 
 _MAX_FIELD_CHARACTERS = 2**31 - 1  # by default, csv refuses fields above 131,072; the limit is a C long
-_NOTICE_START = re.compile(r"\s*\*{3}\s*START OF\b.*", re.IGNORECASE)
-_NOTICE_END = re.compile(r"\s*\*{3}\s*END OF\b.*", re.IGNORECASE)
+# Project Gutenberg's own lines: `*** START OF THE PROJECT GUTENBERG EBOOK …`, older ones with THIS and ETEXT, and the
+# oldest `End of Project Gutenberg's …`; `*** END OF PART ONE ***` is text. The bundled tales have a pair of their own.
+_GUTENBERG = r"OF\s+(?:TH(?:E|IS)\s+)?PROJECT\s+GUTENBERG\b"
+_VOLUME = r"OF THIS VOLUME \*{3}$"
+_START = re.compile(rf"\s*\*{{3}}\s*START\s+{_GUTENBERG}|\*{{3}} START (?P<volume>{_VOLUME})", re.IGNORECASE)
+_END = re.compile(rf"\s*(?:\*{{3}}\s*END|(?-i:End))\s+{_GUTENBERG}", re.IGNORECASE)
+_END_OF_VOLUME = re.compile(rf"\*{{3}} END {_VOLUME}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +58,14 @@ class Source:
     """The codec; None for Parquet, which states its own."""
     form: Literal["separated", "running", "rows"]
     """The kind of file: text with separators, text without, or rows of JSON lines, CSV and Parquet."""
-    has_start_line: bool
-    """Whether there is a line `*** START OF …`; the lines before it are a notice."""
-    notices: int
+    begins_with_notice: bool = False
+    """Whether the first of Project Gutenberg's lines is a START; the lines before it are a notice."""
+    notices: int = 0
     """The number of notices, before a START or after an END line."""
-    notice_lines: int
-    """The number of lines of these notices, markers included."""
+    notice_characters: int = 0
+    """The number of characters of these notices, markers included."""
+    separator_characters: int = 0
+    """The number of characters of the lines that separate documents."""
     wrap_columns: int | None = None
     """The column at which the file's lines are wrapped; None if they are not."""
     characters: int = 0
@@ -93,25 +100,26 @@ def survey(path: Path, name: str, params: PrepareParams) -> Source:
     """Read a file once, check all of it, and find what reading its sections needs. Raises `UserError` for bad files."""
     is_text = path.suffix.lower() in TEXT_ENDINGS
     encoding = None if path.suffix.lower() == ".parquet" else detect_encoding(path)
-    has_start_line = separated = False
-    notices = notice_lines = 0
+    source = Source(path, name, encoding, "running" if is_text else "rows")
     if is_text:
-        has_start_line = any(_NOTICE_START.fullmatch(line) for line in _read_lines(path, encoding))
+        marks = (bool(_START.match(line)) for line in _read_lines(source) if _START.match(line) or _END.match(line))
+        source = replace(source, begins_with_notice=next(marks, False))
+        notices = notice_characters = separator_characters = 0
         was_body = True
-        for line, is_body in _mark_lines(_read_lines(path, encoding), has_start_line):
+        for line, is_body in _mark_lines(source):
             notices += was_body and not is_body
-            notice_lines += not is_body
             was_body = is_body
-            separated = separated or (is_body and _is_separator(line, params.separator))
-    source = Source(
-        path=path,
-        name=name,
-        encoding=encoding,
-        form="rows" if not is_text else "separated" if separated else "running",
-        has_start_line=has_start_line,
-        notices=notices,
-        notice_lines=notice_lines,
-    )
+            if not is_body:
+                notice_characters += len(line)
+            elif _is_separator(line, params.separator):
+                separator_characters += len(line)
+        source = replace(
+            source,
+            form="separated" if separator_characters else "running",
+            notices=notices,
+            notice_characters=notice_characters,
+            separator_characters=separator_characters,
+        )
     characters = 0
     breaks: Counter[tuple[int, int]] = Counter()
     for section in read_sections(source, params):
@@ -139,27 +147,29 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _read_lines(path: Path, encoding: str | None) -> Iterator[str]:
-    with path.open(encoding=encoding) as file:
-        for line in file:
-            yield line.removesuffix("\n")
+def _read_lines(source: Source) -> Iterator[str]:
+    """Yield the lines of a text file, each with its end, so that no character is lost between them."""
+    with source.path.open(encoding=source.encoding) as file:
+        yield from file
 
 
-def _mark_lines(lines: Iterable[str], has_start_line: bool) -> Iterator[tuple[str, bool]]:
-    """Yield each line, and whether it belongs to the body rather than to a notice."""
-    inside = not has_start_line
-    for line in lines:
-        if _NOTICE_START.fullmatch(line):
-            inside = True
-            yield line, False
-        else:
-            inside = inside and not _NOTICE_END.fullmatch(line)
-            yield line, inside
+def _mark_lines(source: Source) -> Iterator[tuple[str, bool]]:
+    """Yield each line of a text file, and whether it belongs to the body rather than to a notice."""
+    inside, end = not source.begins_with_notice, _END
+    is_open = False
+    for line in _read_lines(source):
+        is_closed = line.rstrip().endswith("***")
+        start = _START.match(line)
+        if start:
+            end = _END_OF_VOLUME if start["volume"] else _END
+        inside = bool(start) or (inside and not end.match(line))
+        # A long title ends on the line after START.
+        yield line, inside and not start and not (is_open and is_closed)
+        is_open = bool(start) and not is_closed
 
 
 def _read_body(source: Source) -> Iterator[str]:
-    lines = _read_lines(source.path, source.encoding)
-    return (line for line, is_body in _mark_lines(lines, source.has_start_line) if is_body)
+    return (line for line, is_body in _mark_lines(source) if is_body)
 
 
 def _is_separator(line: str, separator: str) -> bool:
@@ -170,11 +180,11 @@ def _split_at_separators(lines: Iterable[str], separator: str) -> Iterator[Secti
     part: list[str] = []
     for line in lines:
         if _is_separator(line, separator):
-            yield Section("\n".join(part))
+            yield Section("".join(part))
             part = []
         else:
             part.append(line)
-    yield Section("\n".join(part))
+    yield Section("".join(part))
 
 
 def _cut_blocks(lines: Iterable[str]) -> Iterator[Section]:
@@ -186,21 +196,21 @@ def _cut_blocks(lines: Iterable[str]) -> Iterator[Section]:
         # without paragraphs is cut anyway, at twice the size.
         is_full = characters >= BLOCK_CHARACTERS and not line.strip() and ends_sentence(before)
         if is_full or characters >= 2 * BLOCK_CHARACTERS:
-            yield Section("\n".join(block), running=True)
+            yield Section("".join(block), running=True)
             block, characters = [], 0
         block.append(line)
-        characters += len(line) + 1
+        characters += len(line)
         before = line if line.strip() else before
-    yield Section("\n".join(block), running=True)
+    yield Section("".join(block), running=True)
 
 
 def _read_jsonl(source: Source, params: PrepareParams) -> Iterator[Section]:
-    for number, line in enumerate(_read_lines(source.path, source.encoding), start=1):
+    for number, line in enumerate(_read_lines(source), start=1):
         if not line.strip():
             continue
         place = f"{source.path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.removesuffix("\n"))
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); repair the line") from error
         if not isinstance(row, dict):

@@ -1,9 +1,10 @@
-"""The report of `prepare`: every input row has exactly one outcome."""
+"""The report of `prepare`: every input row has one outcome, and every character is kept or dropped by a named rule."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from pipeline.corpus.cleaning import Repair
 from pipeline.corpus.deduplication import Repeat
 from pipeline.corpus.readers import Source
 from pipeline.corpus.splits import SPLITS, Split
@@ -18,9 +19,31 @@ class FileReport:
 
     source: Source
     outcomes: Counter[Outcome] = field(default_factory=Counter)
+    characters: Counter[Outcome] = field(default_factory=Counter)
+    """The characters of the rows by outcome, after the repairs."""
+    removed: Counter[Repair] = field(default_factory=Counter)
+    """The characters that each repair removed."""
     page_marks: int = 0
     notices: int = 0
     joined_breaks: int = 0
+
+    def add(self, outcome: Outcome, text: str) -> None:
+        """Count a row."""
+        self.outcomes[outcome] += 1
+        self.characters[outcome] += len(text)
+
+    def count_characters(self) -> dict[str, Any]:
+        """Return the characters that were read, those kept, and those that each rule dropped: kept and dropped add up.
+
+        They are those of a text file, with a line end as one character, or those of the column of the text.
+        """
+        source = self.source
+        dropped = {"separators": source.separator_characters}
+        dropped |= {repair: self.removed[repair] for repair in get_args(Repair)}
+        dropped["notices"] += source.notice_characters
+        dropped |= {outcome: self.characters[outcome] for outcome in DROPPED}
+        read = source.characters + source.separator_characters + source.notice_characters
+        return {"read": read, "kept": self.characters["kept"], "dropped": dropped}
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry for report.json."""
@@ -28,8 +51,8 @@ class FileReport:
             "encoding": self.source.encoding,
             "form": self.source.form,
             **_count_rows(self.outcomes),
+            "characters": self.count_characters(),
             "notices": self.source.notices + self.notices,
-            "notice_lines": self.source.notice_lines,
             "page_marks": self.page_marks,
             "wrap_columns": self.source.wrap_columns,
             "joined_line_breaks": self.joined_breaks,

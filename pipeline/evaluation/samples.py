@@ -98,17 +98,25 @@ def read_long(engine: Engine, ids: Sequence[int]) -> Reading:
 
 
 def human_samples(
-    documents: Path, tokenizer: Tokenizer, *, samples: int, prompt_words: int, max_new_tokens: int
+    documents: Path, generator: TextGenerator, decoding: SamplingParams, *, samples: int, prompt_words: int
 ) -> list[Sample]:
     """Return the first documents of a split, each cut into prompt and continuation like the models' samples.
 
-    Returns as many as asked for, or fewer if the split has fewer: a document that came twice would count as repetition.
+    A continuation is as long at most as `decoding` and the context let a model's be. Returns as many as asked for, or
+    fewer if the split has fewer: a document that came twice would count as repetition. Raises `UserError` if a prompt
+    leaves no room in the context.
     """
     found = []
     for row in islice(read_jsonl(documents), samples):
         prompt = leading_words(row["text"], prompt_words)
-        ids = tokenizer.encode(row["text"][len(prompt) :]).ids[:max_new_tokens]
-        found.append(Sample(prompt, tokenizer.decode(ids), ids, "length" if len(ids) == max_new_tokens else "stop"))
+        prompt_tokens = prompt_ids(generator.tokenizer, prompt)
+        generator.check(prompt_tokens, decoding)
+        budget = decoding.max_new_tokens or generator.engine.context_length
+        if decoding.context_overflow == "end":
+            budget = min(budget, generator.engine.context_length - len(prompt_tokens))
+        ids = generator.tokenizer.encode(row["text"][len(prompt) :]).ids[:budget]
+        reason = "length" if len(ids) == budget else "stop"
+        found.append(Sample(prompt, generator.tokenizer.decode(ids), ids, reason))
     return found
 
 

@@ -86,13 +86,7 @@ def _neutral(space: SpaceParams) -> Values:
     """Return the values that leave the model's distribution as it is; empty if the space lacks one of them."""
     neutral = SamplingParams()
     values = {name: getattr(neutral, name) for name, _ in space}
-    return values if all(_holds(tried, values[name]) for name, tried in space) else {}
-
-
-def _holds(tried: RangeParams | list[int], value: float) -> bool:
-    if isinstance(tried, RangeParams):
-        return tried.low <= value <= tried.high
-    return value in tried
+    return values if all(values[name] in tried for name, tried in space) else {}
 
 
 def _suggest(trial: optuna.Trial, name: str, tried: RangeParams | list[int]) -> float | int:

@@ -77,10 +77,10 @@ def set_up(export: Path, documents: Path, tokens: Path, params: TuneParams, samp
     generator = TextGenerator.load(export / "engine", slots=SLOTS)
     people = human_samples(
         documents,
-        generator.tokenizer,
+        generator,
+        SamplingParams(max_new_tokens=params.max_new_tokens),
         samples=params.samples,
         prompt_words=samples.prompt_words,
-        max_new_tokens=params.max_new_tokens,
     )
     training = load_tokens(tokens, tokenizer_sha256(export / "engine"))
     base = Engine.load(export / "base" / "engine")

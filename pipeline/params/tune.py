@@ -1,5 +1,6 @@
 """The section `tune`: how decoding parameters are searched for."""
 
+from decimal import Decimal
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from pipeline.params.section import Count, Section, Seed
 
 
 class RangeParams(Section):
-    """The numbers from `low` to `high`, both included, in steps."""
+    """The numbers from `low` to `high`, both included, in steps that divide the range."""
 
     low: float
     high: float
@@ -19,7 +20,21 @@ class RangeParams(Section):
     def _check_order(self) -> "RangeParams":
         if self.low > self.high:
             raise ValueError(f"low {self.low:g} is above high {self.high:g}")
+        if self.high not in self:
+            last = self.high - float(self._steps_to(self.high) % 1) * self.step
+            raise ValueError(
+                f"steps of {self.step:g} from low {self.low:g} miss high {self.high:g}; "
+                f"set high to {last:g} or {last + self.step:g}, or change step"
+            )
         return self
+
+    def __contains__(self, value: float) -> bool:
+        """Return whether a search tries the value."""
+        return self.low <= value <= self.high and self._steps_to(value) % 1 == 0
+
+    def _steps_to(self, value: float) -> Decimal:
+        # As the numbers are written: in binary, (1.1 - 0.6) / 0.05 is 10.000000000000002.
+        return (Decimal(repr(value)) - Decimal(repr(self.low))) / Decimal(repr(self.step))
 
     def ends(self) -> list[float]:
         return [self.low, self.high]
@@ -59,5 +74,5 @@ class TuneParams(Section):
     samples: Annotated[int, Field(ge=2)]
     """The most continuations per trial; there is one per document."""
     max_new_tokens: Count
-    """The longest continuation, in tokens; people's texts are cut there too."""
+    """The longest continuation, in tokens, if the context holds it; people's texts are cut there too."""
     space: SpaceParams

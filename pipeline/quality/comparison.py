@@ -73,13 +73,9 @@ def measure_sample(
 
 
 def measure_set(samples: Sequence[SampleFigures]) -> SetFigures:
-    """Return the figures of a set, except MAUVE. Raises `UserError` if the samples have no token at all."""
+    """Return the figures of a set, except MAUVE; without any token, its perplexity is 1."""
     ids = [sample.token_ids for sample in samples]
     tokens = sum(map(len, ids))
-    if tokens == 0:
-        raise UserError(
-            "samples: none of them has a token; check that max_new_tokens is not too small and the split not empty"
-        )
     rep_2, rep_3, rep_4 = np.mean([sample.rep for sample in samples], axis=0).tolist()
     return SetFigures(
         rep_2=rep_2,
@@ -90,7 +86,7 @@ def measure_set(samples: Sequence[SampleFigures]) -> SetFigures:
         distinct_3=distinct_n(ids, 3),
         zipf=zipf_coefficient(ids),
         self_bleu=self_bleu(ids, SELF_BLEU_TOKENS),
-        perplexity=math.exp(-math.fsum(sample.logprob for sample in samples) / tokens),
+        perplexity=math.exp(-math.fsum(sample.logprob for sample in samples) / max(1, tokens)),
         mean_tokens=tokens / len(samples),
         **asdict(fault_rates([sample.faults for sample in samples])),
         mean_copy_tokens=float(np.mean([sample.copy_tokens for sample in samples])),
@@ -116,11 +112,15 @@ class Human:
 
 
 def measure_people(samples: Sequence[SampleFigures]) -> Human:
-    """Measure people's texts. Raises `UserError` if there are fewer than two."""
+    """Measure people's texts. Raises `UserError` if there are fewer than two, or they have no token at all."""
     if len(samples) < 2:
         raise UserError(
             f"{len(samples)} text of people is too little to compare samples with; use at least two documents "
             "(prepare.validation_share and prepare.test_share set how many a split has)"
+        )
+    if not any(len(sample.token_ids) for sample in samples):
+        raise UserError(
+            "people's texts: none of them has a token after its prompt; lower samples.prompt_words, or add longer texts"
         )
     figures, without = measure_set(samples), leave_each_out(samples, measure_set)
     return Human(samples, figures, without, human_scales(figures, without))

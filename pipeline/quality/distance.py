@@ -105,9 +105,11 @@ KINDS_OF_INVENTED_WORDS = ("lone_names", "joined_words")
 """The faults without a limit of their own, because `invented_words` counts them."""
 BETTER_ABOVE = ("form_share",)
 """The faults of which people have more."""
+LEAST_TOKENS = 0.01
+"""The mean length that shorter ones are compared as, because 0 has no logarithm: a token in a hundred samples."""
 LOGARITHMS: dict[str, Callable[[float], float]] = {
     "perplexity": math.log,
-    "mean_tokens": math.log,
+    "mean_tokens": lambda tokens: math.log(max(tokens, LEAST_TOKENS)),
     "mean_copy_tokens": math.log1p,
 }
 """The figures that are compared on a log scale. One is added to copies, which may have no token."""
@@ -116,6 +118,8 @@ SHARE_OF_HUMAN = 0.1
 the same part."""
 EXCESS_COST = 1000.0
 """The weight of the excess in the score of a search: the distance decides only among sets with hardly any."""
+EMPTY_EXCESS = 1e6
+"""The excess of samples that are all empty, the worst of all: more than faults in every word of a text add up to."""
 LEAST_SCALE = 0.002
 """The smallest scale of any term, as when nobody repeats four tokens: less than that is no difference."""
 
@@ -177,6 +181,8 @@ def distance(own: SetFigures, human: SetFigures, scales: Mapping[str, float], we
             too_tame.append(term)
         if not is_tame or is_neither:
             too_wild.append(term)
+    if own.mean_tokens == 0:
+        excesses["empty_share"] = EMPTY_EXCESS
     return Distance(
         math.fsum(terms.values()),
         terms,
@@ -217,8 +223,6 @@ def _coordinates(scores: SetFigures, side: str) -> dict[str, float]:
         if not math.isfinite(value):
             raise UserError(f"distance: {name} of the {side} samples is {value}, must be a finite number")
         if LOGARITHMS.get(name) is math.log and value <= 0:
-            raise UserError(
-                f"distance: {name} of the {side} samples is {value}, must be above 0; check that they are not empty"
-            )
+            raise UserError(f"distance: {name} of the {side} samples is {value}, must be above 0")
         places[name] = LOGARITHMS[name](value) if name in LOGARITHMS else value
     return places

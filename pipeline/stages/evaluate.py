@@ -82,10 +82,10 @@ def evaluate(
     losses = {name: score_documents(own.engine, test, params.stride_tokens) for name, own in generators.items()}
     written = human_samples(
         documents / "test.jsonl",
-        tokenizer,
+        generators["finetuned"],
+        params.decoding,
         samples=params.samples,
         prompt_words=sampling.prompt_words,
-        max_new_tokens=params.decoding.max_new_tokens or engine.context_length,
     )
     found = read_json(tune / "found.json")
     decodings = decodings_of(params, found["balanced"], holds_index=engine.manifest.holds_index)

@@ -25,7 +25,11 @@ def summarize(report: Report) -> str:
     dropped = ", ".join(f"{report.outcomes[outcome]} {outcome.replace('_', ' ')}" for outcome in DROPPED)
     sizes = ", ".join(f"{size.documents} {split} ({size.words:,} words)" for split, size in report.splits.items())
     kept, rows = report.outcomes["kept"], report.outcomes.total()
-    return f"prepare: kept {kept} of {rows} rows from {len(report.files)} files; dropped {dropped}; {sizes}"
+    notices = sum(file.count_characters()["dropped"]["notices"] for file in report.files)
+    return (
+        f"prepare: kept {kept} of {rows} rows from {len(report.files)} files; dropped {dropped}, "
+        f"{notices:,} characters of notices; {sizes}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 import pipeline
 from pipeline.decoding import list_types, scalar_types
 from pipeline.errors import report_errors
-from pipeline.files import digest_of, read_json, sha256_file, write_json
+from pipeline.files import digest_of, read_json, write_json
 from pipeline.imports import needed_files
 from pipeline.params.file import load_section
 from pipeline.params.register import RegisterParams
@@ -22,6 +22,8 @@ from pipeline.tracking import lineage, registry, runs, store
 from pipeline.tracking.records import parent_run
 
 SERVED_MODULE = "pipeline.serving.pyfunc"
+PROTOCOL = ("provider", "precision", "window_tokens", "stride_tokens")
+"""What bits per byte depend on besides model and texts."""
 COLUMNS = {bool: DataType.boolean, int: DataType.long, float: DataType.double, str: DataType.string}
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string)]),
@@ -61,7 +63,11 @@ def main() -> None:
 def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path, *, name: str) -> None:
     """Write `version.json` to `out`: the version that contains these files, registered now or found in the registry."""
     details = read_json(evaluate / "details.json")
-    score = registry.Score(sha256_file(test), details["documents"]["finetuned"]["bits_per_byte"])
+    score = registry.Score(
+        test_split_sha256=registry.digest_texts(test),
+        protocol=", ".join(f"{name} {details['protocol'][name]}" for name in PROTOCOL),
+        bits_per_byte=details["documents"]["finetuned"]["bits_per_byte"],
+    )
     client = store.connect()
     with tempfile.TemporaryDirectory() as folder:
         code = pack_code(Path(folder) / "pipeline")
@@ -75,7 +81,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
         fingerprint = digest_of([*artifacts.values(), code])
         version = registry.find_version(client, name, fingerprint)
         if version is not None:
-            # The parameters went back to this version: its alias is decided again, so that the champion goes back too.
+            # The parameters went back to this version: its alias is decided again.
             alias = registry.set_alias(client, version, score)
             print(f"{name} version {version.version} already contains these files; it is {alias}")
         else:
@@ -94,9 +100,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
                     tags={
                         **lineage.lineage(),
                         registry.RUN_TAG: parent,
-                        registry.TEST_SPLIT_TAG: score.test_split_sha256,
-                        registry.BITS_PER_BYTE_TAG: repr(score.bits_per_byte),
-                        **{f"evaluated.{name}": details["protocol"][name] for name in ("provider", "precision")},
+                        **score.tags(),
                     },
                 )
             alias = registry.set_alias(client, version, score)

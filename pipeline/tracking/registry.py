@@ -1,5 +1,6 @@
 """The model registry: finding versions by what they are made of, and the rule by which aliases move."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_
 
 from pipeline.decoding import ModelDecoding, read_decoding
 from pipeline.errors import UserError
+from pipeline.files import read_jsonl
 from pipeline.tracking.store import store_lock
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 FINGERPRINT_TAG = "pipeline.fingerprint"
 TEST_SPLIT_TAG = "pipeline.test_split_sha256"
+PROTOCOL_TAG = "pipeline.test_protocol"
 BITS_PER_BYTE_TAG = "pipeline.test_bits_per_byte"
 RUN_TAG = "pipeline.run_id"
 _ABSENT = (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE))
@@ -28,35 +31,56 @@ _ABSENT = (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAM
 
 @dataclass(frozen=True)
 class Score:
-    """The figure that decides between two versions: bits per byte, and the test split it was taken on."""
+    """The figure that decides between two versions: bits per byte, on which texts, and how it was taken."""
 
     test_split_sha256: str
+    """The digest of the test split's texts: see `digest_texts`."""
+    protocol: str
+    """What the figure depends on besides model and texts, such as `precision float32, stride_tokens 256`."""
     bits_per_byte: float
 
+    def tags(self) -> dict[str, str]:
+        """Return the tags of a version from which `score_of` reads the score."""
+        values = (self.test_split_sha256, self.protocol, repr(self.bits_per_byte))
+        return dict(zip((TEST_SPLIT_TAG, PROTOCOL_TAG, BITS_PER_BYTE_TAG), values, strict=True))
 
-def deserves_champion(candidate: Score, champion: Score | None) -> bool:
-    """Return whether a version whose parity holds becomes the champion.
 
-    It does if there is no champion, if the champion was scored on another test split, so that the two cannot be
-    compared, or if its bits per byte on the same split are no worse.
+def digest_texts(documents: Path) -> str:
+    """Return the SHA-256 of a split's texts, in any order: titles, file names and rows are no part of it."""
+    digests = sorted(hashlib.sha256(row["text"].encode()).hexdigest() for row in read_jsonl(documents))
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def find_objection(candidate: Score, champion: Score | None) -> str | None:
+    """Return why a version whose parity holds does not replace a champion; None if it does.
+
+    It does if both were scored on the same texts in the same way, and its bits per byte are no worse. Other scores are
+    not compared, and a champion that somebody else registered has no score.
     """
-    return (
-        champion is None
-        or champion.test_split_sha256 != candidate.test_split_sha256
-        or candidate.bits_per_byte <= champion.bits_per_byte
-    )
+    if champion is None:
+        return "the champion has no score to compare"
+    if champion.test_split_sha256 != candidate.test_split_sha256:
+        return "the champion was scored on other texts, so the two are not compared"
+    if champion.protocol != candidate.protocol:
+        return f"the champion was scored with {champion.protocol}, not {candidate.protocol}; the two are not compared"
+    if candidate.bits_per_byte <= champion.bits_per_byte:
+        return None
+    return f"its bits per byte are {candidate.bits_per_byte:.4f}, the champion's {champion.bits_per_byte:.4f}"
 
 
 def find_version(client: MlflowClient, name: str, fingerprint: str) -> ModelVersion | None:
     """Return the newest version with this fingerprint whose files still exist, or None."""
     versions = client.search_model_versions(f"name = '{name}' and tags.`{FINGERPRINT_TAG}` = '{fingerprint}'")
-    for version in sorted(versions, key=lambda version: -int(version.version)):
-        try:
-            get_model_info(f"models:/{name}/{version.version}")
-        except (MlflowException, OSError):
-            continue
-        return version
-    return None
+    newest_first = sorted(versions, key=lambda version: -int(version.version))
+    return next(filter(_has_files, newest_first), None)
+
+
+def _has_files(version: ModelVersion) -> bool:
+    try:
+        get_model_info(f"models:/{version.name}/{version.version}")
+    except (MlflowException, OSError):
+        return False
+    return True
 
 
 def log_version(
@@ -88,22 +112,59 @@ def log_version(
 
 
 def set_alias(client: MlflowClient, version: ModelVersion, score: Score) -> str:
-    """Point `champion`, or else `challenger`, at the version, under a lock. Return the alias."""
+    """Point `champion`, or else `challenger`, at the version, under a lock. Return the alias, and why if challenger."""
     with store_lock():
-        aliases = client.get_registered_model(version.name).aliases
-        champion = score_of(client.get_model_version(version.name, aliases[CHAMPION])) if CHAMPION in aliases else None
-        alias = CHAMPION if deserves_champion(score, champion) else CHALLENGER
-        client.set_registered_model_alias(version.name, alias, version.version)
-        if alias == CHAMPION and str(aliases.get(CHALLENGER)) == str(version.version):
-            client.delete_registered_model_alias(version.name, CHALLENGER)
-    return alias
+        champion = _find_champion(client, version, score)
+        objection = None
+        if champion is not None and int(champion.version) != int(version.version):
+            objection = find_objection(score, score_of(champion))
+        if champion is None or objection is None:
+            _make_champion(client, version)
+            return CHAMPION
+        _make_champion(client, champion)
+        client.set_registered_model_alias(version.name, CHALLENGER, version.version)
+        return f"{CHALLENGER}: {objection}; python -m pipeline promote makes it the champion"
+
+
+def promote(client: MlflowClient, name: str, fingerprint: str) -> ModelVersion:
+    """Point `champion` at the version with this fingerprint. Raises `UserError` if the registry does not hold it."""
+    with store_lock():
+        version = find_version(client, name, fingerprint)
+        if version is None:
+            raise UserError(f"{name}: the registry does not hold this version; run python -m pipeline restore")
+        _make_champion(client, version)
+    return version
+
+
+def _find_champion(client: MlflowClient, version: ModelVersion, score: Score) -> ModelVersion | None:
+    """Return the champion, or if its alias or version was deleted, the best other version with a comparable score."""
+    aliases = client.get_registered_model(version.name).aliases
+    if CHAMPION in aliases:
+        return client.get_model_version(version.name, aliases[CHAMPION])
+    others = [
+        (own.bits_per_byte, -int(other.version), other)
+        for other in client.search_model_versions(f"name = '{version.name}'")
+        if int(other.version) != int(version.version)
+        and (own := score_of(other)) is not None
+        and (own.test_split_sha256, own.protocol) == (score.test_split_sha256, score.protocol)
+        and _has_files(other)
+    ]
+    return min(others)[2] if others else None
+
+
+def _make_champion(client: MlflowClient, version: ModelVersion) -> None:
+    client.set_registered_model_alias(version.name, CHAMPION, version.version)
+    challenger = client.get_registered_model(version.name).aliases.get(CHALLENGER)
+    if challenger is not None and int(challenger) == int(version.version):
+        client.delete_registered_model_alias(version.name, CHALLENGER)
 
 
 def score_of(version: ModelVersion) -> Score | None:
     """Return the score that `register` wrote on a version; None if somebody else registered it."""
-    if TEST_SPLIT_TAG not in version.tags or BITS_PER_BYTE_TAG not in version.tags:
+    tags = version.tags
+    if not {TEST_SPLIT_TAG, PROTOCOL_TAG, BITS_PER_BYTE_TAG} <= tags.keys():
         return None
-    return Score(version.tags[TEST_SPLIT_TAG], float(version.tags[BITS_PER_BYTE_TAG]))
+    return Score(tags[TEST_SPLIT_TAG], tags[PROTOCOL_TAG], float(tags[BITS_PER_BYTE_TAG]))
 
 
 def resolve(client: MlflowClient, uri: str) -> ModelVersion:

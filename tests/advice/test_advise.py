@@ -49,6 +49,23 @@ def test_what_a_point_says_of_its_training() -> None:
     assert Point(1.0, 80_000, [(0, 6.0), (100, 3.0)]).late_fall == 0.0
 
 
+@pytest.mark.parametrize(
+    ("losses", "late_fall"),
+    [
+        ([3.0], 0.0),
+        # Half of the last half, three quarters of the last third, the last quarter, one and a half of the last sixths.
+        ([3.4, 3.0], 0.2),
+        ([3.8, 3.4, 3.0], 0.3),
+        ([4.2, 3.8, 3.4, 3.0], 0.4),
+        ([5.0, 4.6, 4.2, 3.8, 3.4, 3.0], 0.6),
+        ([5.0, 4.6, 4.2, 3.2, 3.1, 3.0], 0.15),
+    ],
+)
+def test_the_late_fall_is_that_of_the_last_quarter(losses: list[float], late_fall: float) -> None:
+    curve = [(0, 6.0), *((100 * number, loss) for number, loss in enumerate(losses, start=1))]
+    assert Point(1.0, 80_000, curve).late_fall == pytest.approx(late_fall)
+
+
 def test_more_data_where_a_doubling_is_worth_it() -> None:
     advice = advise(points(STEEP), EVALUATIONS)
     assert advice.action == "more data"

@@ -1,5 +1,8 @@
 """Each repair of a text, alone and in their order."""
 
+import time
+from collections import Counter
+
 import ftfy
 import pytest
 from hypothesis import given
@@ -58,6 +61,14 @@ def test_entities_are_decoded_after_tags_and_once() -> None:
 
 def test_space_is_tidy() -> None:
     assert tidy_space("\n \na  \n\t\n \n\nb\n  c \n") == "a\n\nb\n  c"
+
+
+@pytest.mark.parametrize("run", [" ", "\t", "\u00a0", "\n", " \n", "[", "-", "<b ", "&", ".", "A "])
+def test_long_runs_cost_linear_time(run: str) -> None:
+    text = "Word" + run * 40_000 + "x"
+    start_s = time.process_time()
+    clean(text, wrap_columns=72, straighten_quotes=True)
+    assert time.process_time() - start_s < 3  # where it took the square, runs of spaces took 18 seconds
 
 
 @given(st.text(alphabet="a \t\n"))
@@ -132,4 +143,14 @@ def test_what_may_be_text_is_no_notice(paragraph: str) -> None:
 
 def test_clean_counts_what_it_repaired() -> None:
     text = "Produced by Jane Roe\n\n<p>one&nbsp;two</p>\n\n[page 1]\n\nThree."
-    assert clean(text, wrap_columns=None, straighten_quotes=True) == CleanedText("one two\n\nThree.", 1, 1, 0)
+    # A tag is replaced by two line ends, an entity by its character. A notice leaves the blank lines around it.
+    removed = {
+        "markup": len("<p></p>") - 4,
+        "repaired_characters": len("&nbsp;") - 1,
+        "space": 2 + 2,
+        "notices": len("Produced by Jane Roe\n\n"),
+        "page_marks": len("[page 1]\n\n"),
+        "line_breaks": 0,
+    }
+    expected = CleanedText("one two\n\nThree.", 1, 1, 0, Counter(removed))
+    assert clean(text, wrap_columns=None, straighten_quotes=True) == expected

@@ -2,11 +2,15 @@
 
 import json
 import re
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from untidy_tales import NAMES, tale, write_tales
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from untidy_tales import END, NAMES, START, tale, write_tales
 
 from pipeline.corpus.preparation import prepare
 from pipeline.errors import UserError
@@ -62,6 +66,55 @@ def test_report_counts_every_row_and_names_every_duplicate(tmp_path: Path, param
             "words": sum(len(document["text"].split()) for document in documents),
             "bytes": sum(len(document["text"].encode()) for document in documents),
         }
+
+
+PIECES = ["One two three. ", "four &amp; five ", "<p>six</p>", "â€œseven.", "e\u0301\u200b", "   ", "\r\n", "\n\n\n"]
+LINES = [
+    "***",
+    "[page 7]",
+    "[Transcriber's Note: x]",
+    "\nProduced by Jane Roe\n",
+    START,
+    END,
+    "*** END OF PART ONE ***",
+]
+PARTS = st.sampled_from([*PIECES, *(f"\n{line}\n" for line in LINES), "\n" + 11 * ("word " * 14 + "\n")])
+
+
+@settings(max_examples=60)
+@given(st.lists(PARTS, max_size=40).map("".join))
+def test_every_character_is_kept_or_dropped_by_a_rule(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data, out = Path(folder) / "data", Path(folder) / "out"
+        write_tales(data)
+        (data / "5.txt").write_bytes(text.encode())
+        (data / "6.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        params = PARAMS.model_copy(update={"validation_share": 0.3, "test_share": 0.3, "piece_words": 10})
+        prepare(data, out, params)
+        files = json.loads((out / "report.json").read_text())["files"]
+        kept = Counter[str]()
+        for documents in read_documents(out).values():
+            for document in documents:
+                kept[document["source"].partition(":")[0]] += len(document["text"])
+        for name, file in files.items():
+            assert file["characters"]["read"] == file["characters"]["kept"] + sum(
+                file["characters"]["dropped"].values()
+            )
+            assert file["characters"]["kept"] == kept[name]
+        for name in ("1.txt", "4.txt", "5.txt"):
+            assert files[name]["characters"]["read"] == len((data / name).read_text())
+        assert files["6.jsonl"]["characters"]["read"] == len(text)
+
+
+def test_a_part_that_ends_is_not_lost(tmp_path: Path, params: PrepareParams) -> None:
+    words = [f"w{number}" for number in range(36_000)]
+    parts = [" ".join(words[start : start + 12_000]) for start in (0, 12_000, 24_000)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "book.txt").write_text("\n*** END OF PART ONE ***\n".join(parts))
+    prepare(tmp_path / "data", tmp_path / "out", params)
+    texts = " ".join(document["text"] for split in read_documents(tmp_path / "out").values() for document in split)
+    assert set(words) <= set(texts.split())
+    assert texts.count("END OF PART ONE") == 2
 
 
 def test_same_input_gives_the_same_bytes_in_any_number_of_processes(

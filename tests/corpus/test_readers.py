@@ -67,13 +67,14 @@ def test_separator_lines_part_documents(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", "one\ntwo\n *** \nthree *** four\n* * *\r\nfive\n<|endoftext|>\n")
     source, sections = read(path)
     assert source.form == "separated"
-    assert [section.text for section in sections] == ["one\ntwo", "three *** four", "five", ""]
+    assert [section.text for section in sections] == ["one\ntwo\n", "three *** four\n", "five\n", ""]
+    assert source.separator_characters == len(" *** \n* * *\n<|endoftext|>\n")
 
 
 def test_text_without_separators_is_running(tmp_path: Path) -> None:
     source, sections = read(write(tmp_path, "a.md", "one\n\ntwo\n"))
     assert source.form == "running"
-    assert sections == [Section("one\n\ntwo", running=True)]
+    assert sections == [Section("one\n\ntwo\n", running=True)]
 
 
 def test_empty_file_is_one_empty_section(tmp_path: Path) -> None:
@@ -86,24 +87,55 @@ def test_running_text_comes_in_blocks_that_end_with_a_sentence(tmp_path: Path, m
     path = write(tmp_path, "a.txt", "\n\n".join(paragraphs))
     blocks = texts(path)
     assert [block.split("\n\n")[0].strip() for block in blocks] == ["It was the old.", "It ended.", "y"]
-    assert "\n".join(blocks) == path.read_text()
+    assert "".join(blocks) == path.read_text()
+
+
+GUTENBERG = "PROJECT GUTENBERG EBOOK EMMA"
 
 
 @pytest.mark.parametrize(
-    ("content", "body", "notices", "notice_lines"),
+    ("content", "body", "notices"),
     [
-        ("top\n*** START OF THIS VOLUME ***\na\n*** END OF THIS VOLUME ***\nbelow\n", "a", 2, 4),
-        ("a\n*** END OF THE BOOK\nbelow", "a", 1, 2),
-        ("x\n***START OF A***\na\n***END OF A***\n***START OF B***\nb\n", "a\nb", 2, 4),
-        ("The end of it.\n", "The end of it.", 0, 0),
+        (f"top\n*** START OF THE {GUTENBERG} ***\na\n*** END OF THE {GUTENBERG} ***\nbelow\n", "a\n", 2),
+        (f"top\n***START OF THIS {GUTENBERG}***\na\n***END OF THIS {GUTENBERG}***\nbelow\n", "a\n", 2),
+        ("top\n*** START OF THE PROJECT GUTENBERG ETEXT, EMMA ***\na\n", "a\n", 1),
+        (f"top\n*** START OF THE {GUTENBERG},\nA NOVEL ***\na\n", "a\n", 1),
+        (f"a\nEnd of the Project Gutenberg EBook of Emma\n\n*** END OF THIS {GUTENBERG} ***\nbelow", "a\n", 1),
+        ("a\nEnd of Project Gutenberg's Emma, by Jane Austen\nbelow\n", "a\n", 1),
+        # Two books in a file.
+        (f"x\n*** START OF THE {GUTENBERG} ***\na\n*** END OF THE {GUTENBERG} ***\n" * 2, "a\na\n", 3),
+        (f"a\n*** END OF THE {GUTENBERG} ***\nx\n*** START OF THE {GUTENBERG} ***\nb\n", "a\nb\n", 1),
+        # The bundled tales.
+        ("top\n*** START OF THIS VOLUME ***\na\n*** END OF THIS VOLUME ***\nbelow\n", "a\n", 2),
     ],
 )
 def test_notices_around_the_markers_are_counted_and_left_out(
-    tmp_path: Path, content: str, body: str, notices: int, notice_lines: int
+    tmp_path: Path, content: str, body: str, notices: int
 ) -> None:
     source, sections = read(write(tmp_path, "a.txt", content))
     assert [section.text for section in sections] == [body]
-    assert (source.notices, source.notice_lines) == (notices, notice_lines)
+    assert (source.notices, source.notice_characters) == (notices, len(content) - len(body))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "*** END OF PART ONE ***",
+        "*** Start of Part Two ***",
+        "*** END OF THE BOOK",
+        "***END OF VOLUME I***",
+        "*** END OF THIS VOLUME ***",
+        "*** END OF THE PROJECT ***",
+        "the end of Project Gutenberg's year",
+        "The end of it.",
+    ],
+)
+def test_what_may_be_the_end_of_a_part_is_text(tmp_path: Path, line: str) -> None:
+    body = f"One.\n\n{line}\n\nTwo.\n"
+    for notice in ("", f"*** START OF THE {GUTENBERG} ***\n"):
+        source, sections = read(write(tmp_path, "a.txt", notice + body))
+        assert [section.text for section in sections] == [body]
+        assert source.notice_characters == len(notice)
 
 
 def test_jsonl_rows_have_text_and_title_and_blank_lines_are_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import GPT2LMHeadModel
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
+from pipeline.errors import UserError
 from pipeline.evaluation import samples as evaluation_samples
 from pipeline.evaluation.samples import (
     Meter,
@@ -63,19 +65,45 @@ def test_a_prompt_is_words_with_what_stands_between_them(text: str, count: int, 
     assert leading_words(text, count) == leading
 
 
-def test_people_are_cut_as_models_are(documents: Path, tokenizer: Tokenizer) -> None:
-    found = human_samples(documents, tokenizer, samples=2, prompt_words=2, max_new_tokens=6)
+def test_people_are_cut_as_models_are(documents: Path, generator: TextGenerator, tokenizer: Tokenizer) -> None:
+    found = human_samples(documents, generator, SamplingParams(max_new_tokens=6), samples=2, prompt_words=2)
     assert [sample.prompt for sample in found] == ["The lamp", "Nobody —"]
     for sample, rest in zip(found, (" went out at last.", " nobody said so."), strict=True):
         assert sample.token_ids == tokenizer.encode(rest).ids[:6]
         assert rest.startswith(sample.text)
         assert sample.finish_reason == "length"
-    assert {sample.finish_reason for sample in human_samples(
-        documents, tokenizer, samples=2, prompt_words=2, max_new_tokens=60)} == {"stop"}  # fmt: skip
+    found = human_samples(documents, generator, SamplingParams(max_new_tokens=50), samples=2, prompt_words=2)
+    assert {sample.finish_reason for sample in found} == {"stop"}
 
 
-def test_no_document_comes_twice(documents: Path, tokenizer: Tokenizer) -> None:
-    assert len(human_samples(documents, tokenizer, samples=50, prompt_words=2, max_new_tokens=6)) == 3
+@pytest.mark.parametrize("prompt_words", [0, 1, 5])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_new_tokens": 9},
+        {"max_new_tokens": 200},
+        {"max_new_tokens": None},
+        {"max_new_tokens": 200, "context_overflow": "slide"},
+    ],
+)
+def test_the_context_cuts_people_where_it_cuts_models(
+    limits: dict[str, Any], prompt_words: int, tmp_path: Path, generator: TextGenerator
+) -> None:
+    write_jsonl(tmp_path / "long.jsonl", [{"text": "Nobody on the rock had seen the lamp go out. " * 20}])
+    decoding = SamplingParams(ignore_eos=True, **limits)
+    (people,) = human_samples(tmp_path / "long.jsonl", generator, decoding, samples=1, prompt_words=prompt_words)
+    (model,) = draw_samples(generator, [people.prompt], decoding, seed=1)
+    assert (len(people.token_ids), people.finish_reason) == (len(model.token_ids), model.finish_reason)
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error(tmp_path: Path, generator: TextGenerator) -> None:
+    write_jsonl(tmp_path / "long.jsonl", [{"text": "Nobody on the rock had seen the lamp go out. " * 20}])
+    with pytest.raises(UserError, match="leave no room in the context of 64"):
+        human_samples(tmp_path / "long.jsonl", generator, SamplingParams(), samples=1, prompt_words=100)
+
+
+def test_no_document_comes_twice(documents: Path, generator: TextGenerator) -> None:
+    assert len(human_samples(documents, generator, SamplingParams(max_new_tokens=6), samples=50, prompt_words=2)) == 3
 
 
 def test_samples_do_not_depend_on_each_other(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,14 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from ruamel.yaml import YAML
 
 from pipeline.evaluation.search import STARTUP_TRIALS, Search, Values, open_search
-from pipeline.params.tune import SpaceParams
+from pipeline.params.tune import RangeParams, SpaceParams
 
 ROOT = Path(__file__).parents[2]
 SPACE = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")["tune"]["space"]
@@ -107,6 +110,24 @@ def test_where_the_space_does_not_hold_it_the_first_trial_is_drawn(space: SpaceP
     narrow = space.model_copy(update={"top_k": [20, 50]})
     _, values = open_search(next(folders), narrow, 1).ask()
     assert values["top_k"] in (20, 50)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.65, 1.05), (0.6, 0.9)])
+def test_where_no_step_reaches_it_the_first_trial_is_drawn(
+    low: float, high: float, space: SpaceParams, folders: Iterator[Path]
+) -> None:
+    coarse = space.model_copy(update={"temperature": RangeParams(low=low, high=high, step=0.1)})
+    _, values = open_search(next(folders), coarse, 1).ask()
+    assert values["temperature"] in coarse.temperature
+
+
+@given(st.integers(-100, 100), st.integers(1, 60), st.integers(0, 40), st.integers(0, 4))
+def test_steps_that_divide_a_range_try_both_ends(low: int, step: int, steps: int, decimals: int) -> None:
+    written = [f"{number}e-{decimals}" for number in (low, low + steps * step, step)]
+    tried = RangeParams(**dict(zip(("low", "high", "step"), map(float, written), strict=True)))
+    grid = FloatDistribution(tried.low, tried.high, step=tried.step)
+    assert grid.high == tried.high
+    assert all(end in tried for end in tried.ends())
 
 
 def test_a_trial_worse_than_the_best_ends_early(space: SpaceParams, folders: Iterator[Path]) -> None:

@@ -17,7 +17,7 @@ from pipeline.quality.comparison import (
     measure_sample,
     measure_set,
 )
-from pipeline.quality.distance import distance
+from pipeline.quality.distance import EMPTY_EXCESS, distance
 from pipeline.quality.diversity import distinct_n
 from pipeline.quality.faults import fault_rates, find_faults
 from pipeline.quality.jackknife import jackknife_interval, leave_each_out
@@ -136,5 +136,15 @@ def test_what_cannot_be_compared_is_an_error(human: Human) -> None:
         compare(human.samples[:7], human)
     with pytest.raises(UserError, match="1 text of people is too little"):
         measure_people(human.samples[:1])
-    with pytest.raises(UserError, match="none of them has a token"):
-        measure_set(measured([[], []]))
+    with pytest.raises(UserError, match=r"^people's texts: none of them has a token after its prompt"):
+        measure_people(measured([[], []]))
+
+
+@pytest.mark.parametrize("empty", [[[]] * 8, [[1], *[[]] * 7]], ids=["all", "all but one"])
+def test_empty_samples_are_measured(human: Human, empty: list[list[int]]) -> None:
+    found = compare(measured(empty), human, intervals=True)
+    assert all(math.isfinite(value) for value in (*asdict(found.figures).values(), *found.interval()))
+    assert (found.distance.excess >= EMPTY_EXCESS) == (empty[0] == [])
+    # All but one of people's texts may be empty, too.
+    silent = measure_people(measured([*[[]] * 7, [1]]))
+    assert math.isfinite(compare(measured(empty), silent, intervals=True).distance.score)

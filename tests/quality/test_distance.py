@@ -199,10 +199,19 @@ def test_figure_that_is_no_number_is_an_error_naming_the_term(term: str, value: 
         distance(HUMAN, broken, SCALES)
 
 
-@pytest.mark.parametrize("term", ["perplexity", "mean_tokens"])
-def test_no_token_is_an_error_naming_the_term(term: str) -> None:
-    with pytest.raises(UserError, match=f"^distance: {term} of the own samples is 0.0, must be above 0"):
-        distance(moved(term, 0), HUMAN, SCALES)
+def test_no_perplexity_is_an_error_naming_the_term() -> None:
+    with pytest.raises(UserError, match=r"^distance: perplexity of the own samples is 0\.0, must be above 0"):
+        distance(moved("perplexity", 0), HUMAN, SCALES)
+
+
+def test_samples_without_a_token_are_the_worst() -> None:
+    empty = distance(moved("mean_tokens", 0), HUMAN, SCALES)
+    faulty = replace(HUMAN, **dict.fromkeys(("invented_words", "doubled_words", "mean_copy_tokens"), 1000.0))
+    faulty = replace(faulty, broken_quotes=1.0, broken_sentences=200.0, rep_4=1.0, looping_share=1.0, form_share=0.0)
+    least = {name: allowance or 1 / 50 for name, allowance in FAULTS.items()}
+    assert empty.rank > distance(faulty, HUMAN, SCALES | least).rank
+    assert math.isfinite(empty.score)
+    assert empty.terms["mean_tokens"] == pytest.approx(0.5 * math.log(HUMAN.mean_tokens / 0.01) / SCALES["mean_tokens"])
 
 
 @pytest.mark.parametrize("scale", [0.0, math.nan, -1.0])

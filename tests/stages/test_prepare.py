@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from untidy_tales import tale, write_tales
+from untidy_tales import END, START, tale, write_tales
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +22,8 @@ def test_command_sums_up_in_one_line(tmp_path: Path) -> None:
     result = run(str(tmp_path / "data"), str(tmp_path / "out" / "prepare"))
     assert result.returncode == 0
     assert result.stdout.startswith("prepare: kept 80 of 85 rows from 5 files; dropped 1 empty, 1 fragment, 2 exact ")
+    notices = f"Do not remove.\n{START}\n{END}\nBelow.\n"
+    assert f" 1 near duplicate, {len(notices)} characters of notices; " in result.stdout
     assert result.stderr == ""
 
 

@@ -26,7 +26,7 @@ from toy_project import ROOT, Project
 from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
-from pipeline.files import read_json, sha256_file, write_json
+from pipeline.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from pipeline.imports import needed_files
 from pipeline.params.section import PARAMS_FILE
 from pipeline.stages import register as stage
@@ -142,11 +142,14 @@ def test_the_first_version_is_champion_and_leads_back_to_run_scores_and_data(
     parent = project.run_of("finetune")
     run = client.get_run(found.run_id)
     assert (run.data.tags["mlflow.parentRunId"], run.data.tags[runs.STAGE_TAG]) == (parent, "register")
-    documents = read_json(project.out / "evaluate" / "details.json")["documents"]
+    details = read_json(project.out / "evaluate" / "details.json")
+    precision = details["protocol"]["precision"]
     assert found.tags["pipeline.run_id"] == parent
     assert found.tags[registry.FINGERPRINT_TAG] == version["fingerprint"]
     assert registry.score_of(found) == registry.Score(
-        sha256_file(project.out / "prepare" / "test.jsonl"), documents["finetuned"]["bits_per_byte"]
+        registry.digest_texts(project.out / "prepare" / "test.jsonl"),
+        f"provider cpu, precision {precision}, window_tokens 64, stride_tokens 32",
+        details["documents"]["finetuned"]["bits_per_byte"],
     )
     assert {"machine.cpu", "library.mlflow"} <= set(found.tags)
 
@@ -215,6 +218,31 @@ def test_changed_decoding_is_another_version(file: str, changed: dict[str, Any],
     write_json(path, earlier)
     assert register_files(fresh) == first
     assert int(store.connect().get_model_version_by_alias(first["name"], "champion").version) == 1
+
+
+def test_a_worse_model_on_a_renamed_data_file_is_challenger_until_it_is_promoted(
+    fresh: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = register_files(fresh)
+    test, details_file = fresh.out / "prepare" / "test.jsonl", fresh.out / "evaluate" / "details.json"
+    write_jsonl(test, [{**row, "source": "renamed.txt:1"} for row in read_jsonl(test)][::-1])
+    details = read_json(details_file)
+    details["documents"]["finetuned"]["bits_per_byte"] += 0.5
+    write_json(details_file, details)
+    second = register_files(fresh)
+    line = f"registered {first['name']} version 2 as challenger: its bits per byte are "
+    assert capsys.readouterr().out.splitlines()[-1].startswith(line)
+    client = store.connect()
+    assert int(client.get_model_version_by_alias(first["name"], "champion").version) == 1
+    registry.promote(client, second["name"], second["fingerprint"])
+    assert int(client.get_model_version_by_alias(first["name"], "champion").version) == 2
+    # Another stride gives other figures of the same model.
+    details["protocol"]["stride_tokens"] = 8
+    details["documents"]["finetuned"]["bits_per_byte"] -= 0.6
+    write_json(details_file, details)
+    assert register_files(fresh)["version"] == 3
+    assert "as challenger: the champion was scored with provider cpu, " in capsys.readouterr().out
+    assert int(client.get_model_version_by_alias(first["name"], "champion").version) == 2
 
 
 def test_a_version_whose_files_are_gone_is_registered_anew(fresh: Project) -> None:

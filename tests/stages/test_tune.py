@@ -16,10 +16,12 @@ from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError
 from pipeline.evaluation import trials as trials_module
 from pipeline.evaluation.presets import choose_presets, edges_of, rows_of
-from pipeline.evaluation.trials import Bench, Final, Trial, set_up, try_out
+from pipeline.evaluation.search import open_search
+from pipeline.evaluation.trials import Bench, Final, Trial, run_finals, run_trials, set_up, try_out
 from pipeline.files import read_json, sha256_file, write_jsonl
 from pipeline.params.section import read_yaml
 from pipeline.params.tune import TuneParams
+from pipeline.quality.distance import EMPTY_EXCESS
 from pipeline.resume import RESUME_FOLDER
 from pipeline.stages import tune as stage
 from pipeline.stages.tune import fingerprint
@@ -232,6 +234,29 @@ def test_with_few_documents_no_trial_is_pruned(project: Project, tmp_path: Path)
     write_jsonl(few, [{"text": "The baker lit the only oven."}])
     with pytest.raises(UserError, match="1 text of people is too little"):
         set_up(project.out / "export", few, project.out / "tokenize" / "train", params.tune, params.samples)
+
+
+def test_a_trial_that_says_nothing_is_the_worst_and_does_not_end_the_search(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = Bench.draw
+    silent: list[Any] = []
+
+    def draw_or_be_silent(own: Bench, values: Any, *arguments: int) -> Any:
+        if len(silent) < 2 and values not in silent:
+            silent.append(values)
+        ends = {"allowed_token_ids": (own.generator.engine.end_of_text_id,)} if values in silent else {}
+        return draw(own, {**values, **ends}, *arguments)
+
+    monkeypatch.setattr(Bench, "draw", draw_or_be_silent)
+    search = open_search(tmp_path, bench.params.space, 1)
+    trials = run_trials(bench, search, lambda *_: None)
+    finals = run_finals(bench, trials, search)
+    assert len(trials) == bench.params.trials
+    assert [trial.values for trial in trials if trial.excess >= EMPTY_EXCESS] == silent
+    assert [trial.values for trial in trials if trial.scores["mean_tokens"] == 0] == silent
+    assert not {0, 1} & {*finals, *choose_presets(trials, finals).values()}
+    assert search.study.best_trial.number > 1
 
 
 def test_rounds_and_prompts_have_random_numbers_of_their_own(bench: Bench) -> None:

@@ -6,10 +6,20 @@ import pytest
 from isolated_store import isolated_store
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from unused_model import log_unused_model
 
 from pipeline.errors import UserError
+from pipeline.files import write_jsonl
 from pipeline.tracking import registry, runs, store
-from pipeline.tracking.registry import Score, deserves_champion, fetch_model, score_of, set_alias
+from pipeline.tracking.registry import (
+    Score,
+    digest_texts,
+    fetch_model,
+    find_objection,
+    promote,
+    score_of,
+    set_alias,
+)
 
 NAME = "harbour-tales"
 
@@ -27,20 +37,18 @@ def client() -> MlflowClient:
     return client
 
 
-def new_version(client: MlflowClient, score: Score | None) -> ModelVersion:
+def score(bits_per_byte: float, split: str = "a", protocol: str = "stride_tokens 62") -> Score:
+    return Score(split, protocol, bits_per_byte)
+
+
+def new_version(client: MlflowClient, own: Score | None) -> ModelVersion:
     """A version without files, tagged as `register` tags one."""
-    tags = {}
-    if score is not None:
-        tags = {
-            registry.TEST_SPLIT_TAG: score.test_split_sha256,
-            registry.BITS_PER_BYTE_TAG: repr(score.bits_per_byte),
-        }
-    return client.create_model_version(NAME, source="nowhere", tags=tags)
+    return client.create_model_version(NAME, source="nowhere", tags={} if own is None else own.tags())
 
 
-def registered(client: MlflowClient, score: Score) -> str:
+def registered(client: MlflowClient, own: Score) -> str:
     """The alias that a version of this score gets."""
-    return set_alias(client, new_version(client, score), score)
+    return set_alias(client, new_version(client, own), own).partition(":")[0]
 
 
 def aliases(client: MlflowClient) -> dict[str, int]:
@@ -48,52 +56,131 @@ def aliases(client: MlflowClient) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("candidate", "champion", "deserves"),
+    ("candidate", "champion", "objection"),
     [
-        (Score("a", 2.0), None, True),
-        (Score("a", 2.0), Score("a", 2.1), True),
-        (Score("a", 2.0), Score("a", 2.0), True),
-        (Score("a", 2.0), Score("a", 1.9), False),
-        (Score("a", 2.0), Score("b", 1.9), True),
-        (Score("a", 2.0), Score("b", 2.1), True),
+        (score(2.0), score(2.1), None),
+        (score(2.0), score(2.0), None),
+        (score(2.0), score(1.9), "its bits per byte are 2.0000, the champion's 1.9000"),
+        (score(2.0), score(2.1, "b"), "the champion was scored on other texts, so the two are not compared"),
+        (
+            score(2.0, protocol="stride_tokens 8"),
+            score(2.1),
+            "the champion was scored with stride_tokens 62, not stride_tokens 8; the two are not compared",
+        ),
+        (score(2.0), None, "the champion has no score to compare"),
         # A score that is not a number is no better than any.
-        (Score("a", float("nan")), Score("a", 2.0), False),
+        (score(float("nan")), score(2.0), "its bits per byte are nan, the champion's 2.0000"),
     ],
 )
-def test_champion_is_no_worse_on_the_same_split(candidate: Score, champion: Score | None, deserves: bool) -> None:
-    assert deserves_champion(candidate, champion) is deserves
+def test_champion_is_no_worse_on_the_same_texts_in_the_same_way(
+    candidate: Score, champion: Score | None, objection: str | None
+) -> None:
+    assert find_objection(candidate, champion) == objection
 
 
 def test_the_first_version_is_champion(client: MlflowClient) -> None:
-    assert registered(client, Score("a", 2.0)) == "champion"
+    assert registered(client, score(2.0)) == "champion"
     assert aliases(client) == {"champion": 1}
 
 
 def test_a_worse_version_becomes_challenger_and_the_champion_stays(client: MlflowClient) -> None:
-    registered(client, Score("a", 2.0))
-    assert registered(client, Score("a", 2.1)) == "challenger"
+    registered(client, score(2.0))
+    assert registered(client, score(2.1)) == "challenger"
     assert aliases(client) == {"champion": 1, "challenger": 2}
-    assert registered(client, Score("a", 2.2)) == "challenger"
+    assert registered(client, score(2.2)) == "challenger"
     assert aliases(client) == {"champion": 1, "challenger": 3}
 
 
 def test_a_better_version_takes_the_champions_place(client: MlflowClient) -> None:
-    registered(client, Score("a", 2.0))
-    registered(client, Score("a", 2.1))
-    assert registered(client, Score("a", 1.9)) == "champion"
+    registered(client, score(2.0))
+    registered(client, score(2.1))
+    assert registered(client, score(1.9)) == "champion"
     assert aliases(client) == {"champion": 3, "challenger": 2}
 
 
-def test_a_champion_without_a_score_yields(client: MlflowClient) -> None:
+@pytest.mark.parametrize("own", [score(1.0, "b"), score(1.0, protocol="stride_tokens 8")])
+def test_a_version_that_cannot_be_compared_becomes_challenger(client: MlflowClient, own: Score) -> None:
+    registered(client, score(2.0))
+    alias = set_alias(client, new_version(client, own), own)
+    assert alias.startswith("challenger: the champion was scored ")
+    assert alias.endswith("; python -m pipeline promote makes it the champion")
+    assert aliases(client) == {"champion": 1, "challenger": 2}
+
+
+def test_a_champion_without_a_score_stays(client: MlflowClient) -> None:
     client.set_registered_model_alias(NAME, "champion", new_version(client, None).version)
-    assert registered(client, Score("a", 9.0)) == "champion"
+    assert registered(client, score(1.0)) == "challenger"
+    assert aliases(client) == {"champion": 1, "challenger": 2}
+
+
+def test_the_champion_stays_when_it_is_registered_again(client: MlflowClient) -> None:
+    registered(client, score(float("nan")))
+    version = client.get_model_version(NAME, "1")
+    assert set_alias(client, version, score(float("nan"))) == "champion"
+
+
+@pytest.mark.parametrize(
+    ("deleted", "bits_per_byte", "champion"),
+    [("alias", 1.7, 1), ("alias", 1.0, 7), ("version", 1.7, 7), ("version", 1.8, 7), ("version", 1.9, 2)],
+)
+def test_the_best_version_left_follows_a_champion_that_was_deleted(
+    deleted: str, bits_per_byte: float, champion: int, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [score(1.0), score(1.8), score(1.9), score(0.5, "b"), score(0.5, protocol="stride_tokens 8"), None]
+    for own in left:
+        new_version(client, own)
+    client.set_registered_model_alias(NAME, "champion", "1")
+    monkeypatch.setattr(registry, "_has_files", lambda version: True)
+    if deleted == "version":
+        client.delete_model_version(NAME, "1")
+    else:
+        client.delete_registered_model_alias(NAME, "champion")
+    registered(client, score(bits_per_byte))
+    assert aliases(client) == {"champion": champion} | ({} if champion == 7 else {"challenger": 7})
+
+
+def test_a_version_without_files_follows_no_champion(client: MlflowClient) -> None:
+    new_version(client, score(1.0))
+    assert registered(client, score(2.0)) == "champion"
+
+
+def test_the_version_of_the_tree_is_promoted_whatever_its_score(client: MlflowClient, tmp_path: Path) -> None:
+    with runs.start_run("register", {}) as run:
+        uri = log_unused_model(run.run_id, tmp_path, {})
+    for fingerprint, bits_per_byte in (("old", 2.1), ("new", 2.0)):
+        tags = score(bits_per_byte).tags() | {registry.FINGERPRINT_TAG: fingerprint}
+        version = mlflow.register_model(uri, NAME, tags=tags)
+        set_alias(client, version, score(bits_per_byte))
     assert aliases(client) == {"champion": 2}
+    assert int(promote(client, NAME, "old").version) == 1
+    assert aliases(client) == {"champion": 1}
+    client.set_registered_model_alias(NAME, "challenger", "2")
+    promote(client, NAME, "new")
+    assert aliases(client) == {"champion": 2}
+    with pytest.raises(UserError, match=f"^{NAME}: the registry does not hold this version; run python -m pipeline"):
+        promote(client, NAME, "other")
+
+
+def test_a_split_is_known_by_its_texts_alone(tmp_path: Path) -> None:
+    rows = [{"id": "1", "title": "T", "text": "One.", "source": "a.txt:1"}, {"text": "Two.", "source": "a.txt:2"}]
+    renamed = [{**row, "title": "U", "source": "b.txt:9"} for row in rows]
+    splits = {
+        "same": (rows, renamed, rows[::-1]),
+        "other": ([*rows, rows[0]], rows[:1], [{"text": "One.Two."}], [{"text": "Two."}, {"text": "One"}]),
+    }
+    digests = {name: [] for name in splits}
+    for name, contents in splits.items():
+        for content in contents:
+            write_jsonl(tmp_path / "test.jsonl", content)
+            digests[name].append(digest_texts(tmp_path / "test.jsonl"))
+    assert len({*digests["same"]}) == 1
+    assert len({*digests["same"], *digests["other"]}) == 5
 
 
 def test_a_score_is_read_back_to_the_last_digit(client: MlflowClient) -> None:
-    score = Score("a", 2.1234567890123457)
-    version = new_version(client, score)
-    assert score_of(client.get_model_version(NAME, version.version)) == score
+    own = score(2.1234567890123457)
+    version = new_version(client, own)
+    assert score_of(client.get_model_version(NAME, version.version)) == own
 
 
 def test_a_version_that_somebody_else_registered_has_no_score(client: MlflowClient) -> None:
@@ -125,6 +212,6 @@ def test_a_model_that_register_did_not_make_is_told(client: MlflowClient, tmp_pa
 
 
 def test_a_version_whose_files_are_gone_is_told(client: MlflowClient) -> None:
-    registered(client, Score("a", 2.0))
+    registered(client, score(2.0))
     with pytest.raises(UserError, match="the registry does not hold it"):
         fetch_model(f"models:/{NAME}@champion")
