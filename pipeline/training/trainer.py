@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import fmean
+from typing import Any, NoReturn, Protocol
 
 import torch
 from peft import PeftModel
@@ -193,7 +194,10 @@ class PackedTrainer(Trainer):
         self._params = params
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._counting_since = time.perf_counter()
-        self._losses: list[torch.Tensor] = []
+        self._batch_losses: list[torch.Tensor] = []
+        """The losses of the batches in this process that are not yet part of `_step_losses`."""
+        self._step_losses: list[float] = []
+        """The losses of the steps since the last point of the curve."""
 
     def create_optimizer(self) -> Optimizer:
         """Make our optimizer; only when the Trainer asks, because FSDP replaces the weights when it shards them."""
@@ -208,34 +212,43 @@ class PackedTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> Any:
         self._tokens += (inputs["labels"] != IGNORED_LABEL).sum().to(self._tokens.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._losses.append(loss)
+        self._batch_losses.append(loss)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now = time.perf_counter()
         if "loss" in logs:
             logs["tokens_per_second"] = self._sum_over_processes(self._tokens).item() / (now - self._counting_since)
-            self._check_losses(logs["loss"])
+            self._gather_losses()
+            # The Trainer's own mean counts from the last checkpoint that training resumed from.
+            logs["loss"] = round(fmean(self._step_losses), 4)
+            self._step_losses.clear()
             self._tokens.zero_()
             self._counting_since = now
         super().log(logs, start_time)
 
-    def _check_losses(self, mean: float) -> None:
-        """Raise `UserError` that names the batch if a loss since the last check was not finite, or far too high."""
-        losses = [float(loss) * self.args.gradient_accumulation_steps for loss in self._losses]
-        self._losses.clear()
-        limit = EXPLODED * max(math.log(self.model.config.vocab_size), self._loss_at_start)
-        if math.isfinite(mean) and all(loss <= limit for loss in losses):
+    def _gather_losses(self) -> None:
+        """Note the loss of each step since the last call. Raises `UserError` if one is not finite, or far too high.
+
+        A batch's loss is its share of the loss of the step, times the number of processes.
+        """
+        if not self._batch_losses:
             return
-        first = next((index for index, loss in enumerate(losses) if not loss <= limit), len(losses) - 1)
-        batches = self.args.gradient_accumulation_steps
-        step = self.state.global_step - (len(losses) - 1 - first) // batches
+        batches = torch.stack(self._batch_losses).view(-1, self.args.gradient_accumulation_steps)
+        losses: list[float] = self.accelerator.reduce(batches.sum(dim=1), reduction="mean").tolist()
+        self._batch_losses.clear()
+        limit = EXPLODED * max(math.log(self.model.config.vocab_size), self._loss_at_start)
+        for step, loss in enumerate(losses, start=self.state.global_step - len(losses) + 1):
+            if not loss <= limit:
+                self._refuse(f"the training loss is {loss:.4g} at", step)
+        self._step_losses += losses
+
+    def _refuse(self, found: str, step: int) -> NoReturn:
         train: PackedSteps = self.train_dataset
         documents = sorted({window.document for window in train.step_windows(step - 1)})
-        batch = first % batches + 1
         raise UserError(
-            f"finetune: the training loss is {losses[first]:.4g} at step {step}, batch {batch} of {batches}, which "
-            f"learns from training documents {', '.join(str(document + 1) for document in documents)}; "
+            f"finetune: {found} step {step}, which learns from training documents "
+            f"{', '.join(str(document + 1) for document in documents)}; "
             f"lower finetune.learning_rate, or look at these documents{self._last_good_checkpoint()}"
         )
 

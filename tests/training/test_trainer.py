@@ -316,7 +316,7 @@ def test_a_base_without_a_finite_loss_is_an_error(
 
 
 @pytest.mark.parametrize(("spoiled", "shown"), [(math.nan, "nan"), (1e4, "")])
-def test_a_loss_that_explodes_is_an_error_with_its_batch_and_the_last_good_checkpoint(
+def test_a_loss_that_explodes_is_an_error_with_its_step_and_the_last_good_checkpoint(
     spoiled: float,
     shown: str,
     model: ScoredGPT2,
@@ -343,11 +343,25 @@ def test_a_loss_that_explodes_is_an_error_with_its_batch_and_the_last_good_check
         run(model, tokens, tokens, tmp_path, params, parts=2)
     message = str(caught.value)
     assert message.startswith(f"finetune: the training loss is {shown}")
-    assert f" at step {last}, batch 2 of 2, which learns from training documents " in message
+    assert f" at step {last}, which learns from training documents " in message
     assert f"documents {', '.join(map(str, documents))}; lower finetune.learning_rate" in message
     kept = TrainingState(tmp_path / "work").checkpoint
     assert kept is not None
     assert message.endswith(f"the last good checkpoint is kept in {kept}")
+
+
+def test_the_loss_that_is_judged_is_that_of_the_whole_step(
+    tiny_checkpoint: Path, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
+) -> None:
+    """One batch of six has all labels of a step: six times its loss is no loss of any step."""
+    tokens = tokenized(TRAINING_TEXTS)
+    params = finetune_params(epochs=2.0, evaluations=1, batch_tokens=1)
+    assert steps_of(tokens, params).steps_per_epoch == len(TRAINING_TEXTS)
+    curves = []
+    for parts in (1, 6):
+        model = trainable(tiny_checkpoint, dropout=0.0, attention_dropout=0.0)
+        curves.append(run(model, tokens, tokens, tmp_path / str(parts), params, parts=parts)[0])
+    assert [loss for _, loss in curves[1].train] == pytest.approx([loss for _, loss in curves[0].train], rel=1e-4)
 
 
 def test_a_validation_loss_beyond_any_perplexity_is_logged(
