@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.utils.data import Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers import (
-    EarlyStoppingCallback,
     GPT2LMHeadModel,
     PrinterCallback,
     ProgressCallback,
@@ -26,6 +25,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from pipeline.checkpoint import explain_unwritten_weights
 from pipeline.curves import Curves, Point
@@ -37,7 +37,7 @@ from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch
 from pipeline.training.precision import supports_bfloat16, supports_tf32
 from pipeline.training.processes import Processes
 from pipeline.training.state import WHOLE_FILE, TrainingState
-from pipeline.training.stopping import StopCallback, Stopped
+from pipeline.training.stopping import EarlyStopping, StopCallback, Stopped, is_finished
 
 FSDP = {
     "transformer_layer_cls_to_wrap": ["GPT2Block"],
@@ -74,8 +74,8 @@ def finetune_model(
     `work_folder` holds the checkpoints while training runs. With one of them as `resume_from`, training resumes there,
     and gives what an uninterrupted training would have given, bit for bit on the same machine. Calls `on_evaluation`
     with model and step after each scoring of the validation split, the first at step 0. Raises `UserError` if the loss
-    is not finite or explodes, or if the GPU's memory is full. If `stop` is set, finishes the current step, saves a
-    checkpoint and raises `Stopped`.
+    is not finite or explodes, or if the GPU's memory is full. If `stop` is set before the end, finishes the current
+    step, saves a checkpoint and raises `Stopped`.
     """
     if processes.device.type == "cpu":
         keep_freed_memory()
@@ -89,7 +89,7 @@ def finetune_model(
         eval_dataset=validation,
         data_collator=only_batch,
         callbacks=[
-            EarlyStoppingCallback(params.early_stopping_patience),
+            EarlyStopping(params.early_stopping_patience),
             EvaluationSchedule(params.evaluations),
             BestCheckpoint(),
             CurveCallback(log, on_evaluation),
@@ -100,9 +100,14 @@ def finetune_model(
         trainer.remove_callback(talkative)
     if sys.stderr.isatty() and processes.is_first:
         trainer.add_callback(BarCallback)
+    if resume_from is not None:
+        state = TrainerState.load_from_json(str(resume_from / TRAINER_STATE_NAME))
+        if is_finished(state, params.early_stopping_patience):
+            # Only the best weights are left to load.
+            trainer.args.max_steps = state.global_step
     with explain_unwritten_weights(work_folder), _explain_full_memory():
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    if stop is not None and trainer.state.global_step < trainer.state.max_steps and processes.any(stop.is_set()):
+    if not is_finished(trainer.state, params.early_stopping_patience):
         raise Stopped(trainer.state.global_step)
     return Curves(*(_points(trainer.state, name) for name in ("loss", "eval_loss")))
 
@@ -165,7 +170,6 @@ def training_arguments(
         save_steps=train.steps,
         # The best and the newest. With a limit of one, the Trainer would remove the newest at the end.
         save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -207,7 +211,8 @@ class PackedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Keep the order: `PackedSteps` has already shuffled."""
-        return SequentialSampler(self.train_dataset)
+        train: PackedSteps = self.train_dataset
+        return SequentialSampler(range(self.args.max_steps * train.parts))
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> Any:
         self._tokens += (inputs["labels"] != IGNORED_LABEL).sum().to(self._tokens.device)

@@ -1,4 +1,5 @@
 import math
+import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
-from transformers import GPT2LMHeadModel, set_seed
+from transformers import GPT2LMHeadModel, TrainerState, set_seed
 
 from pipeline.curves import Curves
 from pipeline.errors import UserError
@@ -22,7 +23,8 @@ from pipeline.training.objective import ScoredGPT2
 from pipeline.training.packing import PackedSteps
 from pipeline.training.processes import join_processes
 from pipeline.training.samples import generate_samples
-from pipeline.training.state import TrainingState
+from pipeline.training.state import TrainingState, step_of
+from pipeline.training.stopping import is_finished
 from pipeline.training.trainer import finetune_model, training_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,6 +125,7 @@ def run(
     on_evaluation: Callable[[GPT2LMHeadModel, int], None] = lambda model, step: None,
     resume_from: Path | None = None,
     parts: int = 1,
+    stop: threading.Event | None = None,
 ) -> tuple[Curves, Recorder]:
     log = Recorder()
     set_seed(params.seed)
@@ -136,6 +139,7 @@ def run(
         log=log,
         on_evaluation=on_evaluation,
         resume_from=resume_from,
+        stop=stop,
     )
     return curves, log
 
@@ -269,6 +273,60 @@ def test_training_stops_when_validation_no_longer_improves(
     curves, _ = run(model, tokenized(TRAINING_TEXTS[:1]), tokenized(VALIDATION_TEXTS), tmp_path, params)
     best_step, _ = curves.best_validation
     assert curves.validation[-1][0] == best_step + 2 < 40
+
+
+def test_used_up_patience_stays_so(
+    tiny_checkpoint: Path, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
+) -> None:
+    """Killed or stopped after the last evaluation, training has nothing left to do but load the best weights."""
+    train, validation = tokenized(TRAINING_TEXTS[:1]), tokenized(VALIDATION_TEXTS)
+    params = finetune_params(
+        epochs=40.0, evaluations=40, learning_rate=0.05, warmup_share=0.0, early_stopping_patience=2
+    )
+    model = trainable(tiny_checkpoint)
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    last = 0
+    stop = threading.Event()
+
+    def stop_at_the_last_evaluation(model: GPT2LMHeadModel, step: int) -> None:
+        if step == last:
+            stop.set()
+
+    expected, _ = run(model, train, validation, tmp_path / "whole", params)
+    last = expected.validation[-1][0]
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    model.load_state_dict(start)
+    stopped, _ = run(model, train, validation, tmp_path / "parts", params, stop_at_the_last_evaluation, stop=stop)
+    assert stop.is_set()
+    assert stopped == expected
+    checkpoint = TrainingState(tmp_path / "parts" / "work").checkpoint
+    assert checkpoint is not None
+    assert step_of(checkpoint) == last < 40
+
+    model.load_state_dict(start)
+    resumed, log = run(model, train, validation, tmp_path / "parts", params, resume_from=checkpoint)
+    assert resumed == expected
+    assert log.metrics == []
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("losses", "finished"),
+    [
+        ([], False),
+        ([1.0], False),
+        ([1.0, 9.0, 8.0], False),
+        ([1.0, 9.0, 9.0, 9.0], True),
+        ([1.0, 9.0, 8.0, 9.0, 9.0], True),
+        ([1.0, 9.0, 9.5, 8.0, 9.0], False),
+    ],
+)
+def test_training_is_finished_without_a_lower_loss_for_as_long_as_patience(losses: list[float], finished: bool) -> None:
+    history = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)]
+    state = TrainerState(global_step=len(losses), max_steps=40, log_history=history)
+    assert is_finished(state, patience=2) == finished
+    assert is_finished(TrainerState(global_step=40, max_steps=40, log_history=history), patience=2)
 
 
 def test_the_same_seed_gives_the_same_weights(
