@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import Sampler, SequentialSampler
 from tqdm import tqdm
@@ -30,13 +31,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from pipeline.checkpoint import explain_unwritten_weights
 from pipeline.curves import Curves, Point
 from pipeline.errors import UserError
+from pipeline.files import read_json, write_json
 from pipeline.params.finetune import FinetuneParams
 from pipeline.training.memory import keep_freed_memory, peak_bytes
 from pipeline.training.optimizer import build_optimizer, learning_rate_schedule
 from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch
 from pipeline.training.precision import supports_bfloat16, supports_tf32
 from pipeline.training.processes import Processes
-from pipeline.training.state import WHOLE_FILE, TrainingState
+from pipeline.training.state import STEP_LOSSES_FILE, WHOLE_FILE, TrainingState
 from pipeline.training.stopping import EarlyStopping, StopCallback, Stopped, is_finished
 
 FSDP = {
@@ -105,6 +107,7 @@ def finetune_model(
         if is_finished(state, params.early_stopping_patience):
             # Only the best weights are left to load.
             trainer.args.max_steps = state.global_step
+        trainer.step_losses += read_json(resume_from / STEP_LOSSES_FILE)
     with explain_unwritten_weights(work_folder), _explain_full_memory():
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     if not is_finished(trainer.state, params.early_stopping_patience):
@@ -168,8 +171,6 @@ def training_arguments(
         eval_on_start=not is_resumed,
         save_strategy="steps",
         save_steps=train.steps,
-        # The best and the newest. With a limit of one, the Trainer would remove the newest at the end.
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -199,9 +200,9 @@ class PackedTrainer(Trainer):
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._counting_since = time.perf_counter()
         self._batch_losses: list[torch.Tensor] = []
-        """The losses of the batches in this process that are not yet part of `_step_losses`."""
-        self._step_losses: list[float] = []
-        """The losses of the steps since the last point of the curve."""
+        """The losses of the batches in this process that are not yet part of `step_losses`."""
+        self.step_losses: list[float] = []
+        """The losses of the steps since the last point of the training curve."""
 
     def create_optimizer(self) -> Optimizer:
         """Make our optimizer; only when the Trainer asks, because FSDP replaces the weights when it shards them."""
@@ -226,8 +227,8 @@ class PackedTrainer(Trainer):
             logs["tokens_per_second"] = self._sum_over_processes(self._tokens).item() / (now - self._counting_since)
             self._gather_losses()
             # The Trainer's own mean counts from the last checkpoint that training resumed from.
-            logs["loss"] = round(fmean(self._step_losses), 4)
-            self._step_losses.clear()
+            logs["loss"] = round(fmean(self.step_losses), 4)
+            self.step_losses.clear()
             self._tokens.zero_()
             self._counting_since = now
         super().log(logs, start_time)
@@ -246,7 +247,7 @@ class PackedTrainer(Trainer):
         for step, loss in enumerate(losses, start=self.state.global_step - len(losses) + 1):
             if not loss <= limit:
                 self._refuse(f"the training loss is {loss:.4g} at", step)
-        self._step_losses += losses
+        self.step_losses += losses
 
     def _refuse(self, found: str, step: int) -> NoReturn:
         train: PackedSteps = self.train_dataset
@@ -270,11 +271,22 @@ class PackedTrainer(Trainer):
         summed: torch.Tensor = self.accelerator.reduce(values, reduction="sum")
         return summed
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint, in place of older ones that are not needed, unless training has gone wrong."""
+        self._gather_losses()
+        weights = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in self.model.parameters())
+        broken = torch.stack([~weight.isfinite().all() for weight in weights]).sum()
+        if self._sum_over_processes(broken).item():
+            self._refuse("the weights are not finite after", self.state.global_step)
+        if self.args.should_save:
+            TrainingState(Path(self.args.output_dir)).make_room(self.state.best_model_checkpoint)
+        super()._save_checkpoint(model, trial)
+
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
-        """Mark the newest checkpoint as whole, then remove old ones; called when all its files are written."""
+        """Mark the newest checkpoint as whole; called when all its files are written."""
         newest = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        write_json(newest / STEP_LOSSES_FILE, self.step_losses)
         (newest / WHOLE_FILE).touch()
-        super()._rotate_checkpoints(use_mtime=False, output_dir=output_dir)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Return the mean negative log-likelihood per label, in nats, over the whole split.

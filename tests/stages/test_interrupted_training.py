@@ -17,7 +17,7 @@ from pipeline.files import read_json, sha256_file
 from pipeline.stages import finetune as stage
 from pipeline.tracking import store
 from pipeline.tracking.runs import find_run
-from pipeline.training.state import WHOLE_FILE, open_state
+from pipeline.training.state import WHOLE_FILE, TrainingState, open_state
 
 OUTPUTS = ("checkpoint/model.safetensors", "loss_train.csv", "loss_validation.csv", "metrics.json")
 
@@ -86,7 +86,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(project: Project, whole: P
     # As a kill would leave it in the middle of the next.
     (folder / "checkpoint-1000000").mkdir()
     said = finish(parts)
-    assert "checkpoint-1000000 was not written to its end, and is removed" in said
+    assert "checkpoint-1000000 is not whole, and is removed" in said
     assert "resuming from step " in said
     for name in OUTPUTS:
         assert sha256_file(parts / "out" / "finetune" / name) == sha256_file(whole / "out" / "finetune" / name), name
@@ -151,8 +151,21 @@ def test_training_resumes_from_the_newest_whole_checkpoint(tmp_path: Path, capsy
     assert state.checkpoint == tmp_path / "checkpoint-100"
     assert not (tmp_path / "checkpoint-1000").exists()
     said = capsys.readouterr().err
-    assert "checkpoint-1000 was not written to its end, and is removed" in said
+    assert "checkpoint-1000 is not whole, and is removed" in said
     assert "finetune: resuming from step 100 of the interrupted fine-tuning" in said
+
+
+@pytest.mark.parametrize(("best", "kept"), [(None, 100), (10, 10), (100, 100)])
+def test_the_best_checkpoint_or_else_the_newest_is_kept_while_another_is_written(
+    best: int | None, kept: int, tmp_path: Path
+) -> None:
+    for step in (9, 10, 100, 101):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / WHOLE_FILE).touch()
+    # Another process has begun to write it.
+    (tmp_path / "checkpoint-101" / WHOLE_FILE).unlink()
+    TrainingState(tmp_path).make_room(None if best is None else f"elsewhere/checkpoint-{best}")
+    assert {folder.name for folder in tmp_path.iterdir()} == {f"checkpoint-{kept}", "checkpoint-101"}
 
 
 def test_the_fingerprint_is_of_data_base_and_parameters(project: Project, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.training.packing import PackedSteps
 from pipeline.training.processes import join_processes
 from pipeline.training.samples import generate_samples
 from pipeline.training.state import TrainingState, step_of
-from pipeline.training.stopping import is_finished
+from pipeline.training.stopping import Stopped, is_finished
 from pipeline.training.trainer import finetune_model, training_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -193,6 +193,110 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, expected[name]), name
     assert [step for step, _ in rest.metrics] == [step for step, _ in log.metrics][-len(rest.metrics) :]
+
+
+def on_step(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[ScoredGPT2], None]) -> None:
+    """Call `do` with the model after the forward and backward pass of a step, counted from 1."""
+    training_step, steps = trainer.PackedTrainer.training_step, 0
+
+    def training_step_then(self: Any, model: ScoredGPT2, *arguments: Any) -> Any:
+        nonlocal steps
+        loss = training_step(self, model, *arguments)
+        steps += 1
+        if steps == step:
+            do(model)
+        return loss
+
+    monkeypatch.setattr(trainer.PackedTrainer, "training_step", training_step_then)
+
+
+@pytest.mark.parametrize("stopped_at", [2, 11, 12, 16])
+def test_a_stopped_training_has_the_curves_of_an_uninterrupted_one(
+    stopped_at: int,
+    tiny_checkpoint: Path,
+    tokenized: Callable[[Sequence[str]], TokenArrays],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped between two points of the training curve, at one, and at an evaluation."""
+    monkeypatch.setattr(trainer, "LOGGED_POINTS", 4)
+    train, validation = tokenized(TRAINING_TEXTS * 2), tokenized(VALIDATION_TEXTS)
+    params = finetune_params(epochs=8.0, evaluations=3, dropout=0.1, batch_tokens=32)
+    model = trainable(tiny_checkpoint, dropout=0.1)
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    curves, log = run(model, train, validation, tmp_path / "whole", params)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert [step for step, _ in curves.train] == [6, 8, 12, 16, 18, 24]
+
+    model.load_state_dict(start)
+    stop = threading.Event()
+    on_step(monkeypatch, stopped_at, lambda _: stop.set())
+    with pytest.raises(Stopped, match=f"^{stopped_at}$"):
+        run(model, train, validation, tmp_path / "parts", params, stop=stop)
+    checkpoint = TrainingState(tmp_path / "parts" / "work").checkpoint
+    assert checkpoint is not None
+    assert step_of(checkpoint) == stopped_at
+
+    model.load_state_dict(start)
+    found, rest = run(model, train, validation, tmp_path / "parts", params, resume_from=checkpoint)
+    assert found == curves
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+    measured = ("tokens_per_second", "peak_memory_mib")
+    later, again = (
+        [(step, {name: values[name] for name in values if name not in measured}) for step, values in metrics]
+        for metrics in (log.metrics[-len(rest.metrics) :], rest.metrics)
+    )
+    assert again == later
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: model.transformer.ln_f.weight.data.fill_(math.nan), "the training loss is nan at step 11,"),
+        (lambda model: model.transformer.ln_f.weight.grad.fill_(math.nan), "the weights are not finite after step 10,"),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_what_is_not_finite_is_never_saved(
+    spoil: Callable[[ScoredGPT2], None],
+    message: str,
+    model: ScoredGPT2,
+    tokenized: Callable[[Sequence[str]], TokenArrays],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer, "LOGGED_POINTS", 1)
+    tokens = tokenized(TRAINING_TEXTS * 2)
+    params = finetune_params(epochs=8.0, evaluations=3, batch_tokens=32)
+    stop = threading.Event()
+    on_step(monkeypatch, 10, spoil)
+    on_step(monkeypatch, 10 if "10" in message else 11, lambda _: stop.set())
+    with pytest.raises(UserError, match=f"^finetune: {message} which learns from .*checkpoint-8$"):
+        run(model, tokens, tokens, tmp_path, params, stop=stop)
+    checkpoint = TrainingState(tmp_path / "work").checkpoint
+    assert checkpoint is not None
+    assert step_of(checkpoint) == 8
+
+
+def test_no_more_than_two_checkpoints_exist_and_one_is_whole(
+    model: ScoredGPT2,
+    tokenized: Callable[[Sequence[str]], TokenArrays],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A rate so high that the best is not the newest.
+    params = finetune_params(epochs=12.0, evaluations=12, learning_rate=0.05, warmup_share=0.0)
+    save_random_state = trainer.PackedTrainer._save_rng_state
+    counts: list[tuple[int, int]] = []
+
+    def save_random_state_and_count(self: Any, folder: str) -> None:
+        save_random_state(self, folder)
+        counts.append(tuple(len(list((tmp_path / "work").glob(name))) for name in ("checkpoint-*", "*/whole")))
+
+    monkeypatch.setattr(trainer.PackedTrainer, "_save_rng_state", save_random_state_and_count)
+    curves, _ = run(model, tokenized(TRAINING_TEXTS[:1]), tokenized(VALIDATION_TEXTS), tmp_path, params)
+    assert curves.best_validation[0] < 12
+    assert counts == [(1, 0)] + [(2, 1)] * (len(curves.validation) - 2)
 
 
 def loss_by_hand(model: GPT2LMHeadModel, tokens: TokenArrays) -> float:
