@@ -69,6 +69,11 @@ def kill_after(folder: Path, evaluations: int) -> None:
     assert not (folder / "out" / "finetune").exists()
 
 
+def check_outputs(parts: Path, whole: Path) -> None:
+    for name in OUTPUTS:
+        assert sha256_file(parts / "out" / "finetune" / name) == sha256_file(whole / "out" / "finetune" / name), name
+
+
 @pytest.fixture(scope="module")
 def whole(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training that nothing interrupted."""
@@ -88,8 +93,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(project: Project, whole: P
     said = finish(parts)
     assert "checkpoint-1000000 is not whole, and is removed" in said
     assert "resuming from step " in said
-    for name in OUTPUTS:
-        assert sha256_file(parts / "out" / "finetune" / name) == sha256_file(whole / "out" / "finetune" / name), name
+    check_outputs(parts, whole)
     assert list(state.iterdir()) == []
     with isolated_store(parts):
         client = store.connect()
@@ -118,17 +122,19 @@ def compare_histories(client: MlflowClient, run_id: str, whole: Path) -> None:
     assert rows.to_dict("records") == expected_rows.to_dict("records")
 
 
-def test_one_that_is_told_to_stop_saves_first(project: Project, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_that_is_asked_to_stop_saves_first(
+    number: signal.Signals, project: Project, whole: Path, tmp_path: Path
+) -> None:
     parts = long_training(project, tmp_path / "parts")
     process = start(parts)
     wait_for_evaluations(process, 1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     step = int(said.split("stopped after step ")[1].split(";")[0])
     assert f"resuming from step {step} of the interrupted fine-tuning" in finish(parts)
-    weights = Path("out") / "finetune" / "checkpoint" / "model.safetensors"
-    assert sha256_file(parts / weights) == sha256_file(whole / weights)
+    check_outputs(parts, whole)
 
 
 def test_a_second_one_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
