@@ -44,8 +44,9 @@ class RunLog:
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         now_ms = int(time.time() * 1000)
         new = {name: value for name, value in values.items() if step > self.last_steps.get(name, -1)}
-        metrics = [Metric(name, float(value), now_ms, step) for name, value in new.items()]
-        self.client.log_batch(self.run_id, metrics=metrics)
+        if new:
+            metrics = [Metric(name, float(value), now_ms, step) for name, value in new.items()]
+            self.client.log_batch(self.run_id, metrics=metrics)
 
     def holds_row(self, table: str, column: str, value: Any) -> bool:
         """Return whether a table of the run has a row with this value."""
@@ -177,6 +178,13 @@ def holds_run(run_id: str) -> bool:
         if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
             raise
         return False
+
+
+def end_killed_run(run_id: str) -> None:
+    """Mark a run as killed if the store says that it is running."""
+    client = connect()
+    if holds_run(run_id) and client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, "KILLED")
 
 
 def find_run(client: MlflowClient, stage: str, outputs: Path) -> str | None:

@@ -48,6 +48,14 @@ FSDP = {
 }
 EXPLODED = 2.0
 """The multiple of the loss of a uniform guess, or of the base if that is larger, from which a loss does not recover."""
+RUN_METRICS = {
+    "loss": "train_loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "gradient_norm",
+    "tokens_per_second": "tokens_per_second",
+    "eval_loss": "validation_loss",
+}
+"""The Trainer's names of values, and the run's."""
 LOGGED_POINTS = 100
 """The number of points of the training curves, evenly spread."""
 
@@ -343,6 +351,15 @@ class BestCheckpoint(TrainerCallback):
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
 
+def run_metrics(logs: dict[str, float]) -> dict[str, float]:
+    """Return what the run records of a log entry of the Trainer."""
+    metrics = {name: logs[key] for key, name in RUN_METRICS.items() if key in logs}
+    if "eval_loss" in logs:
+        # torch gives infinity if it overflows; Python's math.exp would raise.
+        metrics["validation_perplexity"] = torch.tensor(logs["eval_loss"], dtype=torch.float64).exp().item()
+    return metrics
+
+
 class CurveCallback(TrainerCallback):
     """A callback that logs the curves to the run, and prints a line per evaluation."""
 
@@ -350,36 +367,30 @@ class CurveCallback(TrainerCallback):
         self.run_log = log
         self.on_evaluation = on_evaluation
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Record again what came before an interruption: the run may be a new one, in another store."""
+        for entry in state.log_history:
+            self._record(run_metrics(entry), entry["step"])
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
-        step = state.global_step
-        if "loss" in logs:
-            metrics = {
-                "train_loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "gradient_norm": logs["grad_norm"],
-                "tokens_per_second": logs["tokens_per_second"],
-            }
-            self._record(metrics, step)
+        step, metrics = state.global_step, run_metrics(logs)
         if "eval_loss" in logs:
-            loss = logs["eval_loss"]
-            if not math.isfinite(loss):
+            if not math.isfinite(loss := logs["eval_loss"]):
                 raise UserError(f"finetune: the validation loss is {loss} at step {step}; lower finetune.learning_rate")
-            # torch gives infinity if it overflows; Python's math.exp would raise.
-            perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
-            memory_mib = peak_bytes(args.device) / 2**20
-            self._record(
-                {"validation_loss": loss, "validation_perplexity": perplexity, "peak_memory_mib": memory_mib}, step
-            )
+            metrics["peak_memory_mib"] = peak_bytes(args.device) / 2**20
+        self._record(metrics, step)
+        if "eval_loss" in logs:
             training = _points(state, "loss")
             train_loss = f"train loss {training[-1][1]:.3f}, " if training else ""
             self._print_line(
-                f"step {step} of {state.max_steps}: {train_loss}validation loss {loss:.3f}, perplexity {perplexity:.2f}"
+                f"step {step} of {state.max_steps}: {train_loss}validation loss {logs['eval_loss']:.3f}, "
+                f"perplexity {metrics['validation_perplexity']:.2f}"
             )
 
     def _record(self, metrics: dict[str, float], step: int) -> None:
-        if self.run_log is not None:
+        if self.run_log is not None and metrics:
             self.run_log.log_metrics(metrics, step)
 
     def _print_line(self, line: str) -> None:
