@@ -1,4 +1,4 @@
-"""A stage's process: stops on SIGTERM or when its DVC dies, and holds an exclusive lock on its output folder."""
+"""A stage's process: stops on signals or when its DVC dies, and holds an exclusive lock on its output folder."""
 
 import os
 import signal
@@ -83,8 +83,7 @@ def _end_after(runners: list[int]) -> None:
 
 @contextmanager
 def note_termination() -> Iterator[threading.Event]:
-    """Let SIGTERM and SIGINT set the event instead of ending the process; the same one again, some seconds later, ends
-    it."""
+    """Let SIGTERM and SIGINT set the event; only the same one again, some seconds later, ends the process."""
     asked = threading.Event()
     first_s: dict[int, float] = {}
 
