@@ -15,8 +15,8 @@ from pathlib import Path
 from pipeline.files import digest_of, read_json, sha256_file, write_json
 from pipeline.imports import PACKAGE, needed_files
 from pipeline.stage_process import only_writer
-from pipeline.tracking.runs import find_run, fingerprint_of, holds_run
-from pipeline.tracking.store import connect
+from pipeline.tracking.runs import end_killed_run, find_run, fingerprint_of, holds_run
+from pipeline.tracking.store import connect, store_uri, without_password
 
 RESUME_FOLDER = Path(".resume")
 RUN_FILE = "run.json"
@@ -56,13 +56,15 @@ def only_resumer(stage: str) -> Iterator[None]:
 
 
 def open_folder(stage: str, name: str) -> Path:
-    """Return the folder of the work with this fingerprint; remove what other work left, and say so."""
+    """Return the folder of the work with this fingerprint; remove other work, end its run, and say so."""
     folder = RESUME_FOLDER / stage / name
     folder.mkdir(parents=True, exist_ok=True)
     for other in folder.parent.iterdir():
         if other != folder:
             print(f"{stage}: data, models, parameters or code have changed since it was interrupted: it starts again",
                   file=sys.stderr)  # fmt: skip
+            if (file := other / RUN_FILE).is_file():
+                end_killed_run(read_json(file)["run_id"])
             shutil.rmtree(other)
     return folder
 
@@ -75,7 +77,7 @@ def note_run(folder: Path, run_id: str) -> None:
 def interrupted_run(stage: str, folder: Path) -> str | None:
     """Return the id of the run that records the work in `folder`; None if there is none yet.
 
-    If the tracking store no longer holds that run, the folder is emptied, with a line that says so.
+    Returns None, with a line that says so, if the tracking store does not hold that run: it may be another store.
     """
     file = folder / RUN_FILE
     if not file.is_file():
@@ -83,15 +85,9 @@ def interrupted_run(stage: str, folder: Path) -> str | None:
     run_id = str(read_json(file)["run_id"])
     if holds_run(run_id):
         return run_id
-    print(f"{stage}: the tracking store no longer holds the interrupted run: it starts again", file=sys.stderr)
-    empty(folder)
+    print(f"{stage}: the tracking store {without_password(store_uri())} does not hold the interrupted run: the work "
+          "continues in a new run; if that is the wrong store, set MLFLOW_TRACKING_URI", file=sys.stderr)  # fmt: skip
     return None
-
-
-def empty(folder: Path) -> None:
-    """Remove all work in the folder, to start again."""
-    shutil.rmtree(folder)
-    folder.mkdir()
 
 
 def remove(folder: Path) -> None:

@@ -1,6 +1,5 @@
-"""A stage's process: stops on SIGTERM or when its DVC dies, and holds an exclusive lock on its output folder."""
+"""A stage's process: stops on signals or when its DVC dies, and holds an exclusive lock on its output folder."""
 
-import math
 import os
 import signal
 import threading
@@ -15,7 +14,7 @@ from filelock import FileLock, Timeout
 from pipeline.errors import UserError
 
 ONE_REQUEST_S = 3
-"""SIGTERMs within this time count as one: a group of processes may get each signal more than once."""
+"""Equal signals within this time count as one: a group of processes may get each more than once."""
 STAGE_VARIABLE = "DVC_STAGE"
 """The variable that DVC sets for the commands that it runs."""
 SHELLS = {"ash", "bash", "busybox", "dash", "fish", "ksh", "sh", "zsh"}
@@ -84,21 +83,20 @@ def _end_after(runners: list[int]) -> None:
 
 @contextmanager
 def note_termination() -> Iterator[threading.Event]:
-    """Let SIGTERM set the event instead of ending the process; a second one, some seconds later, ends it."""
+    """Let SIGTERM and SIGINT set the event; only the same one again, some seconds later, ends the process."""
     asked = threading.Event()
-    first_s = math.inf
+    first_s: dict[int, float] = {}
 
     def note(number: int, frame: object) -> None:
-        nonlocal first_s
         now_s = time.monotonic()
-        first_s = min(first_s, now_s)
         asked.set()
-        if now_s - first_s > ONE_REQUEST_S:
-            signal.signal(signal.SIGTERM, before)
-            os.kill(os.getpid(), signal.SIGTERM)
+        if now_s - first_s.setdefault(number, now_s) > ONE_REQUEST_S:
+            signal.signal(number, before[signal.Signals(number)])
+            os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

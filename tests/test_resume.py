@@ -8,7 +8,7 @@ import pytest
 from isolated_store import isolated_store
 
 from pipeline import resume
-from pipeline.tracking import runs
+from pipeline.tracking import runs, store
 
 MODULE = '''"""The module."""
 
@@ -105,10 +105,32 @@ def test_an_interrupted_run_is_resumed_while_the_store_holds_it(
         resume.note_run(folder, run.run_id)
     assert resume.interrupted_run("tune", folder) == run.run_id
     assert capsys.readouterr().err == ""
+    (folder / "study.db").touch()
     run.client.delete_run(run.run_id)
     assert resume.interrupted_run("tune", folder) is None
-    assert "tune: the tracking store no longer holds the interrupted run: it starts again" in capsys.readouterr().err
-    assert list(folder.iterdir()) == []
+    assert "/mlflow.db does not hold the interrupted run: the work continues in a new run; " in capsys.readouterr().err
+    assert (folder / "study.db").exists()
+
+
+def test_a_killed_run_does_not_stay_running_once_its_work_is_removed(project: Path) -> None:
+    client = store.connect()
+    run_id = client.create_run(store.experiment_id(client)).info.run_id
+    resume.note_run(resume.open_folder("tune", "a"), run_id)
+    resume.open_folder("tune", "a")
+    assert client.get_run(run_id).info.status == "RUNNING"
+    resume.open_folder("tune", "b")
+    assert client.get_run(run_id).info.status == "KILLED"
+
+
+@pytest.mark.parametrize("status", ["FAILED", "FINISHED"])
+def test_a_run_that_has_ended_is_left_as_it_is(status: str, project: Path) -> None:
+    client = store.connect()
+    run_id = client.create_run(store.experiment_id(client)).info.run_id
+    client.set_terminated(run_id, status)
+    for known in (run_id, "0" * 32):
+        resume.note_run(resume.open_folder("tune", "a"), known)
+        resume.open_folder("tune", "b")
+    assert client.get_run(run_id).info.status == status
 
 
 def test_outputs_of_the_same_fingerprint_are_kept(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A stage stops on SIGTERM or with its DVC, and locks its output folder."""
+"""A stage stops on SIGTERM, SIGINT or with its DVC, and locks its output folder."""
 
 import os
 import signal
@@ -37,26 +37,39 @@ with stage_process(out), whole_folder(out) as partial:
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM")
 
 
-def test_sigterm_is_noted_however_often_it_comes_at_once() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_however_often_it_comes_at_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with stage_process.note_termination() as asked:
         assert not asked.is_set()
         for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         assert asked.is_set()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
 
 
-def test_another_one_later_does_what_it_did_before(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_same_one_later_does_what_it_did_before(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     came = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    before = signal.signal(number, lambda number, frame: came.append(number))
     try:
         monkeypatch.setattr(stage_process, "ONE_REQUEST_S", -1)
         with stage_process.note_termination() as asked:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             assert asked.is_set()
-        assert came == [signal.SIGTERM]
+        assert came == [number]
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def test_ctrl_c_and_the_end_of_dvc_that_follows_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(stage_process.time, "monotonic", lambda: now_s)
+    with stage_process.note_termination() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        now_s = 100.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.is_set()
 
 
 def test_a_stage_by_hand_is_bound_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

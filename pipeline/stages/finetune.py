@@ -50,7 +50,7 @@ def main() -> None:
         name = fingerprint(arguments.tokens, arguments.base, params, processes.count)
         processes.agree(name, "parameters, data, base, code or libraries")
         if not processes.from_first(lambda: resume.holds_outputs(STAGE, name, arguments.out)):
-            # SIGTERM is caught only from here on: a process that waits for the lock has nothing to save.
+            # Signals are caught only from here on: a process that waits for the lock has nothing to save.
             if processes.is_first:
                 with resume.only_resumer(STAGE), note_termination() as stop, exit_when_stopped():
                     train_recorded(arguments.tokens, arguments.base, arguments.out, params, name, processes, stop)
@@ -86,7 +86,7 @@ def train_recorded(
 
 @contextmanager
 def exit_when_stopped() -> Iterator[None]:
-    """Turn `Stopped` into the exit code of a process that SIGTERM ended."""
+    """Turn `Stopped` into the exit code of a process that SIGTERM ended, whatever asked for it."""
     try:
         yield
     except Stopped as stopped:

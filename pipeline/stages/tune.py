@@ -38,7 +38,7 @@ def main() -> None:
         parameters = read_yaml(PARAMS_FILE)
         parent = parent_run(connect(), arguments.finetune, parameters)
         read = (arguments.export, arguments.documents, arguments.tokens)
-        name = fingerprint(read, params, samples, parent)
+        name = fingerprint(read, params, samples)
         if resume.holds_outputs(STAGE, name, arguments.out):
             return
         folder = resume.open_folder(STAGE, name)
@@ -51,10 +51,10 @@ def main() -> None:
         resume.remove(folder)
 
 
-def fingerprint(read: tuple[Path, ...], params: TuneParams, samples: SamplesParams, parent: str) -> str:
-    """Return the name of a search: a digest of files, parameters, code, libraries, and the run that it belongs to."""
+def fingerprint(read: tuple[Path, ...], params: TuneParams, samples: SamplesParams) -> str:
+    """Return the name of a search: a digest of files, parameters, code and libraries."""
     versions = (optuna.__version__, onnxruntime.__version__)
-    return resume.fingerprint(STAGE, read, params.model_dump_json(), samples.model_dump_json(), *versions, parent)
+    return resume.fingerprint(STAGE, read, params.model_dump_json(), samples.model_dump_json(), *versions)
 
 
 def tune(

@@ -26,6 +26,8 @@ OUTPUTS_TAG = "pipeline.outputs_sha256"
 """The digest of what a stage wrote, by which later stages and `restore` find its run: ids are random, files are not."""
 FINGERPRINT_TAG = "pipeline.fingerprint"
 """The name of all that a stage's outputs depend on: data, parameters, code, libraries."""
+SECTIONS = ("prepare", "base", "finetune", "export", "samples", "tune", "evaluate", "register")
+"""The sections of `params.yaml`, each before those of later stages; `samples` is read by `tune` and `evaluate`."""
 TRIAL = "trial"
 TRIAL_TAG = "pipeline.trial"
 
@@ -42,8 +44,9 @@ class RunLog:
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         now_ms = int(time.time() * 1000)
         new = {name: value for name, value in values.items() if step > self.last_steps.get(name, -1)}
-        metrics = [Metric(name, float(value), now_ms, step) for name, value in new.items()]
-        self.client.log_batch(self.run_id, metrics=metrics)
+        if new:
+            metrics = [Metric(name, float(value), now_ms, step) for name, value in new.items()]
+            self.client.log_batch(self.run_id, metrics=metrics)
 
     def holds_row(self, table: str, column: str, value: Any) -> bool:
         """Return whether a table of the run has a row with this value."""
@@ -128,9 +131,10 @@ def start_run(
     run_id: str | None = None,
     fingerprint: str | None = None,
 ) -> Iterator[RunLog]:
-    """Open a run with all parameters and its lineage; it ends as finished, or as failed if the block raises.
+    """Open a run with its parameters and lineage; it ends as finished, or as failed if the block raises.
 
-    `parameters` is the parsed `params.yaml`; `run_id` names an interrupted run of the store, which is resumed;
+    `parameters` is the parsed `params.yaml`; the run gets the sections of its stage and of those before it, which made
+    it. `run_id` names an interrupted run of the store, which is resumed and keeps its parameters: MLflow changes none.
     `fingerprint` names all that the outputs depend on, for `fingerprint_of`.
     """
     client = connect()
@@ -154,8 +158,11 @@ def start_run(
             {name: max(point.step for point in client.get_metric_history(run_id, name)) for name in known},
         )
         log.set_tags(all_tags)
+    later = SECTIONS[SECTIONS.index(stage) + 1 :]
+    own = {section: values for section, values in parameters.items() if section not in later}
     try:
-        client.log_batch(log.run_id, params=[Param(key, str(value)) for key, value in flatten(parameters).items()])
+        if run_id is None:
+            client.log_batch(log.run_id, params=[Param(key, str(value)) for key, value in flatten(own).items()])
         yield log
     except BaseException:
         client.set_terminated(log.run_id, "FAILED")
@@ -171,6 +178,13 @@ def holds_run(run_id: str) -> bool:
         if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
             raise
         return False
+
+
+def end_killed_run(run_id: str) -> None:
+    """Mark a run as killed if the store says that it is running."""
+    client = connect()
+    if holds_run(run_id) and client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, "KILLED")
 
 
 def find_run(client: MlflowClient, stage: str, outputs: Path) -> str | None:

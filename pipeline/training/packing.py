@@ -53,15 +53,19 @@ def deal(sizes: ArrayLike, groups: int) -> NDArray[np.int64]:
     """Cut a sequence of items of these sizes into consecutive groups of about equal size.
 
     Returns the bounds, `[groups + 1]`: group i holds `bounds[i]` to `bounds[i + 1]` (exclusive). An item goes to the
-    group that contains its middle, so a group is off its share by at most half an item at either end. A group may be
-    empty.
+    group that contains its middle, so a group is off its share by at most half an item at either end. A group that
+    contains no middle takes an item of a neighbor; groups are empty only if they outnumber the items.
     """
     ends = np.cumsum(sizes, dtype=np.float64)
     middles = ends - np.asarray(sizes) / 2
     shares = np.linspace(0, ends[-1] if len(ends) else 0, groups + 1)
     bounds = np.searchsorted(middles, shares)
     bounds[-1] = len(middles)
-    return bounds
+    if groups > len(middles):
+        return bounds
+    # Each bound at least one above the one before, and low enough for those after it.
+    index = np.arange(groups + 1)
+    return np.minimum(np.maximum.accumulate(bounds - index), len(middles) - groups) + index
 
 
 class PackedSteps(Dataset[Batch]):
@@ -78,7 +82,7 @@ class PackedSteps(Dataset[Batch]):
         parts: int = 1,
         share: float = 1.0,
     ) -> None:
-        """Deal the windows of a share of the documents to steps of about `batch_tokens`.
+        """Deal the windows of a share of the documents to steps of about `batch_tokens`, at least one window each.
 
         Without a seed, windows keep the order of their documents; with one, each epoch has its own order. A larger
         share includes the documents of every smaller one.
@@ -89,7 +93,7 @@ class PackedSteps(Dataset[Batch]):
         self.windows = [window for window in cut_windows(lengths, context_length) if window.document in taken]
         self.seed = seed
         self.parts = parts
-        self.steps_per_epoch = max(1, round(self.window_tokens / batch_tokens))
+        self.steps_per_epoch = max(1, min(round(self.window_tokens / batch_tokens), len(self.windows)))
         self.steps = math.ceil(self.steps_per_epoch * epochs)
         self._epoch = lru_cache(maxsize=1)(self._deal_epoch)
 

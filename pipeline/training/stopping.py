@@ -1,4 +1,4 @@
-"""Stopping a training on request (SIGTERM): it finishes the step, saves a checkpoint, and raises `Stopped`."""
+"""When a training ends before its last step: on request (SIGTERM or SIGINT), or because it no longer improves."""
 
 import threading
 from typing import Any
@@ -10,6 +10,27 @@ from pipeline.training.processes import Processes
 
 class Stopped(Exception):  # noqa: N818
     """Training stopped on request; the first argument is the last step that it took."""
+
+
+def is_finished(state: TrainerState, patience: int) -> bool:
+    """Return whether training took its last step, or has not improved for `patience` evaluations.
+
+    The answer follows from the losses alone, so that it is the same after an interruption. The untrained base, at step
+    0, does not count.
+    """
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] > 0]
+    since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    return state.global_step >= state.max_steps or since_best >= patience
+
+
+class EarlyStopping(TrainerCallback):
+    """A callback that ends a training that no longer improves."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_training_stop |= is_finished(state, self.patience)
 
 
 class StopCallback(TrainerCallback):

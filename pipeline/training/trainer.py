@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import fmean
+from typing import Any, NoReturn, Protocol
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers import (
-    EarlyStoppingCallback,
     GPT2LMHeadModel,
     PrinterCallback,
     ProgressCallback,
@@ -25,18 +26,20 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from pipeline.checkpoint import explain_unwritten_weights
 from pipeline.curves import Curves, Point
 from pipeline.errors import UserError
+from pipeline.files import read_json, write_json
 from pipeline.params.finetune import FinetuneParams
 from pipeline.training.memory import keep_freed_memory, peak_bytes
 from pipeline.training.optimizer import build_optimizer, learning_rate_schedule
 from pipeline.training.packing import IGNORED_LABEL, PackedSteps, only_batch
 from pipeline.training.precision import supports_bfloat16, supports_tf32
 from pipeline.training.processes import Processes
-from pipeline.training.state import WHOLE_FILE, TrainingState
-from pipeline.training.stopping import StopCallback, Stopped
+from pipeline.training.state import STEP_LOSSES_FILE, WHOLE_FILE, TrainingState
+from pipeline.training.stopping import EarlyStopping, StopCallback, Stopped, is_finished
 
 FSDP = {
     "transformer_layer_cls_to_wrap": ["GPT2Block"],
@@ -45,6 +48,14 @@ FSDP = {
 }
 EXPLODED = 2.0
 """The multiple of the loss of a uniform guess, or of the base if that is larger, from which a loss does not recover."""
+RUN_METRICS = {
+    "loss": "train_loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "gradient_norm",
+    "tokens_per_second": "tokens_per_second",
+    "eval_loss": "validation_loss",
+}
+"""The Trainer's names of values, and the run's."""
 LOGGED_POINTS = 100
 """The number of points of the training curves, evenly spread."""
 
@@ -73,8 +84,8 @@ def finetune_model(
     `work_folder` holds the checkpoints while training runs. With one of them as `resume_from`, training resumes there,
     and gives what an uninterrupted training would have given, bit for bit on the same machine. Calls `on_evaluation`
     with model and step after each scoring of the validation split, the first at step 0. Raises `UserError` if the loss
-    is not finite or explodes, or if the GPU's memory is full. If `stop` is set, finishes the current step, saves a
-    checkpoint and raises `Stopped`.
+    is not finite or explodes, or if the GPU's memory is full. If `stop` is set before the end, finishes the current
+    step, saves a checkpoint and raises `Stopped`.
     """
     if processes.device.type == "cpu":
         keep_freed_memory()
@@ -88,7 +99,7 @@ def finetune_model(
         eval_dataset=validation,
         data_collator=only_batch,
         callbacks=[
-            EarlyStoppingCallback(params.early_stopping_patience),
+            EarlyStopping(params.early_stopping_patience),
             EvaluationSchedule(params.evaluations),
             BestCheckpoint(),
             CurveCallback(log, on_evaluation),
@@ -99,9 +110,15 @@ def finetune_model(
         trainer.remove_callback(talkative)
     if sys.stderr.isatty() and processes.is_first:
         trainer.add_callback(BarCallback)
+    if resume_from is not None:
+        state = TrainerState.load_from_json(str(resume_from / TRAINER_STATE_NAME))
+        if is_finished(state, params.early_stopping_patience):
+            # Only the best weights are left to load.
+            trainer.args.max_steps = state.global_step
+        trainer.step_losses += read_json(resume_from / STEP_LOSSES_FILE)
     with explain_unwritten_weights(work_folder), _explain_full_memory():
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    if stop is not None and trainer.state.global_step < trainer.state.max_steps and processes.any(stop.is_set()):
+    if not is_finished(trainer.state, params.early_stopping_patience):
         raise Stopped(trainer.state.global_step)
     return Curves(*(_points(trainer.state, name) for name in ("loss", "eval_loss")))
 
@@ -162,9 +179,6 @@ def training_arguments(
         eval_on_start=not is_resumed,
         save_strategy="steps",
         save_steps=train.steps,
-        # The best and the newest. With a limit of one, the Trainer would remove the newest at the end.
-        save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -193,7 +207,10 @@ class PackedTrainer(Trainer):
         self._params = params
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._counting_since = time.perf_counter()
-        self._losses: list[torch.Tensor] = []
+        self._batch_losses: list[torch.Tensor] = []
+        """The losses of the batches in this process that are not yet part of `step_losses`."""
+        self.step_losses: list[float] = []
+        """The losses of the steps since the last point of the training curve."""
 
     def create_optimizer(self) -> Optimizer:
         """Make our optimizer; only when the Trainer asks, because FSDP replaces the weights when it shards them."""
@@ -203,39 +220,49 @@ class PackedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Keep the order: `PackedSteps` has already shuffled."""
-        return SequentialSampler(self.train_dataset)
+        train: PackedSteps = self.train_dataset
+        return SequentialSampler(range(self.args.max_steps * train.parts))
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> Any:
         self._tokens += (inputs["labels"] != IGNORED_LABEL).sum().to(self._tokens.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._losses.append(loss)
+        self._batch_losses.append(loss)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now = time.perf_counter()
         if "loss" in logs:
             logs["tokens_per_second"] = self._sum_over_processes(self._tokens).item() / (now - self._counting_since)
-            self._check_losses(logs["loss"])
+            self._gather_losses()
+            # The Trainer's own mean counts from the last checkpoint that training resumed from.
+            logs["loss"] = round(fmean(self.step_losses), 4)
+            self.step_losses.clear()
             self._tokens.zero_()
             self._counting_since = now
         super().log(logs, start_time)
 
-    def _check_losses(self, mean: float) -> None:
-        """Raise `UserError` that names the batch if a loss since the last check was not finite, or far too high."""
-        losses = [float(loss) * self.args.gradient_accumulation_steps for loss in self._losses]
-        self._losses.clear()
-        limit = EXPLODED * max(math.log(self.model.config.vocab_size), self._loss_at_start)
-        if math.isfinite(mean) and all(loss <= limit for loss in losses):
+    def _gather_losses(self) -> None:
+        """Note the loss of each step since the last call. Raises `UserError` if one is not finite, or far too high.
+
+        A batch's loss is its share of the loss of the step, times the number of processes.
+        """
+        if not self._batch_losses:
             return
-        first = next((index for index, loss in enumerate(losses) if not loss <= limit), len(losses) - 1)
-        batches = self.args.gradient_accumulation_steps
-        step = self.state.global_step - (len(losses) - 1 - first) // batches
+        batches = torch.stack(self._batch_losses).view(-1, self.args.gradient_accumulation_steps)
+        losses: list[float] = self.accelerator.reduce(batches.sum(dim=1), reduction="mean").tolist()
+        self._batch_losses.clear()
+        limit = EXPLODED * max(math.log(self.model.config.vocab_size), self._loss_at_start)
+        for step, loss in enumerate(losses, start=self.state.global_step - len(losses) + 1):
+            if not loss <= limit:
+                self._refuse(f"the training loss is {loss:.4g} at", step)
+        self.step_losses += losses
+
+    def _refuse(self, found: str, step: int) -> NoReturn:
         train: PackedSteps = self.train_dataset
         documents = sorted({window.document for window in train.step_windows(step - 1)})
-        batch = first % batches + 1
         raise UserError(
-            f"finetune: the training loss is {losses[first]:.4g} at step {step}, batch {batch} of {batches}, which "
-            f"learns from training documents {', '.join(str(document + 1) for document in documents)}; "
+            f"finetune: {found} step {step}, which learns from training documents "
+            f"{', '.join(str(document + 1) for document in documents)}; "
             f"lower finetune.learning_rate, or look at these documents{self._last_good_checkpoint()}"
         )
 
@@ -252,11 +279,22 @@ class PackedTrainer(Trainer):
         summed: torch.Tensor = self.accelerator.reduce(values, reduction="sum")
         return summed
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint, in place of older ones that are not needed, unless training has gone wrong."""
+        self._gather_losses()
+        weights = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in self.model.parameters())
+        broken = torch.stack([~weight.isfinite().all() for weight in weights]).sum()
+        if self._sum_over_processes(broken).item():
+            self._refuse("the weights are not finite after", self.state.global_step)
+        if self.args.should_save:
+            TrainingState(Path(self.args.output_dir)).make_room(self.state.best_model_checkpoint)
+        super()._save_checkpoint(model, trial)
+
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
-        """Mark the newest checkpoint as whole, then remove old ones; called when all its files are written."""
+        """Mark the newest checkpoint as whole; called when all its files are written."""
         newest = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        write_json(newest / STEP_LOSSES_FILE, self.step_losses)
         (newest / WHOLE_FILE).touch()
-        super()._rotate_checkpoints(use_mtime=False, output_dir=output_dir)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Return the mean negative log-likelihood per label, in nats, over the whole split.
@@ -313,6 +351,15 @@ class BestCheckpoint(TrainerCallback):
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
 
+def run_metrics(logs: dict[str, float]) -> dict[str, float]:
+    """Return what the run records of a log entry of the Trainer."""
+    metrics = {name: logs[key] for key, name in RUN_METRICS.items() if key in logs}
+    if "eval_loss" in logs:
+        # torch gives infinity if it overflows; Python's math.exp would raise.
+        metrics["validation_perplexity"] = torch.tensor(logs["eval_loss"], dtype=torch.float64).exp().item()
+    return metrics
+
+
 class CurveCallback(TrainerCallback):
     """A callback that logs the curves to the run, and prints a line per evaluation."""
 
@@ -320,36 +367,30 @@ class CurveCallback(TrainerCallback):
         self.run_log = log
         self.on_evaluation = on_evaluation
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Record again what came before an interruption: the run may be a new one, in another store."""
+        for entry in state.log_history:
+            self._record(run_metrics(entry), entry["step"])
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
-        step = state.global_step
-        if "loss" in logs:
-            metrics = {
-                "train_loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "gradient_norm": logs["grad_norm"],
-                "tokens_per_second": logs["tokens_per_second"],
-            }
-            self._record(metrics, step)
+        step, metrics = state.global_step, run_metrics(logs)
         if "eval_loss" in logs:
-            loss = logs["eval_loss"]
-            if not math.isfinite(loss):
+            if not math.isfinite(loss := logs["eval_loss"]):
                 raise UserError(f"finetune: the validation loss is {loss} at step {step}; lower finetune.learning_rate")
-            # torch gives infinity if it overflows; Python's math.exp would raise.
-            perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
-            memory_mib = peak_bytes(args.device) / 2**20
-            self._record(
-                {"validation_loss": loss, "validation_perplexity": perplexity, "peak_memory_mib": memory_mib}, step
-            )
+            metrics["peak_memory_mib"] = peak_bytes(args.device) / 2**20
+        self._record(metrics, step)
+        if "eval_loss" in logs:
             training = _points(state, "loss")
             train_loss = f"train loss {training[-1][1]:.3f}, " if training else ""
             self._print_line(
-                f"step {step} of {state.max_steps}: {train_loss}validation loss {loss:.3f}, perplexity {perplexity:.2f}"
+                f"step {step} of {state.max_steps}: {train_loss}validation loss {logs['eval_loss']:.3f}, "
+                f"perplexity {metrics['validation_perplexity']:.2f}"
             )
 
     def _record(self, metrics: dict[str, float], step: int) -> None:
-        if self.run_log is not None:
+        if self.run_log is not None and metrics:
             self.run_log.log_metrics(metrics, step)
 
     def _print_line(self, line: str) -> None:

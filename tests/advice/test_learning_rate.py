@@ -96,6 +96,12 @@ def test_a_rate_of_next_to_nothing_leaves_the_base_as_it_is(project: Project) ->
     assert test.losses == pytest.approx(test.base_losses, rel=1e-5)
 
 
+def test_every_step_has_a_loss_however_small_steps_are(project: Project) -> None:
+    test = found(project, rising_rates(1e-6, 1e-5, 12), batch_tokens=1)
+    assert len(test.losses) == 12
+    assert (test.losses > 1).all()
+
+
 def test_the_test_ends_where_it_diverges(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.advice.range_test.DIVERGED", 1.1)
     test = found(project, rising_rates(1e-3, 1e3, 60), max_grad_norm=1e6)

@@ -101,9 +101,9 @@ def test_the_run_has_parameters_lineage_and_curves(project: Project, client: Mlf
     assert run.info.status == "FINISHED"
     assert run.data.tags[runs.STAGE_TAG] == "finetune"
     assert run.data.tags["finetune.precision"] in ("float32", "bfloat16")
-    assert run.data.params == {
-        name: str(value) for name, value in runs.flatten(read_yaml(project.root / PARAMS_FILE)).items()
-    }
+    parameters = read_yaml(project.root / PARAMS_FILE)
+    made_by = {section: parameters[section] for section in ("prepare", "base", "finetune")}
+    assert run.data.params == {name: str(value) for name, value in runs.flatten(made_by).items()}
     for name in ("train", "validation"):
         history = client.get_metric_history(run_id, f"{name}_loss")
         expected = curve(project.out / "finetune" / f"loss_{name}.csv")

@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from isolated_store import isolated_store
+from changed_params import write_changed_params
+from isolated_store import STORE, isolated_store
 from mlflow import MlflowClient
 from toy_project import Project, copy_for_finetune, stage_environment
 
 from pipeline import resume
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file
+from pipeline.params.section import PARAMS_FILE
 from pipeline.stages import finetune as stage
 from pipeline.tracking import store
 from pipeline.tracking.runs import find_run
-from pipeline.training.state import WHOLE_FILE, open_state
+from pipeline.training.state import WHOLE_FILE, TrainingState, open_state
 
 OUTPUTS = ("checkpoint/model.safetensors", "loss_train.csv", "loss_validation.csv", "metrics.json")
 
@@ -32,11 +34,11 @@ def long_training(project: Project, folder: Path) -> Path:
     return copy_for_finetune(project, folder, epochs=6 * project.params.finetune.epochs)
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.stages.finetune", "out/tokenize", "out/base", "out/finetune"],
         cwd=folder,
-        env=stage_environment(folder),
+        env=stage_environment(folder, **environment),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -69,6 +71,11 @@ def kill_after(folder: Path, evaluations: int) -> None:
     assert not (folder / "out" / "finetune").exists()
 
 
+def check_outputs(parts: Path, whole: Path) -> None:
+    for name in OUTPUTS:
+        assert sha256_file(parts / "out" / "finetune" / name) == sha256_file(whole / "out" / "finetune" / name), name
+
+
 @pytest.fixture(scope="module")
 def whole(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training that nothing interrupted."""
@@ -86,10 +93,9 @@ def test_a_killed_training_ends_as_if_it_had_not_been(project: Project, whole: P
     # As a kill would leave it in the middle of the next.
     (folder / "checkpoint-1000000").mkdir()
     said = finish(parts)
-    assert "checkpoint-1000000 was not written to its end, and is removed" in said
+    assert "checkpoint-1000000 is not whole, and is removed" in said
     assert "resuming from step " in said
-    for name in OUTPUTS:
-        assert sha256_file(parts / "out" / "finetune" / name) == sha256_file(whole / "out" / "finetune" / name), name
+    check_outputs(parts, whole)
     assert list(state.iterdir()) == []
     with isolated_store(parts):
         client = store.connect()
@@ -118,17 +124,53 @@ def compare_histories(client: MlflowClient, run_id: str, whole: Path) -> None:
     assert rows.to_dict("records") == expected_rows.to_dict("records")
 
 
-def test_one_that_is_told_to_stop_saves_first(project: Project, whole: Path, tmp_path: Path) -> None:
-    parts = long_training(project, tmp_path / "parts")
-    process = start(parts)
+def stop_after_an_evaluation(process: subprocess.Popen[str], number: signal.Signals) -> int:
+    """Return the step that the training stopped after."""
     wait_for_evaluations(process, 1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
-    step = int(said.split("stopped after step ")[1].split(";")[0])
+    return int(said.split("stopped after step ")[1].split(";")[0])
+
+
+def test_one_that_sigterm_stops_saves_first_and_resumes_whatever_else_has_changed(
+    project: Project, whole: Path, tmp_path: Path
+) -> None:
+    parts = long_training(project, tmp_path / "parts")
+    step = stop_after_an_evaluation(start(parts), signal.SIGTERM)
+    others = {"tune": {"trials": 3}, "evaluate": {"samples": 7}, "register": {"name": "other"}}
+    write_changed_params(parts / PARAMS_FILE, others, parts / PARAMS_FILE)
     assert f"resuming from step {step} of the interrupted fine-tuning" in finish(parts)
-    weights = Path("out") / "finetune" / "checkpoint" / "model.safetensors"
-    assert sha256_file(parts / weights) == sha256_file(whole / weights)
+    check_outputs(parts, whole)
+    with isolated_store(parts):
+        client = store.connect()
+        run_id = find_run(client, "finetune", parts / "out" / "finetune")
+        assert run_id is not None
+        compare_histories(client, run_id, whole)
+
+
+def test_one_that_ctrl_c_stops_saves_first_and_resumes_where_the_store_is_another(
+    project: Project, whole: Path, tmp_path: Path
+) -> None:
+    parts = long_training(project, tmp_path / "parts")
+    other = parts / "other.db"
+    shutil.copy(parts / STORE, other)
+    step = stop_after_an_evaluation(start(parts, MLFLOW_TRACKING_URI=f"sqlite:///{other}"), signal.SIGINT)
+    said = finish(parts)
+    assert "/mlflow.db does not hold the interrupted run: the work continues in a new run; " in said
+    assert f"resuming from step {step} of the interrupted fine-tuning" in said
+    check_outputs(parts, whole)
+    for name in ("train_loss", "gradient_norm", "validation_loss"):
+        assert history(parts, name) == history(whole, name)
+
+
+def history(folder: Path, name: str) -> list[tuple[int, float]]:
+    """Return the points of a metric of the run that wrote the folder's outputs."""
+    with isolated_store(folder):
+        client = store.connect()
+        run_id = find_run(client, "finetune", folder / "out" / "finetune")
+        assert run_id is not None
+        return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
 
 
 def test_a_second_one_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +193,21 @@ def test_training_resumes_from_the_newest_whole_checkpoint(tmp_path: Path, capsy
     assert state.checkpoint == tmp_path / "checkpoint-100"
     assert not (tmp_path / "checkpoint-1000").exists()
     said = capsys.readouterr().err
-    assert "checkpoint-1000 was not written to its end, and is removed" in said
+    assert "checkpoint-1000 is not whole, and is removed" in said
     assert "finetune: resuming from step 100 of the interrupted fine-tuning" in said
+
+
+@pytest.mark.parametrize(("best", "kept"), [(None, 100), (10, 10), (100, 100)])
+def test_the_best_checkpoint_or_else_the_newest_is_kept_while_another_is_written(
+    best: int | None, kept: int, tmp_path: Path
+) -> None:
+    for step in (9, 10, 100, 101):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / WHOLE_FILE).touch()
+    # Another process has begun to write it.
+    (tmp_path / "checkpoint-101" / WHOLE_FILE).unlink()
+    TrainingState(tmp_path).make_room(None if best is None else f"elsewhere/checkpoint-{best}")
+    assert {folder.name for folder in tmp_path.iterdir()} == {f"checkpoint-{kept}", "checkpoint-101"}
 
 
 def test_the_fingerprint_is_of_data_base_and_parameters(project: Project, tmp_path: Path) -> None:

@@ -90,6 +90,16 @@ def test_two_processes_learn_what_one_does_and_record_it_once(project: Project, 
     assert not list((folder / ".resume" / "finetune").iterdir())
 
 
+def test_steps_of_one_window_leave_a_process_without_one(project: Project, tmp_path: Path) -> None:
+    alone, folder = (
+        without_dropout(project, tmp_path / name, batch_tokens=4, epochs=0.2, evaluations=1) for name in ("one", "two")
+    )
+    Project(alone).run(stage, *PATHS)
+    torchrun(folder, *MODULE)
+    check_like_one(folder, alone)
+    assert len(losses(folder, "train")) == 12
+
+
 def test_weights_shared_among_processes_are_trained_saved_and_gathered(
     project: Project, alone: Path, tmp_path: Path
 ) -> None:

@@ -185,7 +185,7 @@ def test_an_interrupted_search_resumes_and_gives_the_same(
         client.delete_run(begun.info.run_id)
 
 
-def test_a_search_whose_run_is_gone_starts_again(
+def test_a_search_whose_run_is_gone_continues_in_another(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -200,7 +200,13 @@ def test_a_search_whose_run_is_gone_starts_again(
         client.delete_run(begun.info.run_id)
     capsys.readouterr()
     search_again(project, tmp_path / "tune")
-    assert "no longer holds the interrupted run: it starts again" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "does not hold the interrupted run: the work continues in a new run" in said
+    assert f"resuming after {project.params.tune.trials} trials" in said
+    with project.entered():
+        run_id = runs.find_run(client, "tune", tmp_path / "tune")
+        assert run_id is not None
+        assert set(runs.RunLog(client, run_id).trials()) == set(range(project.params.tune.trials))
     assert sha256_file(tmp_path / "tune" / "trials.json") == sha256_file(project.out / "tune" / "trials.json")
 
 
@@ -268,16 +274,15 @@ def test_rounds_and_prompts_have_random_numbers_of_their_own(bench: Bench) -> No
 
 def test_what_a_search_depends_on(project: Project) -> None:
     read, params = [project.root / path for path in READ], project.params
-    name = fingerprint(read, params.tune, params.samples, "r1")
-    assert fingerprint(read, params.tune, params.samples, "r1") == name
-    assert fingerprint(read, params.tune, params.samples, "r2") != name
+    name = fingerprint(read, params.tune, params.samples)
+    assert fingerprint(read, params.tune, params.samples) == name
     for changed in (
         params.tune.model_copy(update={"seed": 9}),
         params.tune.model_copy(update={"space": params.tune.space.model_copy(update={"top_k": [0]})}),
     ):
-        assert fingerprint(read, changed, params.samples, "r1") != name
+        assert fingerprint(read, changed, params.samples) != name
     other_prompts = params.samples.model_copy(update={"prompt_words": 1})
-    assert fingerprint(read, params.tune, other_prompts, "r1") != name
+    assert fingerprint(read, params.tune, other_prompts) != name
 
 
 def test_presets_by_hand() -> None:

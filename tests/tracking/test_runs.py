@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from changed_params import ROOT
 from isolated_store import isolated_store
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -20,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
 from pipeline.errors import UserError
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.tracking import lineage, runs, store
 
 CLOSED_PORT = 9
@@ -194,16 +196,45 @@ def test_a_deleted_experiment_is_told() -> None:
         store.experiment_id(client)
 
 
-def test_a_run_has_every_parameter() -> None:
-    parameters = {"base": {"scratch": {"layers": 4}, "revision": None}, "samples": {"prompts": ["", "Ä\n"]}, "x": 3e-5}
+def test_a_run_has_the_parameters_that_made_it() -> None:
+    parameters = {
+        "base": {"scratch": {"layers": 4}, "revision": None},
+        "finetune": {"samples": {"prompts": ["", "Ä\n"]}, "learning_rate": 3e-5},
+        "samples": {"prompt_words": 6},
+        "tune": {"trials": 24},
+        "register": {"name": "tales"},
+    }
     with runs.start_run("finetune", parameters) as run:
         pass
     assert run.client.get_run(run.run_id).data.params == {
         "base.scratch.layers": "4",
         "base.revision": "None",
-        "samples.prompts": '["", "Ä\\n"]',
-        "x": "3e-05",
+        "finetune.samples.prompts": '["", "Ä\\n"]',
+        "finetune.learning_rate": "3e-05",
     }
+    with runs.start_run("register", parameters) as last:
+        pass
+    assert last.client.get_run(last.run_id).data.params == {
+        name: str(value) for name, value in runs.flatten(parameters).items()
+    }
+
+
+def test_every_section_has_its_place() -> None:
+    assert sorted(runs.SECTIONS) == sorted(read_yaml(ROOT / PARAMS_FILE))
+
+
+@pytest.mark.parametrize("stage", ["finetune", "tune"])
+def test_a_resumed_run_keeps_its_parameters_whatever_has_changed(stage: str) -> None:
+    """The fingerprint says that nothing has changed that counts: not a later section, nor the effect of an earlier."""
+    first = {section: {"value": 1} for section in runs.SECTIONS}
+    with pytest.raises(KeyboardInterrupt), runs.start_run(stage, first) as run:
+        raise KeyboardInterrupt
+    before = run.client.get_run(run.run_id).data.params
+    for section in set(runs.SECTIONS) - {stage}:
+        with runs.start_run(stage, {**first, section: {"value": 2, "more": 3}}, run_id=run.run_id):
+            pass
+        resumed = run.client.get_run(run.run_id)
+        assert (resumed.info.status, resumed.data.params) == ("FINISHED", before)
 
 
 def test_a_run_knows_its_stage_machine_and_libraries() -> None:

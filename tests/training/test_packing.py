@@ -57,12 +57,74 @@ def test_groups_are_consecutive_and_off_their_share_by_at_most_one_item(sizes: l
     bounds = deal(sizes, groups).tolist()
     assert (bounds[0], bounds[-1], len(bounds)) == (0, len(sizes), groups + 1)
     assert bounds == sorted(bounds)
+    assert len(sizes) < groups or all(start < end for start, end in pairwise(bounds))
     for start, end in pairwise(bounds):
         assert abs(sum(sizes[start:end]) - sum(sizes) / groups) <= max(sizes, default=0)
 
 
-def test_more_groups_than_items_leave_some_empty() -> None:
-    assert deal([3, 3], 4).tolist() == [0, 0, 1, 1, 2]
+@pytest.mark.parametrize(
+    ("sizes", "groups", "bounds"),
+    [
+        ([3, 3], 4, [0, 0, 1, 1, 2]),
+        ([1, 1, 1, 1, 40], 5, [0, 1, 2, 3, 4, 5]),
+        ([40, 1, 1, 1, 1], 5, [0, 1, 2, 3, 4, 5]),
+        ([9, 1, 1, 1, 9], 3, [0, 1, 4, 5]),
+        ([20, 1, 1, 1], 2, [0, 1, 4]),
+        ([1, 1, 1, 20], 3, [0, 2, 3, 4]),
+    ],
+)
+def test_a_group_is_empty_only_if_there_are_too_few_items(sizes: list[int], groups: int, bounds: list[int]) -> None:
+    assert deal(sizes, groups).tolist() == bounds
+
+
+@given(
+    st.lists(st.integers(2, 3000), min_size=1, max_size=40),
+    st.integers(2, 1024),
+    st.integers(1, 3000),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.floats(0.01, 1),
+)
+def test_every_step_learns_from_a_label(
+    tokens: list[int], context_length: int, batch_tokens: int, batches: int, processes: int, share: float
+) -> None:
+    arrays = token_arrays([[5] * (count - 2) for count in tokens])
+    steps = PackedSteps(
+        arrays,
+        context_length=context_length,
+        batch_tokens=batch_tokens,
+        epochs=2,
+        seed=1,
+        parts=batches * processes,
+        share=share,
+    )
+    assert all(steps.step_windows(step) for step in range(steps.steps))
+    # The batches of one step, over all of its processes.
+    for index in range(0, len(steps), steps.parts * max(1, steps.steps // 4)):
+        batches_of_step = [steps[index + part] for part in range(steps.parts)]
+        assert any((batch["labels"] != IGNORED_LABEL).any() for batch in batches_of_step)
+
+
+@pytest.mark.parametrize("batch_tokens", [200, 256, 300, 350, 700, 8192])
+@pytest.mark.parametrize(
+    ("lengths", "context_length"),
+    [
+        # As in the bundled corpus: short pieces and a few of several windows.
+        ([342, 371, 60, 395, 512, 289, 310, 1400, 355, 333] * 40, 512),
+        ([600] * 300, 1024),
+        ([3000] * 60, 1024),
+    ],
+    ids=["bundled", "articles", "long texts"],
+)
+def test_windows_longer_than_a_step_leave_no_step_empty(
+    lengths: list[int], context_length: int, batch_tokens: int
+) -> None:
+    arrays = token_arrays([[5] * (length - 2) for length in lengths])
+    steps = PackedSteps(arrays, context_length=context_length, batch_tokens=batch_tokens, epochs=2, seed=1)
+    dealt = [steps.step_windows(step) for step in range(steps.steps)]
+    assert all(dealt)
+    assert sum(map(len, dealt)) == 2 * len(steps.windows)
+    assert max(sum(window.tokens for window in windows) for windows in dealt) <= batch_tokens + context_length
 
 
 documents_of_ids = st.lists(st.lists(st.integers(1, 299), min_size=1, max_size=40), min_size=1, max_size=20)

@@ -1,4 +1,5 @@
 import math
+import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
-from transformers import GPT2LMHeadModel, set_seed
+from transformers import GPT2LMHeadModel, TrainerState, set_seed
 
 from pipeline.curves import Curves
 from pipeline.errors import UserError
@@ -22,7 +23,8 @@ from pipeline.training.objective import ScoredGPT2
 from pipeline.training.packing import PackedSteps
 from pipeline.training.processes import join_processes
 from pipeline.training.samples import generate_samples
-from pipeline.training.state import TrainingState
+from pipeline.training.state import TrainingState, step_of
+from pipeline.training.stopping import Stopped, is_finished
 from pipeline.training.trainer import finetune_model, training_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,6 +125,7 @@ def run(
     on_evaluation: Callable[[GPT2LMHeadModel, int], None] = lambda model, step: None,
     resume_from: Path | None = None,
     parts: int = 1,
+    stop: threading.Event | None = None,
 ) -> tuple[Curves, Recorder]:
     log = Recorder()
     set_seed(params.seed)
@@ -136,6 +139,7 @@ def run(
         log=log,
         on_evaluation=on_evaluation,
         resume_from=resume_from,
+        stop=stop,
     )
     return curves, log
 
@@ -188,7 +192,112 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
     assert found == curves
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, expected[name]), name
-    assert [step for step, _ in rest.metrics] == [step for step, _ in log.metrics][-len(rest.metrics) :]
+    assert computed(rest) == computed(log)
+
+
+def computed(log: Recorder) -> list[tuple[int, dict[str, float]]]:
+    """Return what a training logged, without what differs from one process to the next."""
+    measured = ("tokens_per_second", "peak_memory_mib")
+    return [(step, {name: values[name] for name in values if name not in measured}) for step, values in log.metrics]
+
+
+def on_step(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[ScoredGPT2], None]) -> None:
+    """Call `do` with the model after the forward and backward pass of a step, counted from 1."""
+    training_step, steps = trainer.PackedTrainer.training_step, 0
+
+    def training_step_then(self: Any, model: ScoredGPT2, *arguments: Any) -> Any:
+        nonlocal steps
+        loss = training_step(self, model, *arguments)
+        steps += 1
+        if steps == step:
+            do(model)
+        return loss
+
+    monkeypatch.setattr(trainer.PackedTrainer, "training_step", training_step_then)
+
+
+@pytest.mark.parametrize("stopped_at", [2, 11, 12, 16])
+def test_a_stopped_training_has_the_curves_of_an_uninterrupted_one(
+    stopped_at: int,
+    tiny_checkpoint: Path,
+    tokenized: Callable[[Sequence[str]], TokenArrays],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped between two points of the training curve, at one, and at an evaluation."""
+    monkeypatch.setattr(trainer, "LOGGED_POINTS", 4)
+    train, validation = tokenized(TRAINING_TEXTS * 2), tokenized(VALIDATION_TEXTS)
+    params = finetune_params(epochs=8.0, evaluations=3, dropout=0.1, batch_tokens=32)
+    model = trainable(tiny_checkpoint, dropout=0.1)
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    curves, log = run(model, train, validation, tmp_path / "whole", params)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert [step for step, _ in curves.train] == [6, 8, 12, 16, 18, 24]
+
+    model.load_state_dict(start)
+    stop = threading.Event()
+    on_step(monkeypatch, stopped_at, lambda _: stop.set())
+    with pytest.raises(Stopped, match=f"^{stopped_at}$"):
+        run(model, train, validation, tmp_path / "parts", params, stop=stop)
+    checkpoint = TrainingState(tmp_path / "parts" / "work").checkpoint
+    assert checkpoint is not None
+    assert step_of(checkpoint) == stopped_at
+
+    model.load_state_dict(start)
+    found, rest = run(model, train, validation, tmp_path / "parts", params, resume_from=checkpoint)
+    assert found == curves
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+    assert computed(rest) == computed(log)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: model.transformer.ln_f.weight.data.fill_(math.nan), "the training loss is nan at step 11,"),
+        (lambda model: model.transformer.ln_f.weight.grad.fill_(math.nan), "the weights are not finite after step 10,"),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_what_is_not_finite_is_never_saved(
+    spoil: Callable[[ScoredGPT2], None],
+    message: str,
+    model: ScoredGPT2,
+    tokenized: Callable[[Sequence[str]], TokenArrays],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer, "LOGGED_POINTS", 1)
+    tokens = tokenized(TRAINING_TEXTS * 2)
+    params = finetune_params(epochs=8.0, evaluations=3, batch_tokens=32)
+    stop = threading.Event()
+    on_step(monkeypatch, 10, spoil)
+    on_step(monkeypatch, 10 if "10" in message else 11, lambda _: stop.set())
+    with pytest.raises(UserError, match=f"^finetune: {message} which learns from .*checkpoint-8$"):
+        run(model, tokens, tokens, tmp_path, params, stop=stop)
+    checkpoint = TrainingState(tmp_path / "work").checkpoint
+    assert checkpoint is not None
+    assert step_of(checkpoint) == 8
+
+
+def test_no_more_than_two_checkpoints_exist_and_one_is_whole(
+    model: ScoredGPT2,
+    tokenized: Callable[[Sequence[str]], TokenArrays],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A rate so high that the best is not the newest.
+    params = finetune_params(epochs=12.0, evaluations=12, learning_rate=0.05, warmup_share=0.0)
+    save_random_state = trainer.PackedTrainer._save_rng_state
+    counts: list[tuple[int, int]] = []
+
+    def save_random_state_and_count(self: Any, folder: str) -> None:
+        save_random_state(self, folder)
+        counts.append(tuple(len(list((tmp_path / "work").glob(name))) for name in ("checkpoint-*", "*/whole")))
+
+    monkeypatch.setattr(trainer.PackedTrainer, "_save_rng_state", save_random_state_and_count)
+    curves, _ = run(model, tokenized(TRAINING_TEXTS[:1]), tokenized(VALIDATION_TEXTS), tmp_path, params)
+    assert curves.best_validation[0] < 12
+    assert counts == [(1, 0)] + [(2, 1)] * (len(curves.validation) - 2)
 
 
 def loss_by_hand(model: GPT2LMHeadModel, tokens: TokenArrays) -> float:
@@ -271,6 +380,60 @@ def test_training_stops_when_validation_no_longer_improves(
     assert curves.validation[-1][0] == best_step + 2 < 40
 
 
+def test_used_up_patience_stays_so(
+    tiny_checkpoint: Path, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
+) -> None:
+    """Killed or stopped after the last evaluation, training has nothing left to do but load the best weights."""
+    train, validation = tokenized(TRAINING_TEXTS[:1]), tokenized(VALIDATION_TEXTS)
+    params = finetune_params(
+        epochs=40.0, evaluations=40, learning_rate=0.05, warmup_share=0.0, early_stopping_patience=2
+    )
+    model = trainable(tiny_checkpoint)
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    last = 0
+    stop = threading.Event()
+
+    def stop_at_the_last_evaluation(model: GPT2LMHeadModel, step: int) -> None:
+        if step == last:
+            stop.set()
+
+    expected, whole = run(model, train, validation, tmp_path / "whole", params)
+    last = expected.validation[-1][0]
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    model.load_state_dict(start)
+    stopped, _ = run(model, train, validation, tmp_path / "parts", params, stop_at_the_last_evaluation, stop=stop)
+    assert stop.is_set()
+    assert stopped == expected
+    checkpoint = TrainingState(tmp_path / "parts" / "work").checkpoint
+    assert checkpoint is not None
+    assert step_of(checkpoint) == last < 40
+
+    model.load_state_dict(start)
+    resumed, log = run(model, train, validation, tmp_path / "parts", params, resume_from=checkpoint)
+    assert resumed == expected
+    assert computed(log) == computed(whole)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("losses", "finished"),
+    [
+        ([], False),
+        ([1.0], False),
+        ([1.0, 9.0, 8.0], False),
+        ([1.0, 9.0, 9.0, 9.0], True),
+        ([1.0, 9.0, 8.0, 9.0, 9.0], True),
+        ([1.0, 9.0, 9.5, 8.0, 9.0], False),
+    ],
+)
+def test_training_is_finished_without_a_lower_loss_for_as_long_as_patience(losses: list[float], finished: bool) -> None:
+    history = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)]
+    state = TrainerState(global_step=len(losses), max_steps=40, log_history=history)
+    assert is_finished(state, patience=2) == finished
+    assert is_finished(TrainerState(global_step=40, max_steps=40, log_history=history), patience=2)
+
+
 def test_the_same_seed_gives_the_same_weights(
     tiny_checkpoint: Path, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
 ) -> None:
@@ -316,7 +479,7 @@ def test_a_base_without_a_finite_loss_is_an_error(
 
 
 @pytest.mark.parametrize(("spoiled", "shown"), [(math.nan, "nan"), (1e4, "")])
-def test_a_loss_that_explodes_is_an_error_with_its_batch_and_the_last_good_checkpoint(
+def test_a_loss_that_explodes_is_an_error_with_its_step_and_the_last_good_checkpoint(
     spoiled: float,
     shown: str,
     model: ScoredGPT2,
@@ -343,11 +506,25 @@ def test_a_loss_that_explodes_is_an_error_with_its_batch_and_the_last_good_check
         run(model, tokens, tokens, tmp_path, params, parts=2)
     message = str(caught.value)
     assert message.startswith(f"finetune: the training loss is {shown}")
-    assert f" at step {last}, batch 2 of 2, which learns from training documents " in message
+    assert f" at step {last}, which learns from training documents " in message
     assert f"documents {', '.join(map(str, documents))}; lower finetune.learning_rate" in message
     kept = TrainingState(tmp_path / "work").checkpoint
     assert kept is not None
     assert message.endswith(f"the last good checkpoint is kept in {kept}")
+
+
+def test_the_loss_that_is_judged_is_that_of_the_whole_step(
+    tiny_checkpoint: Path, tokenized: Callable[[Sequence[str]], TokenArrays], tmp_path: Path
+) -> None:
+    """One batch of six has all labels of a step: six times its loss is no loss of any step."""
+    tokens = tokenized(TRAINING_TEXTS)
+    params = finetune_params(epochs=2.0, evaluations=1, batch_tokens=1)
+    assert steps_of(tokens, params).steps_per_epoch == len(TRAINING_TEXTS)
+    curves = []
+    for parts in (1, 6):
+        model = trainable(tiny_checkpoint, dropout=0.0, attention_dropout=0.0)
+        curves.append(run(model, tokens, tokens, tmp_path / str(parts), params, parts=parts)[0])
+    assert [loss for _, loss in curves[1].train] == pytest.approx([loss for _, loss in curves[0].train], rel=1e-4)
 
 
 def test_a_validation_loss_beyond_any_perplexity_is_logged(
