@@ -40,7 +40,7 @@ class FinetuneParams(Section):
     train_share: Annotated[float, Field(gt=0, le=1)]
     """The share of training documents to train on, drawn by the seed; `python -m pipeline advise` uses less."""
     batch_tokens: Count
-    """The approximate size of an optimizer step over all devices, in tokens; windows stay whole."""
+    """The approximate size of an optimizer step over all devices, in tokens: whole windows, at least one."""
     device_batch_tokens: Count | None
     """The tokens that one device takes at a time; null takes what its memory holds. It changes only rounding."""
     gradient_checkpointing: bool
