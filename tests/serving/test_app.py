@@ -111,6 +111,26 @@ def test_a_stream_ends_with_its_usage(running: Running) -> None:
     assert found[-1]["choices"][0]["finish_reason"] in ("stop", "length")
 
 
+def test_every_event_reports_the_usage_so_far_where_asked(running: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    found = events(running.post(prompt="The lamp", seed=3, stream=True, stream_options=options))
+    usage = running.post(prompt="The lamp", seed=3).json()["usage"]
+    counts = [event["usage"]["completion_tokens"] for event in found]
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1] == usage["completion_tokens"]
+    assert {event["usage"]["prompt_tokens"] for event in found} == {usage["prompt_tokens"]}
+    assert (found[-1]["choices"], found[-1]["usage"]) == ([], usage)
+
+
+def test_a_prompt_longer_than_the_context_is_taken_as_the_error_advises(running: Running) -> None:
+    asked = {"prompt": "the lamp " * 100, "max_tokens": 5, "ignore_eos": True}
+    refused = running.post(**asked)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+    assert refused.json()["error"]["message"].endswith("or set context_overflow to slide")
+    taken = running.post(**asked, context_overflow="slide")
+    assert (taken.status_code, taken.json()["usage"]["completion_tokens"]) == (200, 5)
+
+
 def test_every_parameter_reaches_the_engine(running: Running, generator: TextGenerator) -> None:
     params = SamplingParams(
         temperature=1.2,
@@ -130,15 +150,15 @@ def test_every_parameter_reaches_the_engine(running: Running, generator: TextGen
         max_new_tokens=25,
         stop=("q",),
         stop_token_ids=(9,),
+        banned_token_ids=(8,),
+        context_overflow="slide",
         seed=11,
         n=2,
         best_of=3,
     )
     values = params.to_mapping()
-    # A new parameter is set above, or listed here because the API lacks it or another test sends it.
-    elsewhere = {"banned_token_ids", "allowed_token_ids", "context_overflow"} | {
-        *("max_verbatim_tokens", "ignore_eos", "logprobs"),
-    }
+    # A new parameter is set above, or listed here because another test sends it.
+    elsewhere = {"allowed_token_ids", "max_verbatim_tokens", "ignore_eos", "logprobs"}
     assert {field.name for field in fields(SamplingParams)} - values.keys() == elsewhere
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
     body = {names.get(name, name): value for name, value in values.items()}
