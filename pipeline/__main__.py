@@ -138,6 +138,12 @@ def _add_serve(commands: Any) -> None:
         "--host", default=Address.host, help="address to listen on (default: %(default)s, this machine only)"
     )
     parser.add_argument("--port", type=int, default=Address.port, help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--root-path",
+        default=Address.root_path,
+        metavar="PATH",
+        help="the path under which a proxy shows the server, such as /llm (default: the root)",
+    )
     _add_placement(parser)
     parser.add_argument("--threads", type=int, help="cores that one operator may use (default: all)")
     parser.add_argument(
@@ -185,7 +191,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         serve(
             model,
             decoding,
-            address=Address(arguments.host, arguments.port),
+            address=Address(arguments.host, arguments.port, arguments.root_path),
             engine=EngineOptions(
                 provider=arguments.provider,
                 precision=arguments.precision,

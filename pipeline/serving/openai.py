@@ -1,7 +1,7 @@
 """Requests and errors of OpenAI's completions API, with vLLM's additions."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 MOST_LOGPROBS = 20
 OWN_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 """The fields of the API that have another name in `SamplingParams`."""
+GZIP_MAGIC = b"\x1f\x8b"
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
@@ -287,14 +288,34 @@ def to_api_error(error: UserError) -> ApiError:
     return ApiError(400, message, param=field if colon and is_field else None)
 
 
+def unreadable_body(body: bytes, headers: Mapping[str, str]) -> ApiError:
+    """Return what keeps a body from being read as a JSON object, as one line."""
+    coding = headers.get("content-encoding", "identity")
+    if body.startswith(GZIP_MAGIC):
+        coding = "gzip"
+    content_type = headers.get("content-type", "")
+    if coding != "identity":
+        text = f"is compressed ({coding}), which this server does not read; send it as it is, without Content-Encoding"
+    elif not body:
+        text = "is empty; send a JSON object"
+    elif content_type.partition(";")[0].strip().lower() != "application/json":
+        text = f"has the Content-Type {content_type!r}; send JSON, with the header Content-Type: application/json"
+    else:
+        try:
+            text = f"is JSON, but {json.dumps(json.loads(body))[:20]} is not an object with fields such as prompt"
+        except UnicodeDecodeError as error:
+            text = f"is not {error.encoding} (byte 0x{body[error.start]:02x} at {error.start}); send it in UTF-8"
+        except RecursionError:
+            text = "is not read: its lists or objects are nested too deeply"
+        except ValueError as error:
+            text = f"is not JSON: {str(error).partition(';')[0]}"
+    return ApiError(400, f"the body {text}")
+
+
 def validation_to_api_error(errors: Sequence[Any]) -> ApiError:
-    """Return the first error that pydantic found in a body, as one line that names the field."""
+    """Return the first error that pydantic found in the fields of a body, as one line that names the field."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
-    if not place:
-        return ApiError(400, "the body: expected a JSON object with the header Content-Type: application/json")
     field = place[0]
     if first["type"] == "extra_forbidden":
         path, accepted = ".".join(place), NEUTRAL.get(place[-1])
