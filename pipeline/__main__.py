@@ -289,7 +289,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from pipeline.checkpoint import load_checkpoint
+    from pipeline.checkpoint import load_checkpoint, plain_checkpoint
     from pipeline.engine.verbatim import index_text
     from pipeline.export.build import build_engine, check_precisions
     from pipeline.quality.lexicon import collect_words, load_lexicon
@@ -298,15 +298,16 @@ def _export(arguments: argparse.Namespace) -> None:
     precisions = arguments.precision.split(",")
     check_precisions(precisions)
     checkpoint, split = arguments.checkpoint, arguments.verbatim_index
-    model = load_checkpoint(checkpoint)
     index, lexicon = None, load_lexicon(checkpoint)
-    if split is not None:
-        text = load_tokens(split, tokenizer_sha256(checkpoint))
-        index = index_text(text.tokens)
-        lexicon |= collect_words(text.texts(load_tokenizer(checkpoint)))
-    build_engine(
-        model, checkpoint, arguments.out, precisions, cache_bits=arguments.cache_bits, index=index, lexicon=lexicon
-    )
+    with plain_checkpoint(checkpoint) as plain:
+        model = load_checkpoint(plain, str(checkpoint))
+        if split is not None:
+            text = load_tokens(split, tokenizer_sha256(plain))
+            index = index_text(text.tokens)
+            lexicon |= collect_words(text.texts(load_tokenizer(plain)))
+        build_engine(
+            model, plain, arguments.out, precisions, cache_bits=arguments.cache_bits, index=index, lexicon=lexicon
+        )
     for precision in precisions:
         size = sum(file.stat().st_size for file in (arguments.out / precision).iterdir())
         print(f"{arguments.out / precision}: {size / 1e6:,.1f} MB")
