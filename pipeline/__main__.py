@@ -394,7 +394,9 @@ def _ui(arguments: argparse.Namespace) -> None:
     # The program next to this Python, which need not be on the path. connect() has created the store by now: two
     # processes that create it at once would collide.
     mlflow = Path(sys.executable).with_name("mlflow")
-    os.execv(mlflow, [str(mlflow), "ui", "--backend-store-uri", uri, "--port", str(arguments.port)])
+    # Not as an argument: a database's URI may hold a password, and every user of the machine sees arguments.
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
+    os.execv(mlflow, [str(mlflow), "ui", "--port", str(arguments.port)])
 
 
 def _add_doctor(commands: Any) -> None:
