@@ -161,13 +161,14 @@ def _is_plain(folder: Path) -> bool:
     files = _weight_files(folder)
     if not (folder / TOKENIZER_FILE).is_file() or not all(file.endswith(".safetensors") for file in files):
         return False
-    names: list[str] = []
+    size = vocabulary_size(load_tokenizer(folder))
     for file in files:
         with safe_open(folder / file, framework="pt") as opened:
-            names += opened.keys()
-    return not any(_WRAPPERS.search(name) or _ADAPTER.search(name) for name in names) and GPT2Config.from_pretrained(
-        folder
-    ).vocab_size <= vocabulary_size(load_tokenizer(folder))
+            for name in opened.keys():  # noqa: SIM118
+                is_padded = _EMBEDDING.fullmatch(name) and opened.get_slice(name).get_shape()[0] > size
+                if is_padded or _WRAPPERS.search(name) or _ADAPTER.search(name):
+                    return False
+    return True
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -218,15 +219,13 @@ def _strip_wrappers(weights: dict[str, torch.Tensor], name: str) -> dict[str, to
 
 def _cut_padding(weights: dict[str, torch.Tensor], folder: Path, name: str) -> dict[str, torch.Tensor]:
     """Return the weights without rows that belong to no token, and write the new size to the config in `folder`."""
-    padded, size = GPT2Config.from_pretrained(folder).vocab_size, vocabulary_size(load_tokenizer(folder))
-    if padded <= size:
+    size = vocabulary_size(load_tokenizer(folder))
+    padded = {key: len(weight) for key, weight in weights.items() if _EMBEDDING.fullmatch(key) and len(weight) > size}
+    if not padded:
         return weights
-    print(f"{name}: cut the vocabulary from {padded} to the {size} tokens of the tokenizer")
+    print(f"{name}: cut the vocabulary from {max(padded.values())} to the {size} tokens of the tokenizer")
     write_json(folder / "config.json", read_json(folder / "config.json") | {"vocab_size": size})
-    return {
-        key: weight[:size].clone() if _EMBEDDING.fullmatch(key) and len(weight) == padded else weight
-        for key, weight in weights.items()
-    }
+    return {key: weight[:size].clone() if key in padded else weight for key, weight in weights.items()}
 
 
 def load_checkpoint(folder: Path, name: str | None = None) -> GPT2LMHeadModel:

@@ -96,8 +96,12 @@ def pickle_shards(folder: Path, weights: Weights) -> None:
 def pad_vocabulary(folder: Path, weights: Weights) -> None:
     embedding = weights["transformer.wte.weight"]
     padded = torch.cat([embedding, torch.randn(20, embedding.shape[1])])
-    write_weights(folder, {**weights, "transformer.wte.weight": padded})
-    write_json(folder / "config.json", read_json(folder / "config.json") | {"vocab_size": len(padded)})
+    write_weights(folder, {**weights, "transformer.wte.weight": padded, "lm_head.weight": padded.clone()})
+
+
+def pad_vocabulary_and_config(folder: Path, weights: Weights) -> None:
+    pad_vocabulary(folder, weights)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"vocab_size": 320})
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path, Weights], None], str]] = {
@@ -108,7 +112,8 @@ LAYOUTS: dict[str, tuple[Callable[[Path, Weights], None], str]] = {
     "compiled blocks": (compile_blocks, "read the weights without _orig_mod. in their names"),
     "pickled, with vocab.json": (pickle_weights, "read the weights without module. in their names"),
     "pickled shards": (pickle_shards, ""),
-    "padded vocabulary": (pad_vocabulary, "cut the vocabulary from 320 to the 300 tokens of the tokenizer"),
+    "padded weights": (pad_vocabulary, "cut the vocabulary from 320 to the 300 tokens of the tokenizer"),
+    "padded vocabulary": (pad_vocabulary_and_config, "cut the vocabulary from 320 to the 300 tokens of the tokenizer"),
 }
 
 
