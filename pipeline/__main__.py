@@ -140,6 +140,12 @@ def _add_serve(commands: Any) -> None:
         "--host", default=Address.host, help="address to listen on (default: %(default)s, this machine only)"
     )
     parser.add_argument("--port", type=int, default=Address.port, help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--root-path",
+        default=Address.root_path,
+        metavar="PATH",
+        help="the path under which a proxy shows the server, such as /llm (default: the root)",
+    )
     _add_placement(parser)
     parser.add_argument("--threads", type=int, help="cores that one operator may use (default: all)")
     parser.add_argument(
@@ -187,7 +193,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         serve(
             model,
             decoding,
-            address=Address(arguments.host, arguments.port),
+            address=Address(arguments.host, arguments.port, arguments.root_path),
             engine=EngineOptions(
                 provider=arguments.provider,
                 precision=arguments.precision,
@@ -285,7 +291,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from pipeline.checkpoint import load_checkpoint
+    from pipeline.checkpoint import load_checkpoint, plain_checkpoint
     from pipeline.engine.verbatim import index_text
     from pipeline.export.build import build_engine, check_precisions
     from pipeline.quality.lexicon import collect_words, load_lexicon
@@ -294,15 +300,16 @@ def _export(arguments: argparse.Namespace) -> None:
     precisions = arguments.precision.split(",")
     check_precisions(precisions)
     checkpoint, split = arguments.checkpoint, arguments.verbatim_index
-    model = load_checkpoint(checkpoint)
     index, lexicon = None, load_lexicon(checkpoint)
-    if split is not None:
-        text = load_tokens(split, tokenizer_sha256(checkpoint))
-        index = index_text(text.tokens)
-        lexicon |= collect_words(text.texts(load_tokenizer(checkpoint)))
-    build_engine(
-        model, checkpoint, arguments.out, precisions, cache_bits=arguments.cache_bits, index=index, lexicon=lexicon
-    )
+    with plain_checkpoint(checkpoint) as plain:
+        model = load_checkpoint(plain, str(checkpoint))
+        if split is not None:
+            text = load_tokens(split, tokenizer_sha256(plain))
+            index = index_text(text.tokens)
+            lexicon |= collect_words(text.texts(load_tokenizer(plain)))
+        build_engine(
+            model, plain, arguments.out, precisions, cache_bits=arguments.cache_bits, index=index, lexicon=lexicon
+        )
     for precision in precisions:
         size = sum(file.stat().st_size for file in (arguments.out / precision).iterdir())
         print(f"{arguments.out / precision}: {size / 1e6:,.1f} MB")
@@ -421,7 +428,9 @@ def _ui(arguments: argparse.Namespace) -> None:
     # The program next to this Python, which need not be on the path. connect() has created the store by now: two
     # processes that create it at once would collide.
     mlflow = Path(sys.executable).with_name("mlflow")
-    os.execv(mlflow, [str(mlflow), "ui", "--backend-store-uri", uri, "--port", str(arguments.port)])
+    # Not as an argument: a database's URI may hold a password, and every user of the machine sees arguments.
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
+    os.execv(mlflow, [str(mlflow), "ui", "--port", str(arguments.port)])
 
 
 def _add_doctor(commands: Any) -> None:

@@ -12,7 +12,10 @@ from mlflow import MlflowClient
 from shared_folder import shared_folder
 
 STORE = "mlflow.db"
-VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
+VARIABLES = (
+    *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_EXPERIMENT_NAME"),
+    *("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"),
+)
 
 
 @contextmanager
@@ -23,7 +26,9 @@ def isolated_store(folder: Path) -> Iterator[None]:
         patch.chdir(folder)
         patch.setenv("DVC_ROOT", str(folder))
         for name in VARIABLES:
-            patch.delenv(name, raising=False)
+            # Set first, so that what the test's code sets is removed at the end.
+            patch.setenv(name, "")
+            patch.delenv(name)
         try:
             yield
         finally:

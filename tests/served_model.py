@@ -68,9 +68,10 @@ def running_server(
     max_queue: int = 8,
     limits: Limits | None = None,
     access: Access | None = None,
+    root_path: str = "",
 ) -> Iterator[Running]:
     served, metrics = served_folder(folder, source=source, max_queue=max_queue)
-    app = create_app(served, metrics, limits or Limits(), access or Access())
+    app = create_app(served, metrics, limits or Limits(), access or Access(), root_path=root_path)
     with serve_app(app) as url:
         yield Running(url, served)
 

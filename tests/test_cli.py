@@ -375,14 +375,19 @@ def test_a_section_that_no_stage_owns_is_reported(tmp_path: Path, capsys: pytest
 
 
 def test_the_ui_shows_the_store_that_is_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ran: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda program, arguments: ran.append([str(program), *arguments[1:]]))
+    ran: list[tuple[str, list[str], str]] = []
+
+    def execv(program: Path, arguments: list[str]) -> None:
+        ran.append((str(program), arguments[1:], os.environ["MLFLOW_BACKEND_STORE_URI"]))
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "")
     main(["ui", "--port", "5050"])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     main(["ui"])
-    stores = [f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/other.db"]
-    assert [arguments[2:] for arguments in ran] == [
-        ["--backend-store-uri", store, "--port", port] for store, port in zip(stores, ["5050", "5000"], strict=True)
+    assert [(arguments, uri) for _, arguments, uri in ran] == [
+        (["ui", "--port", "5050"], f"sqlite:///{tmp_path}/mlflow.db"),
+        (["ui", "--port", "5000"], f"sqlite:///{tmp_path}/other.db"),
     ]
     assert (tmp_path / "other.db").exists()
     assert Path(ran[0][0]).is_file()

@@ -15,13 +15,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from pipeline.checkpoint import WEIGHTS_FILE, WEIGHTS_INDEX_FILE, check_checkpoint
+from pipeline.checkpoint import PICKLE_FILE, PICKLE_INDEX_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE, check_checkpoint
 from pipeline.errors import UserError
 from pipeline.tokens import TOKENIZER_FILES
 
-HUB_FILES = ("config.json", "generation_config.json", WEIGHTS_FILE, WEIGHTS_INDEX_FILE, "model-*.safetensors",
-             *TOKENIZER_FILES)  # fmt: skip
-"""The files to fetch; GPT-2's repository holds the weights four more times, for other frameworks."""
+HUB_FILES = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES)
+SAFE_WEIGHTS = (WEIGHTS_FILE, WEIGHTS_INDEX_FILE, "model-*.safetensors")
+PICKLED_WEIGHTS = (PICKLE_FILE, PICKLE_INDEX_FILE, "pytorch_model-*.bin")
+"""The weights to fetch if there are no safe ones; GPT-2's repository holds them four more times."""
 HUB_TIMEOUT_S = 10
 ADVICE = "download the model elsewhere and set base.source to its folder"
 
@@ -36,8 +37,10 @@ def fetch(repository: str, revision: str) -> Path:
         disable_progress_bars()
     try:
         # Ask first, because snapshot_download itself waits for an answer without a limit.
-        HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S)
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(HUB_FILES)))
+        info = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S)
+        names = {file.rfilename for file in info.siblings or ()}
+        weights = PICKLED_WEIGHTS if names.isdisjoint(SAFE_WEIGHTS) else SAFE_WEIGHTS
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*HUB_FILES, *weights]))
     except RevisionNotFoundError as error:
         raise UserError(f"base.revision: {repository} has no commit {revision} on the hub") from error
     except GatedRepoError as error:

@@ -30,6 +30,7 @@ from pipeline.serving.openai import (
     DetokenizeRequest,
     TokenizeRequest,
     to_api_error,
+    unreadable_body,
     validation_to_api_error,
 )
 from pipeline.serving.options import KEYS_VARIABLE, Access, Limits
@@ -39,8 +40,11 @@ COMPLETIONS = "/v1/completions"
 PLAYGROUND = Path(__file__).with_name("playground.html")
 
 
-def create_app(served: Served, metrics: Metrics, limits: Limits, access: Access) -> FastAPI:
-    """Create the application. It loads the model on startup and ends the engine on shutdown."""
+def create_app(served: Served, metrics: Metrics, limits: Limits, access: Access, *, root_path: str = "") -> FastAPI:
+    """Create the application. It loads the model on startup and ends the engine on shutdown.
+
+    `root_path` is the path under which a proxy shows it, whether the proxy removes that from requests or not.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -62,6 +66,7 @@ def create_app(served: Served, metrics: Metrics, limits: Limits, access: Access)
             allow_headers=["*"],
             max_age=600,
         )
+    app.add_middleware(Entrance, root_path=root_path)
     _add_error_handlers(app, metrics)
     _add_gauges(served, metrics)
     with_key = [Depends(_key_check(access.keys))]
@@ -128,6 +133,24 @@ def create_app(served: Served, metrics: Metrics, limits: Limits, access: Access)
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
     return app
+
+
+class Entrance:
+    """Middleware that gives every path the prefix `root_path`, and answers HEAD as GET, without the body."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            root, path = self._root_path, scope["path"]
+            if root and path != root and not path.startswith(f"{root}/"):
+                path = root + path
+            # Uvicorn keeps its own scope, and leaves out the body of an answer to HEAD.
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            scope = {**scope, "root_path": root, "path": path, "method": method}
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:
@@ -202,7 +225,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     def respond(request: Request, error: ApiError) -> Response:
         # A call that has begun is counted where it ends.
-        if request.url.path == COMPLETIONS:
+        if getattr(request.scope.get("route"), "path", None) == COMPLETIONS:
             metrics.requests.labels(error.outcome).inc()
         return error_response(error)
 
@@ -212,10 +235,15 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
+        if error.errors()[0]["type"] == "json_invalid" or error.errors()[0]["loc"] == ("body",):
+            return respond(request, unreadable_body(await request.body(), request.headers))
         return respond(request, validation_to_api_error(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def on_http_error(_: Request, error: HTTPException) -> Response:
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:
+            # FastAPI's answer to a body that raises anything but a JSON error.
+            return respond(request, unreadable_body(await request.body(), request.headers))
         texts = {404: "no such path; /docs lists them", 405: "this path takes another method"}
         text = texts.get(error.status_code, str(error.detail))
         return error_response(ApiError(error.status_code, text, headers=dict(error.headers or {})))

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from pipeline.engine.text import Piece, TokenText
 from pipeline.errors import UserError
 from pipeline.serving.metrics import Metrics
-from pipeline.serving.openai import ApiError, CompletionRequest, Outcome, to_api_error
+from pipeline.serving.openai import ApiError, CompletionRequest, Outcome, StreamOptions, to_api_error
 from pipeline.serving.options import Limits
 from pipeline.serving.served import Served, ServedModel
 from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worker, text_prompt
@@ -206,6 +206,7 @@ class EventStream(StreamingResponse):
 
     async def _events(self, call: Call) -> AsyncIterator[bytes]:
         reports = call.asked.logprobs is not None
+        options = call.asked.stream_options or StreamOptions()
         try:
             async for delivery in call.deliveries():
                 pieces = [
@@ -215,14 +216,15 @@ class EventStream(StreamingResponse):
                 for piece in pieces:
                     choice = _choice_body(piece.index, piece.text, piece.tokens, piece.finish_reason, reports=reports)
                     ends_job = delivery.is_last and piece is pieces[-1]
-                    events.append(_event(call.body([choice], call.usage if ends_job else None)))
+                    has_usage = ends_job or options.continuous_usage_stats
+                    events.append(_event(call.body([choice], call.usage if has_usage else None)))
                 if events:
                     yield b"".join(events)
         except ApiError as error:
             self._outcome = error.outcome
             yield _event(error.body())
             return
-        if call.asked.stream_options is not None and call.asked.stream_options.include_usage:
+        if options.include_usage:
             yield _event(call.body([], call.usage))
         yield b"data: [DONE]\n\n"
         self._outcome = "completed"

@@ -1,9 +1,19 @@
 """Requests and errors of OpenAI's completions API, with vLLM's additions."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, ValidationError
 
 from pipeline.decoding import ModelDecoding, SamplingParams, merge_decoding
@@ -12,6 +22,45 @@ from pipeline.errors import UserError
 MOST_LOGPROBS = 20
 OWN_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 """The fields of the API that have another name in `SamplingParams`."""
+GZIP_MAGIC = b"\x1f\x8b"
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "include_obfuscation": (False,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    # vLLM
+    "add_special_tokens": (True,),
+    "bad_words": ([],),
+    "detokenize": (True,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "priority": (0,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+    # SGLang, llama.cpp and text-generation-webui
+    "add_bos_token": (True,),
+    "do_sample": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
+    "no_stop_trim": (False,),
+    "smoothing_factor": (0,),
+    "tfs": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "xtc_probability": (0,),
+}
+"""The fields of other servers that are accepted at these values, with which they do nothing; null does nothing in any
+field."""
+IGNORED = ("cache_salt", "metadata", "prompt_cache_key", "request_id", "safety_identifier")
+"""The fields that name a request or its sender, and change nothing in its answer."""
 
 Outcome = Literal["completed", "cancelled", "refused", "rejected", "timed_out", "failed"]
 
@@ -55,16 +104,30 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class StreamOptions(BaseModel):
+class Body(BaseModel):
+    """A body, or an object in one: fields that it does not have are refused by name unless they do nothing."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    include_usage: bool | None = None
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_neutral(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: value
+            for name, value in values.items()
+            if name in cls.model_fields or not (value is None or name in IGNORED or value in NEUTRAL.get(name, ()))
+        }
 
 
-class RepetitionDetection(BaseModel):
+class StreamOptions(Body):
+    include_usage: bool | None = Field(None, description="End with an event that has the usage and no choices")
+    continuous_usage_stats: bool | None = Field(None, description="Report the usage so far in each event, as vLLM does")
+
+
+class RepetitionDetection(Body):
     """A loop as vLLM describes it, with the ranges of `SamplingParams.repetition_detection`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     max_pattern_size: int = Field(0, description="The longest run that counts, in tokens; 0 is off")
     min_pattern_size: int = Field(0, description="The shortest run that counts, in tokens; 0 means 1")
@@ -74,10 +137,11 @@ class RepetitionDetection(BaseModel):
         return [self.max_pattern_size, self.min_count, self.min_pattern_size or 1]
 
 
-class CompletionRequest(BaseModel):
-    """A field that is null or missing has the value of the preset, or else of the model's own decoding."""
+class CompletionRequest(Body):
+    """A field that is null or missing has the value of the preset, or else of the model's own decoding.
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    Fields of other servers are accepted where they do nothing, such as `use_beam_search: false`.
+    """
 
     model: str | None = Field(None, description="A name that /v1/models lists")
     prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
@@ -109,7 +173,7 @@ class CompletionRequest(BaseModel):
     seed: int | None = None
     suffix: None = Field(None, description="Not supported: the model continues a text and cannot fill a gap")
     user: str | None = Field(None, description="Accepted and ignored")
-    top_k: int | None = None
+    top_k: int | None = Field(None, description="0 and, as in vLLM, -1 are off")
     min_p: float | None = None
     typical_p: float | None = None
     top_n_sigma: float | None = Field(
@@ -129,6 +193,18 @@ class CompletionRequest(BaseModel):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = None
+    allowed_token_ids: list[TokenId] | None = None
+    banned_token_ids: list[TokenId] | None = None
+    context_overflow: str | None = Field(
+        None,
+        description="What happens at the end of the context: `end`, or `slide`, which reads the newest half again and "
+        "continues; it also takes prompts that are longer than the context",
+    )
+
+    @field_validator("top_k", "seed", mode="after")
+    @classmethod
+    def _minus_one_is_off(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return {"top_k": 0, "seed": None}[str(info.field_name)] if value == -1 else value
 
     @field_validator("prompt", mode="wrap")
     @classmethod
@@ -145,10 +221,9 @@ class CompletionRequest(BaseModel):
 
     @field_validator("suffix", mode="before")
     @classmethod
-    def _no_suffix(cls, value: Any) -> Any:
-        if value is not None:
+    def _no_suffix(cls, value: Any) -> None:
+        if value not in (None, ""):
             raise PydanticCustomError("suffix", "the model continues a text and cannot fill a gap; leave it out")
-        return value
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Return the prompts as a list of texts or of token ids."""
@@ -193,16 +268,12 @@ class CompletionRequest(BaseModel):
             raise to_api_error(error) from error
 
 
-class TokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class TokenizeRequest(Body):
     model: str | None = None
     prompt: Text
 
 
-class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class DetokenizeRequest(Body):
     model: str | None = None
     tokens: list[TokenId]
 
@@ -217,16 +288,39 @@ def to_api_error(error: UserError) -> ApiError:
     return ApiError(400, message, param=field if colon and is_field else None)
 
 
+def unreadable_body(body: bytes, headers: Mapping[str, str]) -> ApiError:
+    """Return what keeps a body from being read as a JSON object, as one line."""
+    coding = headers.get("content-encoding", "identity")
+    if body.startswith(GZIP_MAGIC):
+        coding = "gzip"
+    content_type = headers.get("content-type", "")
+    if coding != "identity":
+        text = f"is compressed ({coding}), which this server does not read; send it as it is, without Content-Encoding"
+    elif not body:
+        text = "is empty; send a JSON object"
+    elif content_type.partition(";")[0].strip().lower() != "application/json":
+        text = f"has the Content-Type {content_type!r}; send JSON, with the header Content-Type: application/json"
+    else:
+        try:
+            text = f"is JSON, but {json.dumps(json.loads(body))[:20]} is not an object with fields such as prompt"
+        except UnicodeDecodeError as error:
+            text = f"is not {error.encoding} (byte 0x{body[error.start]:02x} at {error.start}); send it in UTF-8"
+        except RecursionError:
+            text = "is not read: its lists or objects are nested too deeply"
+        except ValueError as error:
+            text = f"is not JSON: {str(error).partition(';')[0]}"
+    return ApiError(400, f"the body {text}")
+
+
 def validation_to_api_error(errors: Sequence[Any]) -> ApiError:
-    """Return the first error that pydantic found in a body, as one line that names the field."""
+    """Return the first error that pydantic found in the fields of a body, as one line that names the field."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
-    if not place:
-        return ApiError(400, "the body: expected a JSON object with the header Content-Type: application/json")
     field = place[0]
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{'.'.join(place)}: no such field; /docs lists the fields", param=field)
+        path, accepted = ".".join(place), NEUTRAL.get(place[-1])
+        if accepted:
+            return ApiError(400, f"{path}: only {json.dumps(accepted[0])} is supported; leave it out", param=field)
+        return ApiError(400, f"{path}: no such field; /docs lists the fields", param=field)
     message = first["msg"][:1].lower() + first["msg"][1:]
     return ApiError(400, f"{field}: {message}", param=field)

@@ -25,7 +25,9 @@ def refuse_foreign(packed: Path) -> None:
 refuse_foreign(Path(__file__).parent / "code" / "pipeline")
 
 import logging
+import os
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -46,21 +48,38 @@ class TextModel(PythonModel):
     """`predict(["The lamp"], params={"temperature": 0.7})` returns the continuations, without their prompts.
 
     `preset` names one of the model's presets; other parameters override it. Calls may come from several threads at
-    once: their rows share the running batch.
+    once: their rows share the running batch. A forked process loads an engine of its own at its first call.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the engine; `model_config` names `provider` and `precision`, each `auto` by default."""
         config = context.model_config
         self.decoding = read_decoding(Path(context.artifacts["decoding"]), Path(context.artifacts["presets"]))
-        self._worker = Worker(
-            lambda: TextGenerator.load(
-                context.artifacts["engine"], precision=config["precision"], provider=config["provider"]
-            )
+        self._load = lambda: TextGenerator.load(
+            context.artifacts["engine"], precision=config["precision"], provider=config["provider"]
         )
-        self._worker.start()
+        self._locks: dict[int, Lock] = {}
+        self._workers: dict[int, Worker] = {}
+        """The worker of each process. A forked one keeps those of its parents: to destroy them would wait for threads
+        that it does not have."""
         session = self._worker.generator.engine.session
         logger.info("loaded on %s in %s", session.provider, session.precision)
+
+    @property
+    def _worker(self) -> Worker:
+        """The worker of this process, started if it has none. Raises `UserError` in a fork of a process with CUDA."""
+        process = os.getpid()
+        # A lock of its own: another thread may have held the parent's when this process was forked.
+        with self._locks.setdefault(process, Lock()):
+            if process not in self._workers:
+                if any(worker.generator.engine.session.provider == "cuda" for worker in self._workers.values()):
+                    raise UserError(
+                        "CUDA does not run in a forked process; start it by spawn, and load the model there"
+                    )
+                worker = Worker(self._load)
+                worker.start()
+                self._workers[process] = worker
+            return self._workers[process]
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

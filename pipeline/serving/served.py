@@ -259,7 +259,8 @@ class Served:
             self._warn_once(f"{error}; {self.current.fingerprint} stays")
             return
         except UNREACHABLE as error:
-            self._warn_once(f"the registry does not answer ({error}); {self.current.fingerprint} stays")
+            reason = store.without_password(str(error))
+            self._warn_once(f"the registry does not answer ({reason}); {self.current.fingerprint} stays")
             return
         self._warning = None
         with self._lock:

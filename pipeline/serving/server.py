@@ -77,7 +77,7 @@ def serve(
 
     source = source_of(model, decoding, mlflow_url)
     served = Served(source, load, max_queue=engine.max_queue, on_tokens=metrics.on_tokens, on_death=on_death)
-    app = create_app(served, metrics, limits, access)
+    app = create_app(served, metrics, limits, access, root_path=address.root_path)
     config = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False)
     server = Server(config, served)
     with bind_socket(address) as listener:

@@ -6,6 +6,7 @@ token, and delivers. Nothing else touches the engine.
 """
 
 import math
+import os
 import queue
 import sys
 import threading
@@ -120,6 +121,7 @@ class Worker:
         self._running: dict[Job, dict[Choice, float | None]] = {}
         """The choices of each job that have not ended, with the time of their last token, None before the first."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._process = os.getpid()
         self.ended = False
         """Whether the thread takes no more jobs: it was stopped, or an error ended it."""
 
@@ -165,8 +167,14 @@ class Worker:
         if choices > self.most:
             raise UserError(f"n: {choices} continuations are more than the {self.most} that the server takes at a time")
 
+    def check_process(self) -> None:
+        """Raise `RuntimeError` in a forked process, which has none of its parent's threads and would wait for ever."""
+        if os.getpid() != self._process:
+            raise RuntimeError("the engine runs in the process that this one was forked from; load it here, too")
+
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises `QueueFullError`, `RuntimeError` if the engine has ended, and what `check` raises."""
+        """Queue a job. Raises `QueueFullError`, `RuntimeError` if the engine has ended, and what the checks raise."""
+        self.check_process()
         self.check(job.continuations)
         with self._lock:
             if self.ended:
@@ -352,6 +360,7 @@ def run_job(worker: Worker, prompts: list[Prompt], params: SamplingParams) -> It
     is_last = False
     try:
         while not is_last:
+            worker.check_process()
             delivery = deliveries.get()
             if isinstance(delivery, Exception):
                 raise delivery

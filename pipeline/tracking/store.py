@@ -26,6 +26,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.errors import UserError
 
 EXPERIMENT = "gpt2-pipeline"
+USER_VARIABLE, PASSWORD_VARIABLE = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 ARTIFACT_URIS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -60,8 +61,24 @@ def store_lock() -> FileLock:
 
 
 def store_uri() -> str:
-    """Return the URI of the tracking store in use."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri()
+    """Return the URI of the tracking store in use.
+
+    A server's user and password move from it to MLflow's variables for them: MLflow prints the URI after every run.
+    Raises `UserError` if there is a user without a password, which has no such place.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri()
+    server = re.fullmatch(r"(https?://)([^/]*)@(.*)", uri, re.DOTALL)
+    if server is None:
+        return uri
+    user, _, password = server[2].partition(":")
+    if not user or not password:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: {without_password(uri)} has a user without a password, or the reverse; "
+            "give both, or a token in MLFLOW_TRACKING_TOKEN"
+        )
+    own = {USER_VARIABLE: unquote(user), PASSWORD_VARIABLE: unquote(password)}
+    os.environ.update(own, MLFLOW_TRACKING_URI=server[1] + server[3])
+    return os.environ["MLFLOW_TRACKING_URI"]
 
 
 def connect(*, create: bool = True) -> MlflowClient:
@@ -112,8 +129,8 @@ def store_errors() -> Iterator[None]:
 
 
 def without_password(text: str) -> str:
-    """Return the text without the users and passwords of the URIs in it."""
-    return re.sub(r"//[^/\s]*@", "//", text)
+    """Return the text without the users and passwords of the URIs in it, also of those that have them as parameters."""
+    return re.sub(r"([?&;](?:user|\w*password)=)[^&;\s]*", r"\1...", re.sub(r"//\S*@", "//", text))
 
 
 def _reason(error: BaseException) -> str:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from base_stage import REPOSITORY, REVISION, params, run_stage_on_each, write_training_split
 from hub_server import HubServer
+from safetensors.torch import load_file
 
 from pipeline.base.hub import ADVICE
 from pipeline.files import read_json, sha256_file
@@ -59,6 +61,16 @@ def test_a_commit_is_fetched_without_pickles_and_what_is_missing_is_an_error(hub
     assert sha256_file(out / "model.safetensors") == sha256_file(hub.folder / "model.safetensors")
     source = read_json(out / "source.json")
     assert (source["source"], source["revision"]) == (REPOSITORY, REVISION)
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_others(hub: HubServer, tmp_path: Path) -> None:
+    weights = load_file(hub.folder / "model.safetensors")
+    (hub.folder / "model.safetensors").unlink()
+    torch.save(weights, hub.folder / "pytorch_model.bin")
+    assert run_stage_on_each(tmp_path, {"there": (REPOSITORY, REVISION)}, HF_ENDPOINT=hub.url) == {"there": ""}
+    assert "pytorch_model.bin" in hub.fetched_files()
+    fetched = load_file(tmp_path / "there" / "model.safetensors")
+    assert all(torch.equal(fetched[name], weights[name]) for name in weights)
 
 
 @dataclass(frozen=True)

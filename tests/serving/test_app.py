@@ -1,6 +1,8 @@
 """The server over a socket: answers, streams, errors, keys and limits, also through `openai`'s own client."""
 
+import gzip
 import json
+import re
 import socket
 import threading
 import time
@@ -20,8 +22,9 @@ from tiny_gpt2 import TINY_LEXICON
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
+from pipeline.errors import UserError
 from pipeline.serving.app import playground
-from pipeline.serving.options import Access, Limits, keys_from_environment
+from pipeline.serving.options import Access, Address, Limits, keys_from_environment
 from pipeline.tokens import prompt_ids
 
 ENDLESS = {"max_tokens": 60, "ignore_eos": True, "seed": 1}
@@ -111,6 +114,26 @@ def test_a_stream_ends_with_its_usage(running: Running) -> None:
     assert found[-1]["choices"][0]["finish_reason"] in ("stop", "length")
 
 
+def test_every_event_reports_the_usage_so_far_where_asked(running: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    found = events(running.post(prompt="The lamp", seed=3, stream=True, stream_options=options))
+    usage = running.post(prompt="The lamp", seed=3).json()["usage"]
+    counts = [event["usage"]["completion_tokens"] for event in found]
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1] == usage["completion_tokens"]
+    assert {event["usage"]["prompt_tokens"] for event in found} == {usage["prompt_tokens"]}
+    assert (found[-1]["choices"], found[-1]["usage"]) == ([], usage)
+
+
+def test_a_prompt_longer_than_the_context_is_taken_as_the_error_advises(running: Running) -> None:
+    asked = {"prompt": "the lamp " * 100, "max_tokens": 5, "ignore_eos": True}
+    refused = running.post(**asked)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+    assert refused.json()["error"]["message"].endswith("or set context_overflow to slide")
+    taken = running.post(**asked, context_overflow="slide")
+    assert (taken.status_code, taken.json()["usage"]["completion_tokens"]) == (200, 5)
+
+
 def test_every_parameter_reaches_the_engine(running: Running, generator: TextGenerator) -> None:
     params = SamplingParams(
         temperature=1.2,
@@ -130,15 +153,15 @@ def test_every_parameter_reaches_the_engine(running: Running, generator: TextGen
         max_new_tokens=25,
         stop=("q",),
         stop_token_ids=(9,),
+        banned_token_ids=(8,),
+        context_overflow="slide",
         seed=11,
         n=2,
         best_of=3,
     )
     values = params.to_mapping()
-    # A new parameter is set above, or listed here because the API lacks it or another test sends it.
-    elsewhere = {"banned_token_ids", "allowed_token_ids", "context_overflow"} | {
-        *("max_verbatim_tokens", "ignore_eos", "logprobs"),
-    }
+    # A new parameter is set above, or listed here because another test sends it.
+    elsewhere = {"allowed_token_ids", "max_verbatim_tokens", "ignore_eos", "logprobs"}
     assert {field.name for field in fields(SamplingParams)} - values.keys() == elsewhere
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
     body = {names.get(name, name): value for name, value in values.items()}
@@ -301,12 +324,45 @@ def test_openais_client_knows_the_errors(client: OpenAI) -> None:
         client.completions.create(model="engine", prompt="a", top_p=2)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"prompt": "' + b"\\ud800" + b'"}', b"[" * 100_000])
-def test_a_body_that_is_not_a_request_is_refused(body: bytes, running: Running) -> None:
-    headers = {"Content-Type": "application/json"}
-    found = requests.post(f"{running.url}/v1/completions", data=body, headers=headers, timeout=PATIENCE_S)
-    assert found.status_code == 400
-    assert found.json()["error"]["type"] == "invalid_request_error"
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "message"),
+    [
+        (b"", JSON, "the body is empty; send a JSON object"),
+        (
+            b"{",
+            JSON,
+            "the body is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        ),
+        (b"prompt=a", JSON, "the body is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"[]", JSON, "the body is JSON, but [] is not an object with fields such as prompt"),
+        (b'"a"', JSON, 'the body is JSON, but "a" is not an object with fields such as prompt'),
+        (b'{"prompt": "caf\xe9"}', JSON, "the body is not utf-8 (byte 0xe9 at 15); send it in UTF-8"),
+        (b"\xff", JSON, "the body is not utf-8 (byte 0xff at 0); send it in UTF-8"),
+        (b"[" * 100_000, JSON, "the body is not read: its lists or objects are nested too deeply"),
+        (b'{"seed": ' + b"5" * 5000 + b"}", JSON, "the body is not JSON: Exceeds the limit (4300 digits) for integer"),
+        (gzip.compress(b'{"prompt": "a"}'), JSON, "the body is compressed (gzip), which this server does not read;"),
+        (b"\x28\xb5", JSON | {"Content-Encoding": "zstd"}, "the body is compressed (zstd), which this server does not"),
+        (b'{"prompt": "a"}', {}, "the body has the Content-Type ''; send JSON, with the header Content-Type: app"),
+        (
+            b'{"prompt": "a"}',
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            "the body has the Content-Type 'application/x-www-form-urlencoded'; send JSON, with",
+        ),
+        (b'{"prompt": "' + b"\\ud800" + b'"}', JSON, "prompt: contains half of a surrogate pair"),
+    ],
+)
+def test_a_body_that_is_not_read_says_why(body: bytes, headers: dict[str, str], message: str, running: Running) -> None:
+    refused = 'pipeline_requests_total{outcome="refused"}'
+    count = running.metric(refused)
+    for path in ("/v1/completions", "/tokenize"):
+        found = requests.post(f"{running.url}{path}", data=body, headers=headers, timeout=PATIENCE_S)
+        error = found.json()["error"]
+        assert (found.status_code, error["type"]) == (400, "invalid_request_error")
+        assert error["message"].startswith(message)
+    assert running.metric(refused) == count + 1
 
 
 def test_no_token_left_fails_alone_and_says_so(running: Running) -> None:
@@ -390,6 +446,56 @@ def test_health_and_readiness_are_reported(running: Running) -> None:
         running.served.draining = False
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/", "/docs", "/openapi.json"])
+def test_head_is_answered_as_get_without_the_body(path: str, running: Running) -> None:
+    found, whole = (ask(f"{running.url}{path}", timeout=PATIENCE_S) for ask in (requests.head, requests.get))
+    assert (found.status_code, found.content) == (200, b"")
+    assert found.headers["Content-Type"] == whole.headers["Content-Type"]
+
+
+def test_head_of_a_path_that_takes_only_post_is_refused(running: Running) -> None:
+    assert requests.head(f"{running.url}/v1/completions", timeout=PATIENCE_S).status_code == 405
+
+
+@pytest.mark.parametrize("prefix", ["/llm", ""], ids=["kept", "removed"])
+def test_behind_a_proxy_with_a_path_prefix_all_is_there(prefix: str, tiny_engine_folder: Path) -> None:
+    """Some proxies remove the prefix before they pass a request on, and others keep it."""
+    with running_server(tiny_engine_folder, root_path="/llm") as running:
+        own = f"{running.url}{prefix}"
+        client = OpenAI(base_url=f"{own}/v1", api_key="none", max_retries=0)
+        assert client.completions.create(model="engine", prompt="The lamp", max_tokens=3).choices[0].text
+        assert running.metric('pipeline_requests_total{outcome="completed"}') == 1
+        requests.post(f"{own}/v1/completions", data=b"{", headers=JSON, timeout=PATIENCE_S)
+        assert running.metric('pipeline_requests_total{outcome="refused"}') == 1
+        page = requests.get(f"{own}/docs", timeout=PATIENCE_S).text
+        assert "'/llm/openapi.json'" in page
+        script = re.search(r'src="(/llm/[^"]+\.js)"', page)
+        assert script is not None
+        for path in ("", "/", "/openapi.json", script[1].removeprefix("/llm")):
+            assert requests.get(f"{own}{path}", timeout=PATIENCE_S).status_code == 200
+        description = requests.get(f"{own}/openapi.json", timeout=PATIENCE_S).json()
+        assert description["servers"] == [{"url": "/llm"}]
+
+
+def test_the_page_asks_at_its_own_address() -> None:
+    """It has no address that starts at the root of the host, which is another's behind a proxy with a prefix."""
+    page, _ = playground()
+    assert not re.findall(r"""(?:href|src|action)=["']/|fetch\(["'`]/|location\.origin\}""", page)
+
+
+@pytest.mark.parametrize(
+    ("given", "path"), [("", ""), ("/", ""), ("/llm", "/llm"), ("/llm/", "/llm"), ("/a/b-1/", "/a/b-1")]
+)
+def test_a_root_path_has_no_slash_at_its_end(given: str, path: str) -> None:
+    assert Address(root_path=given).root_path == path
+
+
+@pytest.mark.parametrize("given", ["llm", "http://example.org/llm", "/a b", "/a?b", "//a"])
+def test_what_is_no_root_path_is_refused(given: str) -> None:
+    with pytest.raises(UserError, match=r"^--root-path: .* is not a path that starts with a slash, such as /llm$"):
+        Address(root_path=given)
+
+
 def test_the_documentation_loads_nothing_from_elsewhere(running: Running) -> None:
     page = requests.get(f"{running.url}/docs", timeout=PATIENCE_S).text
     assert "http://" not in page
@@ -464,12 +570,42 @@ def test_metrics_may_be_open_while_the_rest_is_not(tiny_engine_folder: Path) -> 
         assert running.metric("pipeline_cache_slots") == SLOTS
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("https://example.org/", "https://example.org"),
+        ("HTTPS://Example.org:443", "https://example.org"),
+        ("http://localhost:80/", "http://localhost"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://[::1]:3000/", "http://[::1]:3000"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"),
+        ("chrome-extension://abcdefgh", "chrome-extension://abcdefgh"),
+        ("*", "*"),
+    ],
+)
+def test_an_origin_is_spelled_as_browsers_send_it(given: str, sent: str) -> None:
+    assert Access(origins=(given,)).origins == (sent,)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("example.org", "//example.org", "localhost:3000", "null"),
+        *("https://example.org/app", "https://example.org?x=1", "https://example.org:port", "https://a@example.org"),
+        *("https://*.example.org", "https://a.org,https://b.org", "https://["),
+    ],
+)
+def test_what_no_browser_would_send_as_an_origin_is_refused(given: str) -> None:
+    with pytest.raises(UserError, match=r"^--cors-origin: .* is not an origin; write scheme, host and port"):
+        Access(origins=(given,))
+
+
 def test_other_origins_are_allowed_only_by_name(tiny_engine_folder: Path, running: Running) -> None:
     asking = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     assert (
         "Access-Control-Allow-Origin"
         not in requests.options(f"{running.url}/v1/completions", headers=asking, timeout=PATIENCE_S).headers
     )
-    with running_server(tiny_engine_folder, access=Access(origins=("https://example.org",))) as open_to:
+    with running_server(tiny_engine_folder, access=Access(origins=("https://example.org/",))) as open_to:
         found = requests.options(f"{open_to.url}/v1/completions", headers=asking, timeout=PATIENCE_S)
         assert found.headers["Access-Control-Allow-Origin"] == "https://example.org"

@@ -1,5 +1,6 @@
 """How the body of a request becomes decoding parameters, and how it is refused."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.decoding import ModelDecoding, SamplingParams
-from pipeline.serving.openai import ApiError, CompletionRequest, validation_to_api_error
+from pipeline.serving.openai import NEUTRAL, ApiError, CompletionRequest, validation_to_api_error
 
 OWN = SamplingParams(temperature=0.7, top_k=40, min_new_tokens=20, max_new_tokens=50, stop=("The end",))
 FAITHFUL = SamplingParams(temperature=0.4, min_new_tokens=10, max_new_tokens=30, repetition_detection=(20, 3))
@@ -142,6 +143,11 @@ def test_a_range_is_that_of_the_decoding_parameters(field: str, value: object, m
     ("body", "field", "message"),
     [
         ({"temprature": 1}, "temprature", "temprature: no such field; /docs lists the fields"),
+        (
+            {"stream_options": {"include_obfuscation": True}},
+            "stream_options",
+            "stream_options.include_obfuscation: only false is supported; leave it out",
+        ),
         ({"stream_options": {"x": 1}}, "stream_options", "stream_options.x: no such field; /docs lists the fields"),
         ({"temperature": "hot"}, "temperature", "temperature: input should be a valid number"),
         ({"preset": 5}, "preset", "preset: input should be a valid string"),
@@ -165,6 +171,44 @@ def test_a_body_is_refused_by_its_field(body: dict[str, object], field: str, mes
         CompletionRequest.model_validate(body)
     error = validation_to_api_error(refusal.value.errors())
     assert (error.status, error.param, error.message) == (400, field, message)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"best_of": 1, "n": 3},
+        {"use_beam_search": False, "length_penalty": 1.0, "skip_special_tokens": True, "add_special_tokens": True},
+        {"guided_json": None, "prompt_logprobs": None, "truncate_prompt_tokens": None, "priority": 0, "bad_words": []},
+        {"include_stop_str_in_output": False, "response_format": {"type": "text"}, "store": False, "suffix": ""},
+        {"metadata": {"trace": "5"}, "request_id": "cmpl-5", "user": "me"},
+        {"stream_options": {"include_obfuscation": False}},
+        {"seed": -1},
+    ],
+)
+def test_a_field_with_its_default_value_changes_nothing(body: dict[str, Any]) -> None:
+    assert sampling(**body) == replace(OWN, n=body.get("n", 1))
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_is_off_at_minus_one_as_in_vllm(top_k: int) -> None:
+    assert sampling(top_k=top_k) == replace(OWN, top_k=0)
+
+
+def test_what_vllm_takes_reaches_the_engine() -> None:
+    asked = {"allowed_token_ids": [3, 4], "banned_token_ids": [5], "context_overflow": "slide"}
+    assert sampling(**asked) == replace(OWN, allowed_token_ids=(3, 4), banned_token_ids=(5,), context_overflow="slide")
+    with pytest.raises(ApiError, match=r"^max_tokens: must be set if context_overflow is slide"):
+        sampling(SamplingParams(), context_overflow="slide")
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_field_that_would_do_something_is_refused_with_the_value_that_does_nothing(name: str) -> None:
+    CompletionRequest.model_validate({name: NEUTRAL[name][0]})
+    with pytest.raises(ValidationError) as refusal:
+        CompletionRequest.model_validate({name: "other"})
+    error = validation_to_api_error(refusal.value.errors())
+    message = f"{name}: only {json.dumps(NEUTRAL[name][0])} is supported; leave it out"
+    assert (error.status, error.param, error.message) == (400, name, message)
 
 
 @pytest.mark.parametrize(

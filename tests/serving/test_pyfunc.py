@@ -1,5 +1,6 @@
 """The model class as MLflow saves and loads it from code; `tests/stages/test_register.py` tests it in the registry."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,50 @@ def test_a_stream_that_is_left_frees_its_slot(model: Any) -> None:
 def test_a_stream_is_of_one_continuation(model: Any) -> None:
     with pytest.raises(MlflowException, match="n: a stream is one continuation, got 2"):
         list(model.predict_stream("a", params={"n": 2}))
+
+
+FORKED = """
+import multiprocessing, os, sys
+import mlflow
+
+model = mlflow.pyfunc.load_model(sys.argv[1], model_config={"provider": "cpu"})
+ask = lambda prompt: model.predict([prompt], params={"seed": 5})
+
+
+def child(prompt):
+    return ask(prompt)
+
+
+streamed = model.predict_stream("The lamp", params={"seed": 5})
+next(streamed)
+
+
+def rest(_):
+    try:
+        return list(streamed)
+    except RuntimeError as error:
+        return str(error)
+
+
+own = [ask("The lamp"), ask("A cat")]
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map_async(child, ["The lamp", "A cat"] * 2).get(60) == own * 2
+    assert "forked" in pool.apply_async(rest, [0]).get(60)
+assert [ask("The lamp"), ask("A cat")] == own
+if os.fork() == 0:
+    assert ask("The lamp") == own[0]
+    sys.exit()
+assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
+def test_a_forked_process_predicts_the_same(saved: Path) -> None:
+    """It has none of the threads of its parent, and would wait for ever on the parent's engine."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(saved)], capture_output=True, text=True, check=False, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
 
 
 FOREIGN = """

@@ -166,7 +166,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "config cut off": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not JSON"),
     "pickled weights": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-        r"holds no model\.safetensors, and pickled weights are not read; convert them with .*save_pretrained",
+        r"pytorch_model\.bin is cut off, or holds more than tensors, which is not read because it could run code",
     ),
     "weights cut off": (
         lambda folder: os.truncate(folder / "model.safetensors", 1000),
@@ -186,7 +186,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another shape": (
         lambda folder: change_config(folder, n_positions=32),
-        r"another shape than config\.json says: transformer\.wpe\.weight; fetch the model again$",
+        r"another shape than config\.json says: transformer\.wpe\.weight; take the config\.json that was saved with t",
     ),
     "not a number": (
         lambda folder: change_weights(

@@ -19,7 +19,7 @@ from pipeline.export.parity import Parity
 from pipeline.files import read_json, sha256_file
 from pipeline.params.export import ExportParams
 from pipeline.quality.memorization import longest_copies
-from pipeline.stages.export import certify, export
+from pipeline.stages.export import certify, export, export_checkpoint
 from pipeline.tokens import load_tokens, tokenizer_sha256
 
 NEW_TOKENS = 24
@@ -81,6 +81,19 @@ def test_each_engine_goes_on_as_its_checkpoint_does(
     model = GPT2LMHeadModel.from_pretrained(project.out / checkpoint).eval()
     found = continued(project.out / "export" / engine, prompts)
     assert found == [greedy(model, prompt) for prompt in prompts]
+
+
+def test_no_form_has_random_weights_where_their_names_have_a_prefix(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Optimum by itself would make new weights for those that it does not find, and say so only in a warning."""
+    compiled = tmp_path / "compiled"
+    shutil.copytree(tiny_checkpoint, compiled)
+    weights = {f"_orig_mod.{name}": weight for name, weight in load_file(compiled / "model.safetensors").items()}
+    save_file(weights, compiled / "model.safetensors", metadata={"format": "pt"})
+    export_checkpoint(compiled, tmp_path / "out", ["float32"], 8)
+    prompt = [5, 6, 7]
+    expected = greedy(GPT2LMHeadModel.from_pretrained(tiny_checkpoint).eval(), prompt)
+    assert greedy(ORTModelForCausalLM.from_pretrained(tmp_path / "out" / "portable"), prompt) == expected
+    assert continued(tmp_path / "out" / "engine", [prompt]) == [expected]
 
 
 def test_fine_tuning_shows_in_the_engine(project: Project, prompts: list[list[int]]) -> None:

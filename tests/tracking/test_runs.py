@@ -1,14 +1,18 @@
 """What a run records in the MLflow store, where the store is, and what happens if it does not answer."""
 
+import base64
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -20,6 +24,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
+from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.tracking import lineage, runs, store
@@ -148,6 +153,88 @@ def test_a_store_that_does_not_answer_is_told_soon_and_without_the_password(
     assert "\n" not in str(caught.value)
     for secret in ("ada", "hunter2", "ter2"):
         assert secret not in str(caught.value)
+
+
+class GuardedServer:
+    """As much of an MLflow server as a run needs, which wants a user and a password."""
+
+    def __init__(self, user: str, password: str) -> None:
+        wanted = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+        info = {"run_id": "0" * 32, "run_uuid": "0" * 32, "experiment_id": "1", "status": "RUNNING", "run_name": "a"}
+        experiment = {"experiment_id": "1", "name": store.EXPERIMENT, "lifecycle_stage": "active"}
+        body = {"experiments": [experiment], "experiment": experiment, "run": {"info": info, "data": {}}}
+        self.accepted = 0
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(handler) -> None:  # noqa: N805
+                handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+                accepted = handler.headers.get("Authorization") == wanted
+                self.accepted += accepted
+                handler.send_response(200 if accepted else 401)
+                handler.send_header("Content-Type", "application/json")
+                handler.end_headers()
+                handler.wfile.write(json.dumps(body).encode())
+
+            do_POST = do_PATCH = do_GET  # noqa: N815
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                """Print nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "GuardedServer":
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_no_output_holds_the_user_or_the_password(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLflow prints the address of every run that ends, with all that the tracking URI holds."""
+    caplog.set_level(logging.DEBUG)
+    with GuardedServer("ada@work", "hunt/er@2") as server:
+        uri = f"http://{server.address}/mlflow"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ada%40work:hunt%2Fer%402@{server.address}/mlflow")
+        main(["ui"])
+        run = logged_run("register")[1]
+        with mlflow.start_run(run_id=run.info.run_id):
+            pass
+        accepted = server.accepted
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ada%40work:wrong%2Fhunt@{server.address}/mlflow")
+        with pytest.raises(SystemExit):
+            main(["ui"])
+        assert 0 < accepted == server.accepted
+        assert os.environ["MLFLOW_TRACKING_URI"] == uri
+    written = "".join(capfd.readouterr())
+    assert written.count(f"{uri}/#/experiments/1/runs/{run.info.run_id}") == 2
+    assert f"error: tracking store {uri} does not answer" in written
+    for secret in ("ada", "hunt", "er@2", "er%402", base64.b64encode(b"ada@work:hunt/er@2").decode()):
+        assert secret not in written + caplog.text
+
+
+def test_a_user_without_a_password_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ada@example.org/mlflow")
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: https://example\.org/mlflow has a user without a pass"):
+        store.connect()
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("at postgresql://ada:hun/t@er2@db:5432/runs, said", "at postgresql://db:5432/runs, said"),
+        ("http://ada:hunter2@[::1]:5000/", "http://[::1]:5000/"),
+        ("postgresql://db/runs?user=ada&password=hunter2&x=1", "postgresql://db/runs?user=...&password=...&x=1"),
+        ("mysql://db/runs?sslpassword=hunter2", "mysql://db/runs?sslpassword=..."),
+        ("models:/tales@champion", "models:/tales@champion"),
+    ],
+)
+def test_a_text_is_cleaned_of_passwords(text: str, clean: str) -> None:
+    assert store.without_password(text) == clean
 
 
 def test_what_a_client_waits_for_later_is_not_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
