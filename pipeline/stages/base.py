@@ -1,6 +1,7 @@
 """Lay out the model to be fine-tuned: a GPT-2 from a folder or the hub, or a small new one, checked and in float32."""
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def make_base(training_split: Path, out: Path, params: BaseParams) -> None:
 
 def find_source(params: BaseParams) -> Path | None:
     """Return the folder of the source, fetched if it is on the hub; None for `scratch`. Raises `UserError`."""
-    folder = Path(params.source)
+    folder = Path(os.path.expandvars(params.source)).expanduser()
     if params.source == SCRATCH or folder.is_dir():
         if params.revision is not None:
             raise UserError(

@@ -16,7 +16,7 @@ from pipeline.files import read_json, write_json
 from pipeline.params.base import BaseParams
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.quality.lexicon import load_lexicon, write_lexicon
-from pipeline.stages.base import make_base
+from pipeline.stages.base import find_source, make_base
 from pipeline.tokens import end_of_text_id, load_tokenizer
 
 GPT2_TOKENIZER = ROOT.parent / "shared" / "gpt2-tokenizer"
@@ -60,6 +60,13 @@ def test_a_folder_gives_the_same_logits(model_folder: Path, make: Callable[[Path
     assert torch.equal(one, two)
     assert load_tokenizer(out).to_str() == load_tokenizer(model_folder).to_str()
     assert read_json(out / "source.json")["source"] == str(model_folder)
+
+
+@pytest.mark.parametrize("source", ["~/model", "$HOME/model"])
+def test_a_folder_may_be_named_as_in_a_shell(source: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(model_folder.parent))
+    named = source.replace("model", model_folder.name)
+    assert find_source(params(source=named)) == model_folder
 
 
 def test_the_words_that_a_base_knows_come_along(model_folder: Path, make: Callable[[Path], Path]) -> None:
