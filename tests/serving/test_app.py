@@ -343,7 +343,11 @@ JSON = {"Content-Type": "application/json"}
         (b"\xff", JSON, "the body is not utf-8 (byte 0xff at 0); send it in UTF-8"),
         (b"[" * 100_000, JSON, "the body is not read: its lists or objects are nested too deeply"),
         (b'{"seed": ' + b"5" * 5000 + b"}", JSON, "the body is not JSON: Exceeds the limit (4300 digits) for integer"),
-        (gzip.compress(b'{"prompt": "a"}', mtime=0), JSON, "the body is compressed (gzip), which this server does not read;"),
+        (
+            gzip.compress(b'{"prompt": "a"}', mtime=0),
+            JSON,
+            "the body is compressed (gzip), which this server does not read;",
+        ),
         (b"\x28\xb5", JSON | {"Content-Encoding": "zstd"}, "the body is compressed (zstd), which this server does not"),
         (b'{"prompt": "a"}', {}, "the body has the Content-Type ''; send JSON, with the header Content-Type: app"),
         (
