@@ -291,7 +291,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from pipeline.checkpoint import load_checkpoint, plain_checkpoint
+    from pipeline.checkpoint import load_plain, plain_checkpoint
     from pipeline.engine.verbatim import index_text
     from pipeline.export.build import build_engine, check_precisions
     from pipeline.quality.lexicon import collect_words, load_lexicon
@@ -302,7 +302,7 @@ def _export(arguments: argparse.Namespace) -> None:
     checkpoint, split = arguments.checkpoint, arguments.verbatim_index
     index, lexicon = None, load_lexicon(checkpoint)
     with plain_checkpoint(checkpoint) as plain:
-        model = load_checkpoint(plain, str(checkpoint))
+        model = load_plain(plain, str(checkpoint))
         if split is not None:
             text = load_tokens(split, tokenizer_sha256(plain))
             index = index_text(text.tokens)

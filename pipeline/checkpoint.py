@@ -72,7 +72,7 @@ def pack_checkpoint(checkpoint: Path, out: Path) -> None:
     Raises `UserError` if it is not a complete GPT-2, or a weight is out of float16's range.
     """
     with plain_checkpoint(checkpoint) as plain:
-        model = load_checkpoint(plain, str(checkpoint)).half()
+        model = load_plain(plain, str(checkpoint)).half()
         if not_held := [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
             raise UserError(
                 f"{checkpoint}: weights are out of the range of float16: {_some(not_held)}; ship it as it is"
@@ -236,10 +236,11 @@ def load_checkpoint(folder: Path, name: str | None = None) -> GPT2LMHeadModel:
     """
     name = name or str(folder)
     with plain_checkpoint(folder, name) as plain:
-        return _load_plain(plain, name)
+        return load_plain(plain, name)
 
 
-def _load_plain(folder: Path, name: str) -> GPT2LMHeadModel:
+def load_plain(folder: Path, name: str) -> GPT2LMHeadModel:
+    """Load a folder of `plain_checkpoint` as `load_checkpoint` does."""
     model: GPT2LMHeadModel
     with _only_errors_logged():
         try:

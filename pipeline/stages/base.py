@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from pipeline.base.hub import fetch
 from pipeline.base.scratch import initialize_model, train_tokenizer
-from pipeline.checkpoint import load_checkpoint, plain_checkpoint, save_model
+from pipeline.checkpoint import load_plain, plain_checkpoint, save_model
 from pipeline.errors import UserError, report_errors
 from pipeline.files import whole_folder, write_json
 from pipeline.params.base import BaseParams
@@ -46,7 +46,7 @@ def make_base(training_split: Path, out: Path, params: BaseParams) -> None:
             model = initialize_model(params.scratch, end_of_text=tokenizer.eos_token_id)
         else:
             with plain_checkpoint(folder, params.source) as plain:
-                model = load_checkpoint(plain, params.source)
+                model = load_plain(plain, params.source)
                 tokenizer = AutoTokenizer.from_pretrained(plain)
             if lexicon := load_lexicon(folder):
                 write_lexicon(partial, lexicon)

@@ -14,7 +14,7 @@ from optimum.exporters.onnx import main_export
 from optimum.utils import logging as optimum_logging
 from transformers import GPT2LMHeadModel, logging
 
-from pipeline.checkpoint import load_checkpoint, plain_checkpoint
+from pipeline.checkpoint import load_checkpoint, load_plain, plain_checkpoint
 from pipeline.engine.generator import Engine
 from pipeline.engine.verbatim import VerbatimIndex, index_text
 from pipeline.errors import UserError, report_errors
@@ -74,7 +74,7 @@ def export_checkpoint(
     # Optimum reads the folder itself, and would fill weights that it does not find by their names with random numbers.
     with plain_checkpoint(checkpoint) as plain, warnings.catch_warnings():
         # Loading checks the weights: a graph of NaNs would export without an error.
-        model = load_checkpoint(plain, str(checkpoint))
+        model = load_plain(plain, str(checkpoint))
         build_engine(model, plain, out / "engine", precisions, cache_bits=cache_bits, index=index, lexicon=lexicon)
         warnings.simplefilter("ignore")
         main_export(str(plain), out / "portable", task="text-generation-with-past", dtype="fp32", do_validation=False)

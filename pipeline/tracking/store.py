@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import unquote
@@ -20,7 +20,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import ViewType
+from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
@@ -104,9 +104,9 @@ def connect(*, create: bool = True) -> MlflowClient:
         with store_lock(), _answering_soon():
             mlflow.set_tracking_uri(uri)
             client = MlflowClient(uri)
-            client.search_experiments(max_results=1)
+            experiments = client.search_experiments(view_type=ViewType.ALL)
             if is_embedded:
-                _find_artifacts_again(client)
+                _find_artifacts_again(experiments)
     # ImportError: the driver of the database that the URI names is not installed.
     except (MlflowException, ImportError) as error:
         raise UserError(
@@ -144,13 +144,13 @@ def _reason(error: BaseException) -> str:
     return without_password((str(error).splitlines() or [type(error).__name__])[0])
 
 
-def _find_artifacts_again(client: MlflowClient) -> None:
+def _find_artifacts_again(experiments: Iterable[Experiment]) -> None:
     """Let the embedded store look for its files in the project's folder, if that was moved, renamed or copied.
 
     MLflow keeps absolute URIs: it would read and write in the old folder, which it makes again.
     """
     here, own = artifacts_uri(), artifacts_uri().rpartition("/")[2]
-    locations = {experiment.artifact_location for experiment in client.search_experiments(view_type=ViewType.ALL)}
+    locations = {experiment.artifact_location for experiment in experiments}
     moved = [place for place in locations if place.startswith("file:") and place.endswith(f"/{own}") and place != here]
     if not moved:
         return

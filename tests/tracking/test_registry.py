@@ -61,7 +61,7 @@ def aliases(client: MlflowClient) -> dict[str, int]:
         (score(2.0), score(2.1), None),
         (score(2.0), score(2.0), None),
         (score(2.0), score(1.9), "its bits per byte are 2.0000, the champion's 1.9000"),
-        (score(2.0), score(2.1, "b"), "the champion was scored on other texts, so the two are not compared"),
+        (score(2.0), score(2.1, "b"), "the champion was scored on other texts; the two are not compared"),
         (
             score(2.0, protocol="stride_tokens 8"),
             score(2.1),
