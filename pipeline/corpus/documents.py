@@ -49,7 +49,7 @@ def clean_section(section: Section, wrap_columns: int | None, params: PreparePar
     cleaned = clean(section.text, wrap_columns=wrap_columns, straighten_quotes=params.straighten_quotes)
     title = clean(section.title, wrap_columns=None, straighten_quotes=params.straighten_quotes).text
     texts = cut_pieces(cleaned.text, params.piece_words) if section.running else [cleaned.text]
-    min_words = 0 if section.running else params.minimum_words
+    min_words = 0 if section.running or section.whole else params.minimum_words
     cleaned.removed["space"] += len(cleaned.text) - sum(map(len, texts))
     candidates = [_make_candidate(text, title, min_words, params) for text in texts]
     return CleanedSection(candidates, cleaned.page_marks, cleaned.notices, cleaned.joined_breaks, cleaned.removed)

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -36,11 +37,14 @@ def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None
     row, such as `volume-2.jsonl:17`. Rows count from 1 in each file, dropped ones included; the header of a CSV and
     blank lines of JSON lines do not count. The rows of a text file are its separated documents or the pieces it was cut
     into. `workers` is the number of processes, by default one per core for larger corpora; it does not change the
-    output. Raises `UserError` if a file cannot be read or a split would be empty.
+    output. Raises `UserError` if a file cannot be read, which leaves `out` as it
+    was, or if a split would be empty, which leaves only the report.
     """
+    paths = find_files(data)
+    _check_patterns([path.relative_to(data).as_posix() for path in paths], params)
     sources = [
         survey(path, path.relative_to(data).as_posix(), params)
-        for path in progress(find_files(data), description="reading", unit="file")
+        for path in progress(paths, description="reading", unit="file")
     ]
     characters = sum(source.characters for source in sources)
     if workers is None:
@@ -73,9 +77,27 @@ def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None
                     "source": row_name,
                 }
                 files[split].write(json.dumps(document, ensure_ascii=False) + "\n")
-        _check_splits(data, report)
+        empty = [split for split, size in report.splits.items() if size.documents == 0]
+        if empty:
+            for split in SPLITS:
+                (folder / f"{split}.jsonl").unlink()
         write_json(folder / "report.json", report.to_json())
+    if empty:
+        raise UserError(
+            f"{data}: {report.outcomes['kept']} documents of {report.outcomes.total()} rows, too few to split: "
+            f"{' and '.join(empty)} would be empty; dropped {report.describe_dropped()} (by file: {out}/report.json); "
+            "add text, cut it smaller (prepare.piece_words; a .md file is cut if it is renamed to .txt), keep shorter "
+            "documents (prepare.minimum_words), or raise prepare.validation_share and prepare.test_share"
+        )
     return report
+
+
+def _check_patterns(names: list[str], params: PrepareParams) -> None:
+    if not isinstance(params.encoding, dict):
+        return
+    for pattern in params.encoding:
+        if pattern not in names and not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"prepare.encoding: {pattern!r} matches no file of the data; names: {', '.join(names[:5])}")
 
 
 def _clean_rows(
@@ -117,12 +139,3 @@ def _clean_chunk(params: PrepareParams, chunk: Chunk) -> list[tuple[int, int, Cl
         (position, len(section.text), clean_section(section, wrap_columns, params))
         for position, wrap_columns, section in chunk
     ]
-
-
-def _check_splits(data: Path, report: Report) -> None:
-    empty = [split for split, size in report.splits.items() if size.documents == 0]
-    if empty:
-        raise UserError(
-            f"{data}: {report.outcomes['kept']} documents, too few to split: {' and '.join(empty)} would be empty; "
-            "add text, cut it smaller (prepare.piece_words), or raise prepare.validation_share and prepare.test_share"
-        )

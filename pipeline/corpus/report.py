@@ -11,6 +11,8 @@ from pipeline.corpus.splits import SPLITS, Split
 
 Outcome = Literal["kept", "empty", "fragment", "exact_duplicate", "near_duplicate"]
 DROPPED = tuple(outcome for outcome in get_args(Outcome) if outcome != "kept")
+_SHOWN = {"notices": "notices", "front_matter": "front matter"}
+_MAX_NAMES = 3
 
 
 @dataclass(slots=True)
@@ -41,8 +43,10 @@ class FileReport:
         dropped = {"separators": source.separator_characters}
         dropped |= {repair: self.removed[repair] for repair in get_args(Repair)}
         dropped["notices"] += source.notice_characters
+        dropped["front_matter"] = source.front_matter_characters
         dropped |= {outcome: self.characters[outcome] for outcome in DROPPED}
         read = source.characters + source.separator_characters + source.notice_characters
+        read += source.front_matter_characters
         return {"read": read, "kept": self.characters["kept"], "dropped": dropped}
 
     def to_json(self) -> dict[str, Any]:
@@ -96,6 +100,28 @@ class Report:
     def outcomes(self) -> Counter[Outcome]:
         """The outcomes of all rows of all files."""
         return sum((file.outcomes for file in self.files), Counter[Outcome]())
+
+    def describe_dropped(self) -> str:
+        """Return what was dropped, by reason."""
+        rows = [f"{self.outcomes[outcome]} {outcome.replace('_', ' ')}" for outcome in DROPPED]
+        characters = Counter[str]()
+        for file in self.files:
+            characters.update(file.count_characters()["dropped"])
+        # Of the repairs, only those that can remove what belongs to the text.
+        removed = [f"{characters[rule]:,} characters of {name}" for rule, name in _SHOWN.items() if characters[rule]]
+        return ", ".join([*rows, *removed])
+
+    def describe_encodings(self) -> str | None:
+        """Return the files that are not UTF-8, by encoding; None if all are."""
+        files: dict[str, list[str]] = {}
+        for file in self.files:
+            if file.source.encoding not in (None, "utf-8", "utf-8-sig"):
+                files.setdefault(str(file.source.encoding), []).append(file.source.name)
+        lists = []
+        for encoding, names in sorted(files.items()):
+            more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+            lists.append(f"{encoding}: {', '.join(names[:_MAX_NAMES])}{more}")
+        return "; ".join(lists) or None
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry for report.json."""

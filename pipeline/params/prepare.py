@@ -1,10 +1,20 @@
 """The section `prepare`: how files become documents."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from pipeline.params.section import Count, Pattern, Section, Share
+
+
+def _check_encodings(value: Any) -> Any:
+    names = value.values() if isinstance(value, dict) else [] if value is None else [value]
+    for name in names:
+        try:
+            "".encode(name)  # refuses codecs that are not encodings of text, such as base64
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{name!r} is not an encoding, such as utf-8, windows-1251, koi8-r or cp932") from error
+    return value
 
 
 class NearDuplicateParams(Section):
@@ -21,12 +31,17 @@ class NearDuplicateParams(Section):
 class PrepareParams(Section):
     """How files become documents."""
 
+    encoding: Annotated[str | dict[str, str] | None, PlainValidator(_check_encodings)]
+    """The encoding of all text, JSON lines and CSV files, or a mapping from files (relative paths, or patterns such as
+    `russian/*.txt`) to encodings; the encodings of other files are detected. None if all are detected."""
     separator: Pattern
-    """A regular expression. A line that matches it as a whole separates two documents of a text file."""
+    """A regular expression. A line that matches it as a whole separates two documents of a text file; in Markdown,
+    only between blank lines."""
     piece_words: Count
-    """The approximate size of the pieces, in words, into which a text without separators is cut at blank lines."""
+    """The approximate size of the pieces, in words, into which a `.txt` file without separators is cut at blank
+    lines."""
     minimum_words: Annotated[int, Field(ge=0)]
-    """The fewest words of a separated document; a shorter one is dropped as a fragment."""
+    """The fewest words of a separated document or a row; a shorter one is dropped as a fragment."""
     text_column: Annotated[str, Field(min_length=1)]
     """The column (CSV, Parquet) or key (JSON lines) of the text."""
     title_column: Annotated[str, Field(min_length=1)]

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from pipeline.corpus.preparation import prepare
-from pipeline.corpus.report import DROPPED, Report
+from pipeline.corpus.report import Report
 from pipeline.errors import report_errors
 from pipeline.params.file import load_section
 from pipeline.params.prepare import PrepareParams
@@ -21,15 +21,15 @@ def main() -> None:
 
 
 def summarize(report: Report) -> str:
-    """Return the counts of a report in one line."""
-    dropped = ", ".join(f"{report.outcomes[outcome]} {outcome.replace('_', ' ')}" for outcome in DROPPED)
+    """Return the counts of a report in one line, and in another the files that are not UTF-8."""
     sizes = ", ".join(f"{size.documents} {split} ({size.words:,} words)" for split, size in report.splits.items())
     kept, rows = report.outcomes["kept"], report.outcomes.total()
-    notices = sum(file.count_characters()["dropped"]["notices"] for file in report.files)
-    return (
-        f"prepare: kept {kept} of {rows} rows from {len(report.files)} files; dropped {dropped}, "
-        f"{notices:,} characters of notices; {sizes}"
+    summary = (
+        f"prepare: kept {kept} of {rows} rows from {len(report.files)} files; dropped {report.describe_dropped()}; "
+        f"{sizes}"
     )
+    encodings = report.describe_encodings()
+    return f"{summary}\nprepare: read as {encodings} (prepare.encoding changes it)" if encodings else summary
 
 
 if __name__ == "__main__":
