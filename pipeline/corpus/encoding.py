@@ -41,6 +41,7 @@ _MAX_SCORE_GAP = (
     0.03  # measured, as the next two are, on 406 texts in 50 code pages of chardet's tests and of message files
 )
 _MIN_FAULT_SHARE = 0.25
+_MIN_MAC_FAULTS = 5
 _CHAOS_WEIGHT = 0.3  # charset-normalizer's measure of disorder, which names and formulas raise in every page
 _REMEDY = "name its encoding in prepare.encoding, or save it as UTF-8"
 
@@ -229,6 +230,8 @@ def _is_rival(guess: _Guess, best: _Guess) -> bool:
 
     It does if the other page has many more faults, measured by the number of characters that the two read differently.
     """
+    if best.page.startswith("mac-") and guess.fit >= MIN_FIT:  # the pages of old Macs are rare
+        return guess.faults - best.faults < _MIN_MAC_FAULTS
     if guess.score < best.score - _MAX_SCORE_GAP:
         return False
     if len(guess.text) == len(best.text):
@@ -243,12 +246,15 @@ def _choose(rivals: list[_Guess]) -> str | None:
     best = rivals[0]
     if len(rivals) == 1:
         return best.page
+    if best.page.startswith("mac-"):  # too rare to be chosen by less than that
+        return None
     # Bytes seldom form the frequent characters of an Asian page by chance.
     others = rivals[1:]
     if all(len(best.text) < len(other.text) and other.faults > best.faults for other in others):
         return best.page
     western = next((rival for rival in rivals if rival.page == "windows-1252"), None)
-    if western and reads_as_western(western.text):
+    macs = [rival.coherence for rival in rivals if rival.page.startswith("mac-")]
+    if western and reads_as_western(western.text) and western.coherence >= max(macs, default=0.0):
         return western.page
     first, second, *_ = sorted(rivals, key=lambda rival: -rival.coherence)
     letters = sum(map(str.isalpha, best.text))

@@ -53,6 +53,7 @@ _SYMBOLS = frozenset("¶¹²³±¤¦¬µ´¨¸¯")
 _FULL_WIDTH = re.compile("[“”‘’—…·×÷°§\u2190-\u266f\u3000-\u303f\u30fb\u30fc\uff01-\uff60]")
 _WIDE = re.compile("[^\\0-\x7f]+")
 _MIN_KANA_SHARE = 0.1
+_MIN_HANGUL_SHARE = 0.6
 _MIN_WORD_SHARE = 0.1
 _MAX_BORROWED_SHARE = 0.01
 _THAI_FAULT = re.compile(
@@ -104,7 +105,8 @@ def _find_shape(character: str) -> str:
         shape = "a" if character.isascii() else "x" if latin else "g" if greek else "s"
         return shape.upper() if character.isupper() else shape if character.islower() or not latin else "i"
     if character in _PUNCTUATION:
-        return "q" if character == "’" else "i" if character in _INSIDE_WORDS else "p"
+        low = character in "‚„"
+        return "l" if low else "q" if character == "’" else "i" if character in _INSIDE_WORDS else "p"
     return "y" if character in _SYMBOLS else "-" if character.strip() else " "
 
 
@@ -113,7 +115,7 @@ _SHAPES = _Shapes()
 _LETTER = "[aAxXgGsSf]"
 _FAULT = re.compile(
     rf"(?<={_LETTER})p(?={_LETTER})"  # a quotation mark inside a word
-    rf"|(?<={_LETTER})y|y(?={_LETTER})"
+    rf"|(?<={_LETTER})[yl]|y(?={_LETTER})"  # a low quotation mark opens
     r"|(?<![^ ])q(?=[gG])"  # the quotation mark that one Greek page has in the place of the other's Ά
     rf"|f(?={_LETTER})"
     r"|(?<=[axgsf,])[XGS]|(?<![aAxXgGsSf])[XGS](?=[AXGS][axgsf])|(?<=[AXGS])[xgs](?=[AXGS])"  # odd capitals
@@ -148,7 +150,10 @@ def _share_kana(text: str) -> float:
 
 
 def _fit_korean(text: str) -> float:
-    return _share(text, lambda c: "\uac00" <= c <= "\ud7a3" and _is_frequent(c, "euc_kr", 0xB0, 0xC8))
+    hangul = _share(text, lambda c: "\uac00" <= c <= "\ud7a3" and _is_frequent(c, "euc_kr", 0xB0, 0xC8))
+    if hangul < _MIN_HANGUL_SHARE:  # Chinese text that is read as Korean has both, in equal parts
+        return hangul
+    return _share(text, lambda c: _is_frequent(c, "euc_kr", 0xB0, 0xFD))
 
 
 def _fit_simplified(text: str) -> float:

@@ -85,9 +85,9 @@ def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None
     if empty:
         raise UserError(
             f"{data}: {report.outcomes['kept']} documents of {report.outcomes.total()} rows, too few to split: "
-            f"{' and '.join(empty)} would be empty; dropped {report.describe_dropped()} (by file: {out}/report.json); "
-            "add text, cut it smaller (prepare.piece_words; a .md file is cut if it is renamed to .txt), keep shorter "
-            "documents (prepare.minimum_words), or raise prepare.validation_share and prepare.test_share"
+            f"{', '.join(empty)} would be empty; dropped {report.describe_dropped(zeros=False)} (by file: "
+            f"{out / 'report.json'}); add text, cut it smaller (prepare.piece_words; rename .md files to .txt for that), "
+            "lower prepare.minimum_words, or raise prepare.validation_share and prepare.test_share"
         )
     return report
 

@@ -347,7 +347,8 @@ def _parse_json(place: str, line: str) -> Any:
     except RecursionError as error:
         raise UserError(f"{place}: lists or objects nested too deeply; remove them from the row") from error
     except ValueError as error:  # Python converts no integers of more than 4,300 digits
-        raise UserError(f"{place}: a value that cannot be read ({error}); write it as text, or remove it") from error
+        message = str(error).partition(";")[0]
+        raise UserError(f"{place}: a value that cannot be read ({message}); write it as text, or remove it") from error
 
 
 def _read_csv(source: Source, params: PrepareParams) -> Iterator[Section]:

@@ -101,15 +101,16 @@ class Report:
         """The outcomes of all rows of all files."""
         return sum((file.outcomes for file in self.files), Counter[Outcome]())
 
-    def describe_dropped(self) -> str:
-        """Return what was dropped, by reason."""
-        rows = [f"{self.outcomes[outcome]} {outcome.replace('_', ' ')}" for outcome in DROPPED]
+    def describe_dropped(self, *, zeros: bool = True) -> str:
+        """Return what was dropped, by reason, with or without the reasons that dropped nothing."""
+        counts = [(self.outcomes[outcome], outcome.replace("_", " ")) for outcome in DROPPED]
+        rows = [f"{count} {name}" for count, name in counts if count or zeros]
         characters = Counter[str]()
         for file in self.files:
             characters.update(file.count_characters()["dropped"])
         # Of the repairs, only those that can remove what belongs to the text.
         removed = [f"{characters[rule]:,} characters of {name}" for rule, name in _SHOWN.items() if characters[rule]]
-        return ", ".join([*rows, *removed])
+        return ", ".join([*rows, *removed]) or "nothing"
 
     def describe_encodings(self) -> str | None:
         """Return the files that are not UTF-8, by encoding; None if all are."""
