@@ -86,7 +86,7 @@ def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None
         raise UserError(
             f"{data}: {report.outcomes['kept']} documents of {report.outcomes.total()} rows, too few to split: "
             f"{', '.join(empty)} would be empty; dropped {report.describe_dropped(zeros=False)} (by file: "
-            f"{out / 'report.json'}); add text, cut it smaller (prepare.piece_words; rename .md files to .txt for that), "
+            f"{out / 'report.json'}); add text, cut it smaller (prepare.piece_words; .md files: rename to .txt), "
             "lower prepare.minimum_words, or raise prepare.validation_share and prepare.test_share"
         )
     return report

@@ -147,7 +147,7 @@ def test_code_pages_are_found(tmp_path: Path, text: str, encoding: str, layout: 
 
 
 @pytest.mark.parametrize(("text", "encoding"), [*OLD, *product([ENGLISH, GERMAN, FRENCH], ["mac-roman", "cp850"])])
-@pytest.mark.parametrize("characters", [12, 25, 40, 60])
+@pytest.mark.parametrize("characters", [16, 25, 40, 60])
 def test_short_text_is_right_or_refused(tmp_path: Path, text: str, encoding: str, characters: int) -> None:
     path = tmp_path / "a.txt"
     content = text[:characters].encode(encoding, errors="ignore")

