@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 MAX_CONTROL_SHARE = 0.01
 """The largest share of control characters in a text file: text has next to none, a terminal recording or a compressed
 file has more."""
-SAMPLE_BYTES = 1 << 12
+SAMPLE_BYTES = 1 << 11
 """The approximate size of the sample from which a code page is detected: lines from the whole file, without those in
 ASCII."""
 MIN_FIT = 0.9
