@@ -1,4 +1,4 @@
-"""Choosing presets among the trials of a search: the winner, and the two ends of the Pareto front."""
+"""Choosing presets among the trials of a search: the winner, and of those that are nearly as good the two ends."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +10,7 @@ from pipeline.evaluation.trials import Final, Trial
 from pipeline.params.tune import RangeParams, SpaceParams
 
 PRESET_DISTANCE = 3.0
-"""An end of the front is of use up to this many times the winner's distance from people."""
+"""A preset may be this many times as far from people as the winner."""
 PRESET_EXCESS = 2.0
 """A preset may have this many times the winner's excess: none if the winner has no more faults than people."""
 
@@ -19,15 +19,19 @@ def choose_presets(trials: Sequence[Trial], finals: Mapping[int, Final]) -> dict
     """Return the number of each preset's trial.
 
     `balanced` is the best finalist: the one with the fewest faults above people's level and, of equal ones, the nearest
-    to people. Of the trials on the front that have few enough faults and are near enough, `faithful` is the least wild
-    and `adventurous` the least tame. If no other trial is left, both are the winner.
+    to people. Of the complete trials that have few enough faults and are near enough, `faithful` is the one that is
+    more tame than wild by most, and `adventurous` the one by least. If no other trial is left, both are the winner.
     """
     winner = min(finals, key=lambda number: finals[number])
-    limit = PRESET_DISTANCE * trials[winner].distance
-    passing = [trial for trial in trials if trial.excess <= PRESET_EXCESS * trials[winner].excess]
-    near = [trial.number for trial in front_of(passing) if trial.distance <= limit] or [winner]
-    # The front rises from the least tame.
-    return {"balanced": winner, "faithful": near[-1], "adventurous": near[0]}
+    good = [
+        trial
+        for trial in trials
+        if trial.state == "complete"
+        and trial.excess <= PRESET_EXCESS * trials[winner].excess
+        and trial.distance <= PRESET_DISTANCE * trials[winner].distance
+    ]
+    from_cool_to_hot = sorted(good, key=lambda trial: trial.too_wild - trial.too_tame)
+    return {"balanced": winner, "faithful": from_cool_to_hot[0].number, "adventurous": from_cool_to_hot[-1].number}
 
 
 def front_of(trials: Sequence[Trial]) -> list[Trial]:

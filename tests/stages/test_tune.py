@@ -295,7 +295,7 @@ def test_presets_by_hand() -> None:
         complete(5, 4.0, 4.0),
         replace(complete(6, 0.0, 0.0), state="pruned"),
     ]
-    # The winner of the finals need not be on the front; three times as far as it, a preset is too far.
+    # Another trial may beat the winner of the finals in both; three times as far as it, a preset is too far.
     assert choose_presets(rows, {2: Final(0, 6.5), 5: Final(0, 7.0)}) == {
         "balanced": 2,
         "faithful": 0,
@@ -312,6 +312,11 @@ def test_presets_by_hand() -> None:
         "faithful": 1,
         "adventurous": 4,
     }
+
+
+def test_a_trial_that_beats_all_others_in_both_is_not_all_presets() -> None:
+    rows = [complete(0, 4.0, 0.3), complete(1, 3.0, 0.3), complete(2, 2.0, 0.1)]
+    assert choose_presets(rows, {1: Final(0, 1.0)}) == {"balanced": 1, "faithful": 0, "adventurous": 2}
 
 
 def test_faults_come_before_nearness() -> None:
