@@ -11,7 +11,7 @@ from pipeline.corpus.cleaning import Repair, clean
 from pipeline.corpus.deduplication import Hashes, minhash, shingle
 from pipeline.corpus.pieces import cut_pieces
 from pipeline.corpus.readers import Section
-from pipeline.corpus.words import digest, normalize_words
+from pipeline.corpus.words import count_words, digest, normalize_words
 from pipeline.params.prepare import PrepareParams
 
 _TITLE = re.compile(r"# +(.+)")
@@ -59,7 +59,7 @@ def _make_candidate(text: str, title: str, min_words: int, params: PrepareParams
     words = normalize_words(text)
     if not words:
         return _reject("empty", text)
-    if len(_HEADING_LINE.sub("", text).split()) < min_words:
+    if count_words(_HEADING_LINE.sub("", text)) < min_words:
         return _reject("fragment", text)
     heading = _TITLE.match(text)
     shingles = shingle(words, params.near_duplicate.ngram_words)

@@ -8,6 +8,7 @@ from pipeline.corpus.cleaning import Repair
 from pipeline.corpus.deduplication import Repeat
 from pipeline.corpus.readers import Source
 from pipeline.corpus.splits import SPLITS, Split
+from pipeline.corpus.words import count_words
 
 Outcome = Literal["kept", "empty", "fragment", "exact_duplicate", "near_duplicate"]
 DROPPED = tuple(outcome for outcome in get_args(Outcome) if outcome != "kept")
@@ -71,7 +72,7 @@ class SplitReport:
     def add(self, text: str) -> None:
         """Count a document."""
         self.documents += 1
-        self.words += len(text.split())
+        self.words += count_words(text)
         self.bytes += len(text.encode())
 
     def to_json(self) -> dict[str, int]:
