@@ -8,7 +8,7 @@ from typing import Literal
 import ftfy
 from ftfy.fixes import unescape_html
 
-from pipeline.corpus.markup import strip_markup
+from pipeline.corpus.markup import is_escaped, is_markup, strip_tags
 from pipeline.corpus.pieces import ends_sentence
 from pipeline.corpus.wrapping import find_joint, join_wrapped
 
@@ -58,10 +58,12 @@ class CleanedText:
     """The number of characters by which each repair shortened the text; below 0 if it lengthened it."""
 
 
-def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool) -> CleanedText:
+def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool, strip_markup: bool) -> CleanedText:
     """Repair a section's text. `wrap_columns` is the column at which its file wraps lines; None if it does not."""
-    plain = strip_markup(text)
-    repaired = repair_characters(unescape_html(plain), straighten_quotes=straighten_quotes)
+    has_tags = strip_markup and is_markup(text)
+    plain = strip_tags(text) if has_tags else text
+    unescaped = unescape_html(plain) if has_tags or (strip_markup and is_escaped(text)) else plain
+    repaired = repair_characters(unescaped, straighten_quotes=straighten_quotes)
     tidy = tidy_space(repaired)
     without_notices, notices = remove_notices(tidy)
     without_marks, page_marks = remove_page_marks(without_notices, wrapped=wrap_columns is not None)

@@ -46,8 +46,9 @@ class CleanedSection:
 
 def clean_section(section: Section, wrap_columns: int | None, params: PrepareParams) -> CleanedSection:
     """Clean a section of a file that wraps lines at `wrap_columns`, and cut it if it is running text."""
-    cleaned = clean(section.text, wrap_columns=wrap_columns, straighten_quotes=params.straighten_quotes)
-    title = clean(section.title, wrap_columns=None, straighten_quotes=params.straighten_quotes).text
+    options = {"straighten_quotes": params.straighten_quotes, "strip_markup": params.strip_markup}
+    cleaned = clean(section.text, wrap_columns=wrap_columns, **options)
+    title = clean(section.title, wrap_columns=None, **options).text
     texts = cut_pieces(cleaned.text, params.piece_words) if section.running else [cleaned.text]
     min_words = 0 if section.running else params.minimum_words
     cleaned.removed["space"] += len(cleaned.text) - sum(map(len, texts))

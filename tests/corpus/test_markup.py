@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus.markup import strip_markup
+from pipeline.corpus.markup import strip_tags
 
 
 @pytest.mark.parametrize(
@@ -20,17 +20,17 @@ from pipeline.corpus.markup import strip_markup
     ],
 )
 def test_tags_leave_what_they_mean(marked: str, plain: str) -> None:
-    assert strip_markup(marked) == plain
+    assert strip_tags(marked) == plain
 
 
 @pytest.mark.parametrize(
     "text", ["a < b and c > d", "I <3 you", "dear <name>,", "a <b and c> d", "List<int>", "<>", "&lt;p&gt;", "x <p y"]
 )
 def test_what_is_no_tag_stays(text: str) -> None:
-    assert strip_markup(text) == text
+    assert strip_tags(text) == text
 
 
 @given(st.text(alphabet="abp <>/=\"'&;!-\n"))
 def test_only_text_with_angle_brackets_changes(text: str) -> None:
-    stripped = strip_markup(text)
+    stripped = strip_tags(text)
     assert stripped == text or ("<" in text and ">" in text)
