@@ -12,7 +12,7 @@ from pipeline.corpus.markup import is_escaped, is_markup, strip_tags
 from pipeline.corpus.pieces import ends_sentence
 from pipeline.corpus.wrapping import find_joint, join_wrapped
 
-# Joiners belong to the word between letters of non-Latin scripts, after a virama and inside emoji; a space without width
+# Joiners belong to the word between letters of non-Latin scripts, after a virama and inside emoji. A space of no width
 # divides words between letters of Thai, Lao, Khmer and Myanmar. Elsewhere they are leftovers.
 _DIVIDED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf]"
 _VIRAMA = "[\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d4d\u0dca]"

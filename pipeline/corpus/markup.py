@@ -1,8 +1,8 @@
 """Recognize HTML, and remove its tags.
 
 Angle brackets are nicks in chat logs, generics and comparisons in code, and much else. So tags are removed only from a
-document that is markup (`is_markup`), and entities are decoded only in an escaped one (`is_escaped`): after the tags are
-gone, so that `&lt;p&gt;` remains a visible `<p>`.
+document that is markup (`is_markup`). Entities are decoded there and in an escaped text (`is_escaped`), after the tags
+are gone, so that `&lt;p&gt;` remains a visible `<p>`.
 """
 
 import re
@@ -23,13 +23,14 @@ _LONE_ATTRIBUTES = (
     "allowfullscreen|async|autofocus|autoplay|checked|compact|controls|default|defer|disabled|hidden|ismap|loop|"
     "multiple|muted|nomodule|noshade|novalidate|nowrap|open|readonly|required|reversed|selected"
 )
-# An attribute needs a value, or a name that is valid without one: `a <b and c> d` is not a tag.
 _ALONE = ("br", "hr", "wbr")
 """The elements without an end tag that need no attribute. A bare `<link>` or `<source>` may be a nick."""
-_OPEN_ENDED = frozenset(
-    "body caption colgroup dd dt head html li optgroup option p rp rt tbody td tfoot th thead tr".split()
-)
+_OPEN_ENDED = frozenset((
+    "body", "caption", "colgroup", "dd", "dt", "head", "html", "li", "optgroup", "option", "p", "rp", "rt", "tbody",
+    "td", "tfoot", "th", "thead", "tr",
+))  # fmt: skip
 """The elements of which the end tag may be left out."""
+# An attribute needs a value, or a name that is valid without one: `a <b and c> d` is not a tag.
 _ATTRIBUTE = rf"""\s+(?:[a-z][\w:.-]*\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>=`]+)|(?:{_LONE_ATTRIBUTES})\b)"""
 _TAG = re.compile(
     rf"<(?P<end>/?)(?P<name>(?P<block>{_BLOCK_NAMES})|(?P<line>br)|{_INLINE_NAMES})(?P<attributes>(?:{_ATTRIBUTE})*)"
@@ -38,8 +39,10 @@ _TAG = re.compile(
 )
 _UNSEEN = re.compile(r"<!--.*?-->|<!doctype\b[^>]*>|<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 
-_DOCUMENT = re.compile(r"\s*(?:<\?xml\b[^>]*>\s*)?(?:<!--.*?-->\s*)*+<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL)
-# Elements of other vocabularies, with an end tag or a namespace, and addresses in angle brackets say nothing.
+_DOCUMENT = re.compile(
+    r"\s*(?:<\?xml\b[^>]*>\s*)?(?:<!--.*?-->\s*)*+<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL
+)
+# Elements of other vocabularies with an end tag or a namespace, and addresses in angle brackets say nothing.
 _ELEMENT = re.compile(r"<([a-z][\w.-]*)(?:\s[^<>]*)?>", re.IGNORECASE)
 _NEUTRAL = re.compile(r"</?[a-z][\w.-]*:[^<>]*>|<[^<>@\s]+@[^<>\s]+>", re.IGNORECASE)
 _QUOTES = "\"'`"
@@ -49,6 +52,7 @@ _CODE_PROOF = re.compile(
     r"\{[ \t]*$|^[ \t]*(?:def|class) \w+.*:[ \t]*$|^[ \t]*#include\b|^(?:import|from) [\w.]+(?: import .*)?;?$",
     re.MULTILINE,
 )
+_CODE_BLOCK = re.compile(r"<(pre|code|textarea)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 _MIN_CODE_SHARE = 0.2
 _ENTITY = re.compile(r"&#?\w{1,24};")
 
@@ -56,10 +60,11 @@ _ENTITY = re.compile(r"&#?\w{1,24};")
 def is_markup(text: str) -> bool:
     """Check whether a document is HTML: it begins as such, or most of its angle brackets are HTML, and it is no code.
 
-    An HTML element with its end tag, a tag with attributes, `<br>`, `<hr>`, a `<p>` that begins a line, a comment and a
-    script are HTML. Other tags are not, as `<Mark>` before each line of a chat log, nor what only resembles one, as
-    `<anna>`, `List<String>` and `a < b`, nor tags in the strings of a program. End tags that HTML lets one leave out are
-    not missed. A text is code if a fifth of its lines end as statements do, and one opens a block or imports something.
+    These tags are HTML: one with an end tag or attributes, `<br>`, `<hr>`, and a `<p>` that begins a line; so are
+    comments and scripts. Other tags are not: `<Mark>` before each line of a chat log, what only resembles one
+    (`<anna>`, `List<String>`, `a < b`), and tags in the strings of a program. Start tags that HTML lets one leave open
+    count for neither side. A text is code if a fifth of its lines, `<pre>` aside, end as statements do, and one of them
+    opens a block or imports something.
     """
     if "<" not in text:
         return False
@@ -69,7 +74,7 @@ def is_markup(text: str) -> bool:
     html, other = _count_tags(seen)
     rest = _NEUTRAL.sub("", _TAG.sub("", seen))
     other += rest.count("<") - _count_elements(rest)
-    return html + 2 * unseen > other and not _is_code(seen)
+    return html + 2 * unseen > other and not _is_code(_CODE_BLOCK.sub("", seen))
 
 
 def is_escaped(text: str) -> bool:
@@ -86,7 +91,7 @@ def _count_tags(text: str) -> tuple[int, int]:
         name = tag["name"].lower()
         start, end = tag.span()
         before, after = text[max(0, start - 4) : start], text[end : end + 1]
-        if before and before[-1] in _QUOTES and (after and after in _QUOTES or _IN_CALL.search(before)):
+        if before and before[-1] in _QUOTES and ((after and after in _QUOTES) or _IN_CALL.search(before)):
             other += 1
         elif not tag["end"] and (tag["closed"] or name in _ALONE):
             html += 1

@@ -35,10 +35,10 @@ def cut_pieces(text: str, piece_words: int) -> list[str]:
     """Cut a text between paragraphs into pieces of half to one and a half times `piece_words` words.
 
     A paragraph of more than `MAX_PARAGRAPH_PIECES` times `piece_words` is cut at line ends, else sentence ends, else
-    spaces, else between words without spaces; a heading stays with what follows. Of the cuts that the size allows, the one before the paragraph with the
-    smallest hash is taken (content-defined chunking, Muthitacharoen et al. 2001), so that a change moves only the cuts
-    near it: the other pieces keep their ids and splits, and two editions of a book are cut at the same places, so that
-    their duplicates can be found. Only the white space at the cuts is lost.
+    spaces, else between words that have none; a heading stays with what follows. Of the cuts that the size allows, the
+    one before the paragraph with the smallest hash is taken (content-defined chunking, Muthitacharoen et al. 2001), so
+    that a change moves only the cuts near it: the other pieces keep their ids and splits, and two editions of a book
+    are cut at the same places, so that their duplicates can be found. Only the white space at the cuts is lost.
     """
     units = list(_split_units(text, MAX_PARAGRAPH_PIECES * piece_words))
     words_before = [0, *accumulate(count_words(unit) for _, unit in units)]
@@ -86,5 +86,6 @@ def _find_cuts(text: str, level: int) -> Iterator[tuple[int, int]]:
         yield from (match.span() for match in _CUTS[level].finditer(text))
     elif has_unspaced(text):
         for start in word_starts(text):
-            if start and unicodedata.category(text[start - 1]) not in ("Ps", "Pi", "Zs") and text[start - 1] not in "\"'":
+            before = text[start - 1 : start]
+            if before and before not in "\"'" and unicodedata.category(before) not in ("Ps", "Pi", "Zs"):
                 yield start, start

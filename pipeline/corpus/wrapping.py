@@ -17,7 +17,10 @@ MIN_FILE_SHARE = 0.6
 MIN_PARAGRAPH_SHARE = 0.5
 """The share of a paragraph's line breaks of which the wrap has to explain more."""
 
-_OWN_LINE = re.compile(r"\s*(?:#{1,6}\s|[-*+•]\s|\d{1,3}[.)]\s|>|\|)")  # heading, list item, quotation, table row
+# Heading, list item, quotation, table row, and a nick of a chat log, perhaps after the time.
+_OWN_LINE = re.compile(
+    r"\s*(?:#{1,6}\s|[-*+•]\s|\d{1,3}[.)]\s|>|\||(?:[\[(]?\d{1,2}:\d\d(?::\d\d)?[\])]?\s+)?<[^<>\s]{1,40}>\s)"
+)
 _HEADING = re.compile(r"#{1,6}\s")
 _PARAGRAPH_BREAK = re.compile(r"(\n{2,})")
 _QUOTES = "\"'“”‘’"

@@ -121,6 +121,14 @@ def human_samples(
     return found
 
 
+def describe_missing_form(texts: int) -> str:
+    """Return one line that says why `form_share` is left out."""
+    return (
+        f"samples.form_pattern: found in none of {texts} texts of people, so form_share is left out; "
+        "set it to what your texts look like, or to '' for any form"
+    )
+
+
 def character_spans(tokenizer: Tokenizer, sample: Sample, marked: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return the parts of a sample's text that its marked tokens spell, as half-open ranges of characters.
 

@@ -63,7 +63,9 @@ def test_space_is_tidy() -> None:
     assert tidy_space("\n \na  \n\t\n \n\nb\n  c \n") == "a\n\nb\n  c"
 
 
-@pytest.mark.parametrize("run", [" ", "\t", "\u00a0", "\n", " \n", "[", "-", "<b ", "<b>", "<p>x</b>", "<!-- -->", "a<b:", "&", ".", "A "])
+@pytest.mark.parametrize(
+    "run", [" ", "\t", "\u00a0", "\n", " \n", "[", "-", "<b ", "<b>", "<p>x</b>", "<!-- -->", "a<b:", "&", ".", "A "]
+)
 def test_long_runs_cost_linear_time(run: str) -> None:
     text = "Word" + run * 40_000 + "x"
     start_s = time.process_time()
