@@ -44,6 +44,11 @@ def test_joiners_stay_where_they_make_the_letter() -> None:
     assert repair_characters(kept + " a\u200db\u200c", straighten_quotes=True) == kept + " ab"
 
 
+def test_joiners_and_spaces_without_width_stay_where_they_make_the_word() -> None:
+    kept = "അവന്\u200d പോയി. ভারত্\u200d។ ភាសា\u200bខ្មែរ"
+    assert repair_characters(kept + " a\u200bb \u200bក", straighten_quotes=True) == kept + " ab ក"
+
+
 @pytest.mark.parametrize(("straighten", "text"), [(True, "\"It's\" 'so'"), (False, "“It’s” ‘so’")])
 def test_curly_quotes_follow_the_parameter(straighten: bool, text: str) -> None:
     assert cleaned("“It’s” &lsquo;so&rsquo;", straighten_quotes=straighten) == text
@@ -57,6 +62,15 @@ def test_ftfy_leaves_plain_ascii_as_it_is(line: str) -> None:
 
 def test_entities_are_decoded_after_tags_and_once() -> None:
     assert cleaned("<p>Fish &amp; chips</p><p>&lt;p&gt; &amp;lt;</p>") == "Fish & chips\n\n<p> &lt;"
+
+
+def test_entities_stay_in_code_and_chats_and_where_the_parameter_says_so() -> None:
+    code = "if (x < y && z) {\n  // &amp; is &lt;here&gt;\n}"
+    chat = "<anna> Fish &amp; chips"
+    assert (cleaned(code), cleaned(chat)) == (code, chat)
+    kept = "<p>Fish &amp; chips</p>"
+    assert clean(kept, wrap_columns=None, straighten_quotes=True, strip_markup=False).text == kept
+    assert cleaned("Fish &amp; chips at Marks & Sons &quot;here&quot;") == 'Fish & chips at Marks & Sons "here"'
 
 
 def test_space_is_tidy() -> None:

@@ -13,12 +13,12 @@ import torch
 from toy_project import Project
 from transformers import GPT2LMHeadModel
 
+from pipeline.corpus.words import leading_words
 from pipeline.decoding import ModelDecoding, SamplingParams, read_decoding
 from pipeline.engine import Engine
 from pipeline.engine.cuda import driver
 from pipeline.evaluation import systems
 from pipeline.evaluation.documents import POSITION_BIN_TOKENS, score_documents
-from pipeline.evaluation.samples import leading_words
 from pipeline.evaluation.systems import choose_decoding
 from pipeline.files import read_json, read_jsonl, sha256_file
 from pipeline.params.section import PARAMS_FILE, read_yaml
