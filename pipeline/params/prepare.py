@@ -32,7 +32,7 @@ class PrepareParams(Section):
     title_column: Annotated[str, Field(min_length=1)]
     """The column or key of the title; it may be missing."""
     strip_markup: bool
-    """Whether HTML tags are removed and entities decoded, in the documents that are HTML."""
+    """Whether tags are removed from documents that are HTML, and entities decoded there and in escaped text."""
     straighten_quotes: bool
     """Whether curly quotes are replaced by straight ones."""
     near_duplicate: NearDuplicateParams
