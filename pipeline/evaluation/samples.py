@@ -124,8 +124,8 @@ def human_samples(
 def describe_missing_form(texts: int) -> str:
     """Return one line that says why `form_share` is left out."""
     return (
-        f"samples.form_pattern: found in none of {texts} texts of people, so form_share is left out; "
-        "set it to what your texts look like, or to '' for any form"
+        f"samples.form_pattern: found in none of {texts} texts of people (cut as samples are), so form_share is "
+        "left out; set it to what your texts look like, or to '' for any form"
     )
 
 
