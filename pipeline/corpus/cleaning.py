@@ -8,14 +8,18 @@ from typing import Literal
 import ftfy
 from ftfy.fixes import unescape_html
 
-from pipeline.corpus.markup import strip_markup
+from pipeline.corpus.markup import is_escaped, is_markup, strip_tags
 from pipeline.corpus.pieces import ends_sentence
 from pipeline.corpus.wrapping import find_joint, join_wrapped
 
-# Joiners belong to the word between letters of non-Latin scripts and inside emoji; elsewhere they are leftovers.
+# Joiners belong to the word between letters of non-Latin scripts, after a virama and inside emoji. A space of no width
+# divides words between letters of Thai, Lao, Khmer and Myanmar. Elsewhere they are leftovers.
+_DIVIDED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf]"
+_VIRAMA = "[\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d4d\u0dca]"
 _INVISIBLE = re.compile(
-    "[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
-    "|(?<![^\\0-\u024f])[\u200c\u200d]|[\u200c\u200d](?![^\\0-\u024f])"
+    "[\u00ad\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
+    f"|(?<!{_DIVIDED})\u200b|\u200b(?!{_DIVIDED})"
+    f"|(?<![^\\0-\u024f])[\u200c\u200d]|(?<!{_VIRAMA})[\u200c\u200d](?![^\\0-\u024f])"
 )
 _PLAIN = re.compile(r"[ -~\t]*")
 _ODD_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
@@ -54,10 +58,12 @@ class CleanedText:
     """The number of characters by which each repair shortened the text; below 0 if it lengthened it."""
 
 
-def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool) -> CleanedText:
+def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool, strip_markup: bool) -> CleanedText:
     """Repair a section's text. `wrap_columns` is the column at which its file wraps lines; None if it does not."""
-    plain = strip_markup(text)
-    repaired = repair_characters(unescape_html(plain), straighten_quotes=straighten_quotes)
+    has_tags = strip_markup and is_markup(text)
+    plain = strip_tags(text) if has_tags else text
+    unescaped = unescape_html(plain) if has_tags or (strip_markup and is_escaped(text)) else plain
+    repaired = repair_characters(unescaped, straighten_quotes=straighten_quotes)
     tidy = tidy_space(repaired)
     without_notices, notices = remove_notices(tidy)
     without_marks, page_marks = remove_page_marks(without_notices, wrapped=wrap_columns is not None)
@@ -123,7 +129,7 @@ def remove_page_marks(text: str, *, wrapped: bool) -> tuple[str, int]:
         after_line = text[line_end : line_end + 2] if line_end >= 0 else ""
         before_line = text[max(0, line_start - 2) : line_start]
         has_neighbour = before_line.strip("\n") or after_line.strip("\n")
-        return "\n" if wrapped or has_neighbour else find_joint(before)
+        return "\n" if wrapped or has_neighbour else find_joint(before, text[end])
 
     return _PAGE_BREAK.sub(mend, text), len(_PAGE_MARK_LINE.findall(text))
 

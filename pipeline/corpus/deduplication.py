@@ -63,12 +63,12 @@ class Deduplicator:
 
 
 def choose_bands(permutations: int, min_jaccard: float) -> tuple[int, int]:
-    """Choose bands and rows of the LSH index: as many rows as recall allows.
+    """Choose bands and rows of the LSH index: as many rows as recall allows, and at least two bands.
 
     A pair of similarity s shares a band with probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman, Mining
     of Massive Datasets, 3.4.2).
     """
-    for rows in range(permutations, 1, -1):
+    for rows in range(permutations // 2, 1, -1):
         if 1 - (1 - min_jaccard**rows) ** (permutations // rows) >= MIN_CANDIDATE_RECALL:
             return permutations // rows, rows
     return permutations, 1

@@ -11,7 +11,7 @@ from pipeline.corpus.cleaning import Repair, clean
 from pipeline.corpus.deduplication import Hashes, minhash, shingle
 from pipeline.corpus.pieces import cut_pieces
 from pipeline.corpus.readers import Section
-from pipeline.corpus.words import digest, normalize_words
+from pipeline.corpus.words import count_words, digest, normalize_words
 from pipeline.params.prepare import PrepareParams
 
 _TITLE = re.compile(r"# +(.+)")
@@ -46,8 +46,9 @@ class CleanedSection:
 
 def clean_section(section: Section, wrap_columns: int | None, params: PrepareParams) -> CleanedSection:
     """Clean a section of a file that wraps lines at `wrap_columns`, and cut it if it is running text."""
-    cleaned = clean(section.text, wrap_columns=wrap_columns, straighten_quotes=params.straighten_quotes)
-    title = clean(section.title, wrap_columns=None, straighten_quotes=params.straighten_quotes).text
+    options = {"straighten_quotes": params.straighten_quotes, "strip_markup": params.strip_markup}
+    cleaned = clean(section.text, wrap_columns=wrap_columns, **options)
+    title = clean(section.title, wrap_columns=None, **options).text
     texts = cut_pieces(cleaned.text, params.piece_words) if section.running else [cleaned.text]
     min_words = 0 if section.running or section.whole else params.minimum_words
     cleaned.removed["space"] += len(cleaned.text) - sum(map(len, texts))
@@ -59,7 +60,7 @@ def _make_candidate(text: str, title: str, min_words: int, params: PrepareParams
     words = normalize_words(text)
     if not words:
         return _reject("empty", text)
-    if len(_HEADING_LINE.sub("", text).split()) < min_words:
+    if count_words(_HEADING_LINE.sub("", text)) < min_words:
         return _reject("fragment", text)
     heading = _TITLE.match(text)
     shingles = shingle(words, params.near_duplicate.ngram_words)

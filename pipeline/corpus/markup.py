@@ -1,6 +1,12 @@
-"""Remove HTML tags. Entities stay, and are decoded afterwards, so that `&lt;p&gt;` remains a visible `<p>`."""
+"""Recognize HTML, and remove its tags.
+
+Angle brackets are nicks in chat logs, generics and comparisons in code, and much else. So tags are removed only from a
+document that is markup (`is_markup`). Entities are decoded there and in an escaped text (`is_escaped`), after the tags
+are gone, so that `&lt;p&gt;` remains a visible `<p>`.
+"""
 
 import re
+from collections import Counter
 
 _BLOCK_NAMES = (
     "address|article|aside|blockquote|body|caption|center|dd|details|dialog|dir|div|dl|dt|fieldset|figcaption|figure|"
@@ -17,22 +23,115 @@ _LONE_ATTRIBUTES = (
     "allowfullscreen|async|autofocus|autoplay|checked|compact|controls|default|defer|disabled|hidden|ismap|loop|"
     "multiple|muted|nomodule|noshade|novalidate|nowrap|open|readonly|required|reversed|selected"
 )
+_ALONE = ("br", "hr", "wbr")
+"""The elements without an end tag that need no attribute. A bare `<link>` or `<source>` may be a nick."""
+_OPEN_ENDED = frozenset((
+    "body", "caption", "colgroup", "dd", "dt", "head", "html", "li", "optgroup", "option", "p", "rp", "rt", "tbody",
+    "td", "tfoot", "th", "thead", "tr",
+))  # fmt: skip
+"""The elements of which the end tag may be left out."""
 # An attribute needs a value, or a name that is valid without one: `a <b and c> d` is not a tag.
 _ATTRIBUTE = rf"""\s+(?:[a-z][\w:.-]*\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>=`]+)|(?:{_LONE_ATTRIBUTES})\b)"""
 _TAG = re.compile(
-    rf"</?(?:(?P<block>{_BLOCK_NAMES})|(?P<line>br)|{_INLINE_NAMES})(?:{_ATTRIBUTE})*\s*/?>", re.IGNORECASE
+    rf"<(?P<end>/?)(?P<name>(?P<block>{_BLOCK_NAMES})|(?P<line>br)|{_INLINE_NAMES})(?P<attributes>(?:{_ATTRIBUTE})*)"
+    r"\s*(?P<closed>/?)>",
+    re.IGNORECASE,
 )
 _UNSEEN = re.compile(r"<!--.*?-->|<!doctype\b[^>]*>|<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 
+_DOCUMENT = re.compile(
+    r"\s*(?:<\?xml\b[^>]*>\s*)?(?:<!--.*?-->\s*)*+<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL
+)
+# Elements of other vocabularies with an end tag or a namespace, and addresses in angle brackets say nothing.
+_ELEMENT = re.compile(r"<([a-z][\w.-]*)(?:\s[^<>]*)?>", re.IGNORECASE)
+_NEUTRAL = re.compile(r"</?[a-z][\w.-]*:[^<>]*>|<[^<>@\s]+@[^<>\s]+>", re.IGNORECASE)
+_QUOTES = "\"'`"
+_IN_CALL = re.compile(r"[=(+\[{]\s?[a-z]?[\"'`]$")
+_CODE_LINE = re.compile(r"(?:[;{}]|[)}\]]|[\w)\]\"']:)[ \t]*$", re.MULTILINE)
+_CODE_PROOF = re.compile(
+    r"\{[ \t]*$|^[ \t]*(?:def|class) \w+.*:[ \t]*$|^[ \t]*#include\b|^(?:import|from) [\w.]+(?: import .*)?;?$",
+    re.MULTILINE,
+)
+_CODE_BLOCK = re.compile(r"<(pre|code|textarea)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+_MIN_CODE_SHARE = 0.2
+_ENTITY = re.compile(r"&#?\w{1,24};")
 
-def strip_markup(text: str) -> str:
+
+def is_markup(text: str) -> bool:
+    """Check whether a document is HTML: it begins as such, or most of its angle brackets are HTML, and it is no code.
+
+    These tags are HTML: one with an end tag or attributes, `<br>`, `<hr>`, and a `<p>` that begins a line; so are
+    comments and scripts. Other tags are not: `<Mark>` before each line of a chat log, what only resembles one
+    (`<anna>`, `List<String>`, `a < b`), and tags in the strings of a program. Start tags that HTML lets one leave open
+    count for neither side. A text is code if a fifth of its lines, `<pre>` aside, end as statements do, and one of them
+    opens a block or imports something.
+    """
+    if "<" not in text:
+        return False
+    if _DOCUMENT.match(text):
+        return True
+    seen, unseen = _UNSEEN.subn("", text)
+    html, other = _count_tags(seen)
+    rest = _NEUTRAL.sub("", _TAG.sub("", seen))
+    other += rest.count("<") - _count_elements(rest)
+    return html + 2 * unseen > other and not _is_code(_CODE_BLOCK.sub("", seen))
+
+
+def is_escaped(text: str) -> bool:
+    """Check whether the entities of a document that is no markup stand for characters: most of its `&` begin one."""
+    return "&" in text and "<" not in text and 2 * len(_ENTITY.findall(text)) > text.count("&") and not _is_code(text)
+
+
+def _count_tags(text: str) -> tuple[int, int]:
+    """Return how many tags of HTML elements have the structure of HTML, and how many have not."""
+    html = other = 0
+    unclosed: list[tuple[str, bool]] = []
+    names: Counter[str] = Counter()
+    for tag in _TAG.finditer(text):
+        name = tag["name"].lower()
+        start, end = tag.span()
+        before, after = text[max(0, start - 4) : start], text[end : end + 1]
+        if before and before[-1] in _QUOTES and ((after and after in _QUOTES) or _IN_CALL.search(before)):
+            other += 1
+        elif not tag["end"] and (tag["closed"] or name in _ALONE):
+            html += 1
+        elif not tag["end"]:
+            begins_line = not after.isspace() and not before.split("\n")[-1].strip()
+            unclosed.append((name, bool(tag["attributes"]) or (name == "p" and begins_line)))
+            names[name] += 1
+        elif not names[name]:
+            other += 1
+        else:
+            html += 2
+            inner, is_html = unclosed.pop()
+            while inner != name:
+                names[inner] -= 1
+                html += is_html
+                other += not is_html and inner not in _OPEN_ENDED
+                inner, is_html = unclosed.pop()
+            names[name] -= 1
+    html += sum(is_html for _, is_html in unclosed)
+    return html, other + sum(not is_html and name not in _OPEN_ENDED for name, is_html in unclosed)
+
+
+def _count_elements(text: str) -> int:
+    """Return the number of tags of elements that are not HTML's but have an end tag."""
+    names = [match[1] for match in _ELEMENT.finditer(text)]
+    ends = Counter(re.findall(r"</([A-Za-z][\w.-]*)\s*>", text))
+    return sum(2 * min(count, ends[name]) for name, count in Counter(names).items())
+
+
+def _is_code(text: str) -> bool:
+    lines = sum(not line.isspace() for line in text.splitlines() if line)
+    return len(_CODE_LINE.findall(text)) >= _MIN_CODE_SHARE * lines and _CODE_PROOF.search(text) is not None
+
+
+def strip_tags(text: str) -> str:
     """Replace tags of HTML elements by a paragraph break (block), a line break (`<br>`) or nothing (inline).
 
     Comments, scripts and style sheets are removed with their content. What is not an HTML element stays: `a < b`, `<3`,
     `<name>`.
     """
-    if "<" not in text:
-        return text
     return _TAG.sub(_replace_tag, _UNSEEN.sub("", text))
 
 

@@ -8,11 +8,13 @@ from pipeline.corpus.cleaning import Repair
 from pipeline.corpus.deduplication import Repeat
 from pipeline.corpus.readers import Source
 from pipeline.corpus.splits import SPLITS, Split
+from pipeline.corpus.words import count_words
 
 Outcome = Literal["kept", "empty", "fragment", "exact_duplicate", "near_duplicate"]
 DROPPED = tuple(outcome for outcome in get_args(Outcome) if outcome != "kept")
-_SHOWN = {"notices": "notices", "front_matter": "front matter"}
+_SHOWN = {"notices": "notices", "front_matter": "front matter", "markup": "markup"}
 _MAX_NAMES = 3
+"""The most files that the summary names as those with markup, and as those in each encoding."""
 
 
 @dataclass(slots=True)
@@ -75,7 +77,7 @@ class SplitReport:
     def add(self, text: str) -> None:
         """Count a document."""
         self.documents += 1
-        self.words += len(text.split())
+        self.words += count_words(text)
         self.bytes += len(text.encode())
 
     def to_json(self) -> dict[str, int]:
@@ -110,7 +112,15 @@ class Report:
             characters.update(file.count_characters()["dropped"])
         # Of the repairs, only those that can remove what belongs to the text.
         removed = [f"{characters[rule]:,} characters of {name}" for rule, name in _SHOWN.items() if characters[rule]]
+        if characters["markup"]:
+            removed[-1] += f" ({self._name_markup_files()})"
         return ", ".join([*rows, *removed]) or "nothing"
+
+    def _name_markup_files(self) -> str:
+        """Return the files from which most markup was removed, with its characters."""
+        by_file = Counter({file.source.name: file.removed["markup"] for file in self.files if file.removed["markup"]})
+        names = [f"{name} {count:,}" for name, count in by_file.most_common(_MAX_NAMES)]
+        return ", ".join(names) + (f" and {len(by_file) - _MAX_NAMES} more" if len(by_file) > _MAX_NAMES else "")
 
     def describe_encodings(self) -> str | None:
         """Return the files that are not UTF-8, by encoding; None if all are."""

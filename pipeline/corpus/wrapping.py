@@ -1,9 +1,12 @@
 """Join lines that are wrapped at a fixed column; verse, lists and headings keep their lines."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
+
+from pipeline.corpus.words import has_unspaced, word_starts
 
 WRAP_COLUMNS = range(50, 121)
 """The columns at which prose may be wrapped. Verse (a pentameter has about 42 columns) and tables are narrower."""
@@ -14,19 +17,27 @@ MIN_FILE_SHARE = 0.6
 MIN_PARAGRAPH_SHARE = 0.5
 """The share of a paragraph's line breaks of which the wrap has to explain more."""
 
-_OWN_LINE = re.compile(r"\s*(?:#{1,6}\s|[-*+•]\s|\d{1,3}[.)]\s|>|\|)")  # heading, list item, quotation, table row
+# Heading, list item, quotation, table row, and a nick of a chat log, perhaps after the time.
+_OWN_LINE = re.compile(
+    r"\s*(?:#{1,6}\s|[-*+•]\s|\d{1,3}[.)]\s|>|\||(?:[\[(]?\d{1,2}:\d\d(?::\d\d)?[\])]?\s+)?<[^<>\s]{1,40}>\s)"
+)
 _HEADING = re.compile(r"#{1,6}\s")
 _PARAGRAPH_BREAK = re.compile(r"(\n{2,})")
+_QUOTES = "\"'“”‘’"
 _OPEN_END = re.compile(r"[^\s\-–—][\-–—]+$")
 
 
 def find_breaks(text: str) -> Iterator[tuple[int, int]]:
-    """Yield for each line break inside a paragraph the characters of the line and of the next line's first word."""
+    """Yield for each line break inside a paragraph the columns of the line and of the next line's first word.
+
+    A wide character has two columns. A word without a space before it counts one column less: it needs no column for
+    the space.
+    """
     before = ""
     for line in text.split("\n"):
         line = line.rstrip()
         if before and line and not _HEADING.match(before) and not _OWN_LINE.match(line):
-            yield len(before), len(line.split(maxsplit=1)[0])
+            yield _count_columns(before), _first_word_columns(line) - (not _is_spaced(before, line))
         before = line
 
 
@@ -55,9 +66,12 @@ def join_wrapped(text: str, wrap_columns: int) -> tuple[str, int]:
     return result, text.count("\n") - result.count("\n")
 
 
-def find_joint(line: str) -> str:
-    """Return what joins a line to its continuation: a space, but nothing after a hyphen that touches its word."""
-    return "" if _OPEN_END.search(line[-4:]) else " "
+def find_joint(line: str, continuation: str) -> str:
+    """Return what joins a line to its continuation: a space.
+
+    Nothing joins it after a hyphen that touches its word, and between characters of scripts without spaces.
+    """
+    return "" if _OPEN_END.search(line[-4:]) or not _is_spaced(line, continuation) else " "
 
 
 def _join_paragraph(paragraph: str, wrap_columns: int) -> str:
@@ -71,5 +85,25 @@ def _join_paragraph(paragraph: str, wrap_columns: int) -> str:
         if _OWN_LINE.match(line) or _HEADING.match(before):
             joined += "\n" + line
         else:
-            joined += find_joint(before) + line.lstrip()
+            joined += find_joint(before, line) + line.lstrip()
     return joined
+
+
+def _is_spaced(before: str, after: str) -> bool:
+    """Return whether the scripts of two lines write a space between them, quotation marks aside."""
+    last, first = before.rstrip().rstrip(_QUOTES)[-1:], after.lstrip().lstrip(_QUOTES)[:1]
+    return not (has_unspaced(last) and has_unspaced(first))
+
+
+def _count_columns(text: str) -> int:
+    if not has_unspaced(text):
+        return len(text)
+    return len(text) + sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+
+
+def _first_word_columns(line: str) -> int:
+    """Return the columns of the first word and of the marks behind it, which no line may begin with."""
+    token = line.split(maxsplit=1)[0]
+    if not has_unspaced(token):
+        return len(token)
+    return _count_columns(token[: next(islice(word_starts(token), 1, None), len(token))])

@@ -159,7 +159,8 @@ def render_report(report: Report) -> str:
         facts=_facts(details),
         systems={name: Label(label, meaning.format_map(protocol)) for name, (label, meaning) in _shown(systems)},
         kept=choice["kept"],
-        columns=COLUMNS,
+        columns=_columns(systems),
+        lacks_form="form_share" not in systems["human"],
         scores={name: _cells(systems, name, details["scales"]) for name, _ in _shown(systems)},
         protocol={name: _value(value) for name, value in protocol.items()},
         losses=_loss_chart(report.train_losses, report.validation_losses),
@@ -230,6 +231,12 @@ def _facts(details: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return facts
 
 
+def _columns(systems: Mapping[str, Any]) -> dict[str, list[Column]]:
+    """Return the columns by group, without the form of the data if people's texts do not have it."""
+    left_out = {"form_share"} - set(systems["human"])
+    return {group: [column for column in own if column.name not in left_out] for group, own in COLUMNS.items()}
+
+
 def _cells(systems: Mapping[str, Any], system: str, scales: Mapping[str, float]) -> dict[str, Cell]:
     """Return a system's row of the table, by name of the figure."""
     # People's texts have distance 0 from themselves and MAUVE 1 with themselves; neither is in their figures.
@@ -239,7 +246,7 @@ def _cells(systems: Mapping[str, Any], system: str, scales: Mapping[str, float])
         own, human = systems[system], {**systems["human"], "mauve": 1.0}
     return {
         column.name: _cell(column, own.get(column.name), human.get(column.name), scales)
-        for group in COLUMNS.values()
+        for group in _columns(systems).values()
         for column in group
         if column is not DISTANCE
     } | {DISTANCE.name: _distance_cell(own)}

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from pipeline.corpus.words import leading_words
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Reading
 from pipeline.engine.text import TextGenerator
@@ -120,6 +121,14 @@ def human_samples(
     return found
 
 
+def describe_missing_form(texts: int) -> str:
+    """Return one line that says why `form_share` is left out."""
+    return (
+        f"samples.form_pattern: found in none of {texts} texts of people (cut as samples are), so form_share is "
+        "left out; set it to what your texts look like, or to '' for any form"
+    )
+
+
 def character_spans(tokenizer: Tokenizer, sample: Sample, marked: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return the parts of a sample's text that its marked tokens spell, as half-open ranges of characters.
 
@@ -129,12 +138,6 @@ def character_spans(tokenizer: Tokenizer, sample: Sample, marked: NDArray[np.boo
     # A stop text is not part of the text, although its tokens were drawn.
     ends = [min(len(tokenizer.decode(sample.token_ids[:edge])), len(sample.text)) for edge in edges.tolist()]
     return [(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if start < end]
-
-
-def leading_words(text: str, count: int) -> str:
-    """Return the first `count` words of a text with the space between them, but none after the last."""
-    found = re.match(rf"(?:\s*\S+){{0,{count}}}", text)
-    return found.group() if found else ""
 
 
 def draw_samples(

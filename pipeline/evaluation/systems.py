@@ -134,8 +134,15 @@ def _summarize(system: System) -> dict[str, float | None]:
 
 
 def rename_perplexity(scores: SetFigures) -> dict[str, float | None]:
-    """Return the figures of the distance, with `perplexity` renamed to `base_perplexity`: the base computes it."""
-    return {("base_perplexity" if name == "perplexity" else name): value for name, value in asdict(scores).items()}
+    """Return the figures of the distance, with `perplexity` renamed to `base_perplexity`: the base computes it.
+
+    Without `form_share` if people's texts do not have the form.
+    """
+    return {
+        ("base_perplexity" if name == "perplexity" else name): value
+        for name, value in asdict(scores).items()
+        if name != "form_share" or value is not None
+    }
 
 
 def sample_rows(

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
-from pipeline.evaluation.samples import SLOTS, Meter, draw_samples, human_samples, make_meter
+from pipeline.evaluation.samples import SLOTS, Meter, describe_missing_form, draw_samples, human_samples, make_meter
 from pipeline.evaluation.search import Search, Values
 from pipeline.params.samples import SamplesParams
 from pipeline.params.tune import TuneParams
@@ -45,7 +45,7 @@ class Trial:
     """The part of the distance that comes from repetition and predictability."""
     too_wild: float
     """The part of the distance that comes from babbling."""
-    scores: dict[str, float | None]
+    scores: dict[str, float]
     """The figures that the distance is made of."""
 
 
@@ -86,6 +86,8 @@ def set_up(export: Path, documents: Path, tokens: Path, params: TuneParams, samp
     base = Engine.load(export / "base" / "engine")
     meter = make_meter(base, export / "engine", generator.tokenizer, training, samples)
     human = measure_people(meter.measure(people))
+    if not human.has_form:
+        print(describe_missing_form(len(people)), file=sys.stderr)
     half = human.first(len(people) // 2) if len(people) >= PRUNABLE_PROMPTS else None
     return Bench(generator, meter, [sample.prompt for sample in people], human, half, params)
 
@@ -111,7 +113,7 @@ def run_trials(bench: Bench, search: Search, record: Callable[[Trial, float], No
                 distance=comparison.distance.total,
                 too_tame=comparison.distance.too_tame,
                 too_wild=comparison.distance.too_wild,
-                scores=asdict(comparison.figures),
+                scores={name: value for name, value in asdict(comparison.figures).items() if value is not None},
             )
             asked.set_user_attr("trial", asdict(trial))
             record(trial, start_s)

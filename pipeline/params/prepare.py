@@ -46,6 +46,8 @@ class PrepareParams(Section):
     """The column (CSV, Parquet) or key (JSON lines) of the text."""
     title_column: Annotated[str, Field(min_length=1)]
     """The column or key of the title; it may be missing."""
+    strip_markup: bool
+    """Whether tags are removed from documents that are HTML, and entities decoded there and in escaped text."""
     straighten_quotes: bool
     """Whether curly quotes are replaced by straight ones."""
     near_duplicate: NearDuplicateParams

@@ -7,6 +7,7 @@ prompt out in turn, of the samples and of the people's texts, as the intervals n
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -72,8 +73,11 @@ def measure_sample(
     )
 
 
-def measure_set(samples: Sequence[SampleFigures]) -> SetFigures:
-    """Return the figures of a set, except MAUVE; without any token, its perplexity is 1."""
+def measure_set(samples: Sequence[SampleFigures], *, with_form: bool = True) -> SetFigures:
+    """Return the figures of a set, except MAUVE; without any token, its perplexity is 1.
+
+    Unless `with_form`, the share of texts that have the form is None.
+    """
     ids = [sample.token_ids for sample in samples]
     tokens = sum(map(len, ids))
     rep_2, rep_3, rep_4 = np.mean([sample.rep for sample in samples], axis=0).tolist()
@@ -91,7 +95,7 @@ def measure_set(samples: Sequence[SampleFigures]) -> SetFigures:
         **asdict(fault_rates([sample.faults for sample in samples])),
         mean_copy_tokens=float(np.mean([sample.copy_tokens for sample in samples])),
         looping_share=float(np.mean([sample.looping for sample in samples])),
-        form_share=float(np.mean([sample.in_form for sample in samples])),
+        form_share=float(np.mean([sample.in_form for sample in samples])) if with_form else None,
     )
 
 
@@ -105,6 +109,11 @@ class Human:
     """The figures without each text in turn."""
     scales: dict[str, float]
     """The scales of the distance: see `human_scales`."""
+
+    @property
+    def has_form(self) -> bool:
+        """Whether any of the texts has the form of the data. If not, the form is left out of all figures."""
+        return self.figures.form_share is not None
 
     def first(self, count: int) -> "Human":
         """Return the texts of the first prompts only."""
@@ -122,7 +131,8 @@ def measure_people(samples: Sequence[SampleFigures]) -> Human:
         raise UserError(
             "people's texts: none of them has a token after its prompt; lower samples.prompt_words, or add longer texts"
         )
-    figures, without = measure_set(samples), leave_each_out(samples, measure_set)
+    measure = partial(measure_set, with_form=any(sample.in_form for sample in samples))
+    figures, without = measure(samples), leave_each_out(samples, measure)
     return Human(samples, figures, without, human_scales(figures, without))
 
 
@@ -166,9 +176,10 @@ def compare(
         )
     states = [np.stack([sample.state for sample in side]) for side in (samples, human.samples)]
     mauve = float(np.mean([mauve_of_buckets(sort_in_buckets(*states, seed=seed)) for seed in MAUVE_SEEDS]))
-    figures = replace(measure_set(samples), mauve=mauve)
+    measure = partial(measure_set, with_form=human.has_form)
+    figures = replace(measure(samples), mauve=mauve)
     without = None
     if intervals:
-        pairs = zip(leave_each_out(samples, measure_set), human.without, strict=True)
+        pairs = zip(leave_each_out(samples, measure), human.without, strict=True)
         without = np.array([distance(own, theirs, human.scales, weights).total for own, theirs in pairs])
     return Comparison(figures, distance(figures, human.figures, human.scales, weights), without)

@@ -51,8 +51,9 @@ class SetFigures(FaultRates):
     """The mean length of the longest verbatim copy in each sample (Carlini et al. 2023, "Quantifying Memorization
     Across Neural Language Models")."""
     looping_share: float
-    form_share: float
-    """The share of samples that have the form of the data; 1 if no form is asked for."""
+    form_share: float | None
+    """The share of samples that have the form of the data; 1 if no form is asked for. None if no text of people has it:
+    it then says nothing, and is no fault."""
     mauve: float | None = None
     """MAUVE against the people's texts; None for people's own figures."""
 
@@ -200,9 +201,9 @@ def human_scales(human: SetFigures, without: Sequence[SetFigures]) -> dict[str, 
     least of `FAULTS` if that is more. Raises `UserError` for fewer than two texts, and as `distance` does.
     """
     rows = [_coordinates(scores, "human") for scores in without]
-    names = (*TERMS, *FAULTS)
-    columns = np.array([[row[name] for name in names] for row in rows])
     places = _coordinates(human, "human")
+    names = list(places)
+    columns = np.array([[row[name] for name in names] for row in rows])
     scales = {}
     for name, error, reach in zip(
         names, jackknife_error(columns).tolist(), jackknife_reach(columns).tolist(), strict=True
@@ -216,10 +217,12 @@ def human_scales(human: SetFigures, without: Sequence[SetFigures]) -> dict[str, 
 
 
 def _coordinates(scores: SetFigures, side: str) -> dict[str, float]:
-    """Return each fault and each term of the distance, on the axis on which differences are taken."""
+    """Return each fault and each term of the distance that is not None, on the axis on which differences are taken."""
     places = {}
     for name in (*TERMS, *FAULTS):
         value = getattr(scores, name)
+        if value is None:
+            continue
         if not math.isfinite(value):
             raise UserError(f"distance: {name} of the {side} samples is {value}, must be a finite number")
         if LOGARITHMS.get(name) is math.log and value <= 0:

@@ -1,6 +1,7 @@
 """Score base and fine-tuned model on the test split, and compare samples of several decodings with people's texts."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from pipeline.curves import read_curve
@@ -8,7 +9,7 @@ from pipeline.engine.text import TextGenerator
 from pipeline.errors import report_errors
 from pipeline.evaluation.documents import loss_by_position, score_documents, summarize_losses
 from pipeline.evaluation.report import Report, describe_choice, render_report
-from pipeline.evaluation.samples import SLOTS, human_samples, make_meter
+from pipeline.evaluation.samples import SLOTS, describe_missing_form, human_samples, make_meter
 from pipeline.evaluation.summary import metrics_of, protocol_of
 from pipeline.evaluation.systems import (
     HUMAN,
@@ -91,6 +92,9 @@ def evaluate(
     decodings = decodings_of(params, found["balanced"], holds_index=engine.manifest.holds_index)
     meter = make_meter(generators["base"].engine, export / "engine", tokenizer, train, sampling)
     people = System(written, meter.measure(written))
+    human = measure_people(people.figures)
+    if not human.has_form:
+        print(describe_missing_form(len(written)), file=sys.stderr)
     models = run_systems(generators, people, decodings, meter, params.seed)
     systems = {HUMAN: people, **models}
     choice = choose_decoding(models["tuned"].comparison, models["hand_set"].comparison)
@@ -99,7 +103,7 @@ def evaluate(
         "protocol": protocol_of(engine, test, params, len(written)),
         "documents": {name: summarize_losses(own, test) for name, own in losses.items()},
         "systems": {HUMAN: summarize_people(people)} | {name: summarize_model(own) for name, own in models.items()},
-        "scales": measure_people(people.figures).scales,
+        "scales": human.scales,
         "choice": choice,
     }
     rows = list(sample_rows(systems, tokenizer, train.tokens, params.seed))

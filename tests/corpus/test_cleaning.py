@@ -19,7 +19,7 @@ from pipeline.corpus.cleaning import (
 
 
 def cleaned(text: str, *, straighten_quotes: bool = True) -> str:
-    return clean(text, wrap_columns=None, straighten_quotes=straighten_quotes).text
+    return clean(text, wrap_columns=None, straighten_quotes=straighten_quotes, strip_markup=True).text
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,11 @@ def test_joiners_stay_where_they_make_the_letter() -> None:
     assert repair_characters(kept + " a\u200db\u200c", straighten_quotes=True) == kept + " ab"
 
 
+def test_joiners_and_spaces_without_width_stay_where_they_make_the_word() -> None:
+    kept = "അവന്\u200d പോയി. ভারত্\u200d។ ភាសា\u200bខ្មែរ"
+    assert repair_characters(kept + " a\u200bb \u200bក", straighten_quotes=True) == kept + " ab ក"
+
+
 @pytest.mark.parametrize(("straighten", "text"), [(True, "\"It's\" 'so'"), (False, "“It’s” ‘so’")])
 def test_curly_quotes_follow_the_parameter(straighten: bool, text: str) -> None:
     assert cleaned("“It’s” &lsquo;so&rsquo;", straighten_quotes=straighten) == text
@@ -59,15 +64,26 @@ def test_entities_are_decoded_after_tags_and_once() -> None:
     assert cleaned("<p>Fish &amp; chips</p><p>&lt;p&gt; &amp;lt;</p>") == "Fish & chips\n\n<p> &lt;"
 
 
+def test_entities_stay_in_code_and_chats_and_where_the_parameter_says_so() -> None:
+    code = "if (x < y && z) {\n  // &amp; is &lt;here&gt;\n}"
+    chat = "<anna> Fish &amp; chips"
+    assert (cleaned(code), cleaned(chat)) == (code, chat)
+    kept = "<p>Fish &amp; chips</p>"
+    assert clean(kept, wrap_columns=None, straighten_quotes=True, strip_markup=False).text == kept
+    assert cleaned("Fish &amp; chips at Marks & Sons &quot;here&quot;") == 'Fish & chips at Marks & Sons "here"'
+
+
 def test_space_is_tidy() -> None:
     assert tidy_space("\n \na  \n\t\n \n\nb\n  c \n") == "a\n\nb\n  c"
 
 
-@pytest.mark.parametrize("run", [" ", "\t", "\u00a0", "\n", " \n", "[", "-", "<b ", "&", ".", "A "])
+@pytest.mark.parametrize(
+    "run", [" ", "\t", "\u00a0", "\n", " \n", "[", "-", "<b ", "<b>", "<p>x</b>", "<!-- -->", "a<b:", "&", ".", "A "]
+)
 def test_long_runs_cost_linear_time(run: str) -> None:
     text = "Word" + run * 40_000 + "x"
     start_s = time.process_time()
-    clean(text, wrap_columns=72, straighten_quotes=True)
+    clean(text, wrap_columns=72, straighten_quotes=True, strip_markup=True)
     assert time.process_time() - start_s < 3  # where it took the square, runs of spaces took 18 seconds
 
 
@@ -153,4 +169,4 @@ def test_clean_counts_what_it_repaired() -> None:
         "line_breaks": 0,
     }
     expected = CleanedText("one two\n\nThree.", 1, 1, 0, Counter(removed))
-    assert clean(text, wrap_columns=None, straighten_quotes=True) == expected
+    assert clean(text, wrap_columns=None, straighten_quotes=True, strip_markup=True) == expected

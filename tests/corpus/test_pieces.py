@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.corpus.pieces import cut_pieces, ends_sentence
+from pipeline.corpus.words import count_words
 
 
 def book(paragraphs: int, words: int = 20) -> list[str]:
@@ -15,7 +16,17 @@ def book(paragraphs: int, words: int = 20) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("line", "ends"), [("It rang.", True), ('"Go!"', True), ("(so?)  ", True), ("the old", False), ("so:", False)]
+    ("line", "ends"),
+    [
+        ("It rang.", True),
+        ('"Go!"', True),
+        ("(so?)  ", True),
+        ("the old", False),
+        ("so:", False),
+        ("好。」", True),
+        ("है।", True),
+        ("好，", False),
+    ],
 )
 def test_sentence_end_may_be_followed_by_quotes_and_brackets(line: str, ends: bool) -> None:
     assert ends_sentence(line) is ends
@@ -61,6 +72,42 @@ def test_huge_paragraph_is_cut_inside(separator: str, ending: str) -> None:
 def test_paragraph_up_to_twice_the_words_stays_whole() -> None:
     paragraphs = book(10, words=200)
     assert cut_pieces("\n\n".join(paragraphs), 100) == paragraphs
+
+
+def unspaced_book(letters: str, sentences: int, ending: str) -> list[str]:
+    numbers = random.Random(7)
+    return ["".join(numbers.choices(letters, k=numbers.randrange(8, 30))) + ending for _ in range(sentences)]
+
+
+@pytest.mark.parametrize("ending", ["。", "！」", "。”"])
+def test_huge_paragraph_without_spaces_is_cut_at_sentence_ends(ending: str) -> None:
+    text = "".join(unspaced_book("我们去了北京天气很好", 200, ending))
+    pieces = cut_pieces(text, 100)
+    assert "".join(pieces) == text
+    assert all(50 <= count_words(piece) <= 150 for piece in pieces)
+    assert all(piece.endswith(ending) for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "letters", ["我们去了北京", "กขคงจ", "កខគឃង", "ကခဂဃင"], ids=["Han", "Thai", "Khmer", "Myanmar"]
+)
+def test_huge_sentence_without_spaces_is_cut_between_words(letters: str) -> None:
+    text = "".join(unspaced_book(letters, 200, ""))
+    pieces = cut_pieces(text, 100)
+    assert "".join(pieces) == text
+    assert all(50 <= count_words(piece) <= 150 for piece in pieces)
+
+
+def test_paragraphs_without_spaces_are_cut_as_others() -> None:
+    paragraphs = unspaced_book("我们去了北京天气很好", 200, "。")
+    pieces = cut_pieces("\n\n".join(paragraphs), 100)
+    assert [paragraph for piece in pieces for paragraph in piece.split("\n\n")] == paragraphs
+    assert all(50 <= count_words(piece) <= 150 for piece in pieces)
+
+
+@given(st.text(alphabet="我กิ。「」 a\n", max_size=200), st.integers(1, 9))
+def test_no_character_but_space_is_lost(text: str, piece_words: int) -> None:
+    assert "".join("".join(cut_pieces(text, piece_words)).split()) == "".join(text.split())
 
 
 @given(st.text(alphabet="ab .\n#", max_size=400), st.integers(1, 20))

@@ -1,6 +1,7 @@
 """Files become clean documents in three splits."""
 
 import json
+import random
 import re
 import tempfile
 from collections import Counter
@@ -238,3 +239,78 @@ def test_harbour_tales_are_330_each_whole_and_once(tmp_path: Path) -> None:
     whole = re.compile(r"# [^\n]+\n\n(?:[^\n]+\n\n){3,6}They say in Lanternmouth: [^\n]+")
     assert [text for text in texts if not whole.fullmatch(text)] == []
     assert set(re.findall(r"[^ -~\n]|[<>&{}\[\]]|  |â", "".join(texts))) == {"—"}
+
+
+HAN = "我们去了北京天气很好说话来回大小上下"
+THAI = "กขคงจฉชซญดตถทนบปผพมยรลวสหอ"
+
+
+def write_rows(data: Path, texts: list[str]) -> None:
+    data.mkdir()
+    (data / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.mark.parametrize(
+    "letters", [HAN, THAI, "កខគឃងចឆជឈញដឋឌឍណត", "ကခဂဃငစဆဇဈညဋဌဍဎဏတ"], ids=["Han", "Thai", "Khmer", "Myanmar"]
+)
+def test_texts_without_spaces_are_no_fragments(letters: str, tmp_path: Path, params: PrepareParams) -> None:
+    numbers = random.Random(1)
+    texts = ["".join(numbers.choices(letters, k=200)) for _ in range(40)]
+    write_rows(tmp_path / "data", [*texts, letters[:9]])
+    report = prepare(tmp_path / "data", tmp_path / "out", params)
+    assert report.outcomes == {"kept": 40, "fragment": 1}
+    assert sum(size.words for size in report.splits.values()) == 40 * 200
+
+
+def test_near_duplicates_without_spaces_are_found(tmp_path: Path, params: PrepareParams) -> None:
+    numbers = random.Random(1)
+    texts = ["".join(numbers.choices(HAN, k=200)) for _ in range(40)]
+    write_rows(tmp_path / "data", [*texts, texts[0] + "。好", texts[1][:90] + "好" + texts[1][91:]])
+    report = prepare(tmp_path / "data", tmp_path / "out", params)
+    assert report.outcomes == {"kept": 40, "near_duplicate": 2}
+
+
+def test_sentences_that_differ_in_vowel_signs_are_all_kept(tmp_path: Path, params: PrepareParams) -> None:
+    places = ["मंदिर", "घर", "बगीचे", "नदी", "बाज़ार", "गाँव", "खेत", "पुल"]
+    pairs = [(first, second) for first in places for second in places if first != second]
+    texts = [
+        f"{first} के पास वह रोज़ सुबह {comes} है और {second} की ओर {goes} है।"
+        for first, second in pairs
+        for comes, goes in (("आता", "जाता"), ("आती", "जाती"), ("आते", "जाते"))
+    ]
+    write_rows(tmp_path / "data", texts)
+    exact = params.model_copy(update={"near_duplicate": params.near_duplicate.model_copy(update={"jaccard": 1.0})})
+    report = prepare(tmp_path / "data", tmp_path / "out", exact)
+    assert report.outcomes == {"kept": len(texts)}
+
+
+def test_chats_and_code_come_out_as_they_are(tmp_path: Path, params: PrepareParams) -> None:
+    numbers = random.Random(2)
+    words = ["door", "ferry", "cloud", "letter", "market", "gull", "oven", "baker", "harbour"]
+    nicks = ("Mark", "Link", "q", "Map", "anna", "b", "s", "Title", "p")
+    chats = [
+        "\n".join(f"<{numbers.choice(nicks)}> {' '.join(numbers.choices(words, k=9))}" for _ in range(8))
+        for _ in range(30)
+    ]
+    code = [
+        f"template <typename T>\nclass Box{index} {{\n  std::map<s, q> table_;\n"
+        f"  std::vector<b> {numbers.choice(words)}_;\n"
+        f"  if (x <a> y && a<b>(c)) {{ return Option<object>({' + '.join(numbers.choices(words, k=9))}); }}\n"
+        f'  // &amp; stays &lt;here&gt;\n  const html = "<div class=\'x\'>" + name{index} + "</div>";\n}};'
+        for index in range(30)
+    ]
+    write_rows(tmp_path / "data", [*chats, *code])
+    report = prepare(tmp_path / "data", tmp_path / "out", params)
+    texts = {document["text"] for split in read_documents(tmp_path / "out").values() for document in split}
+    assert texts == {*chats, *code}
+    assert report.files[0].removed["markup"] == 0
+
+
+def test_markup_is_counted_by_file_and_a_parameter_keeps_it(tmp_path: Path, params: PrepareParams) -> None:
+    write_tales(tmp_path / "data")
+    report = prepare(tmp_path / "data", tmp_path / "out", params)
+    counts = {name: file["characters"]["dropped"]["markup"] for name, file in report.to_json()["files"].items()}
+    assert {name: count for name, count in counts.items() if count} == {"2.jsonl": 60}
+    kept = prepare(tmp_path / "data", tmp_path / "out", params.model_copy(update={"strip_markup": False}))
+    assert all(file.removed["markup"] == 0 for file in kept.files)
+    assert "<p>" in (tmp_path / "out" / "train.jsonl").read_text()

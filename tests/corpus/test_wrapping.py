@@ -1,5 +1,6 @@
 """Wrapped prose is joined; verse, lists and headings keep their lines."""
 
+import random
 import textwrap
 from collections import Counter
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus.wrapping import MIN_BREAKS, find_breaks, find_wrap, join_wrapped
+from pipeline.corpus.wrapping import MIN_BREAKS, find_breaks, find_joint, find_wrap, join_wrapped
 
 PROSE = (
     "The old clock in the tower had been slow for sixty years, and nobody in the town minded, since everybody knew by "
@@ -70,3 +71,46 @@ def test_joining_undoes_textwrap(words: list[str], columns: int) -> None:
     text = " ".join(words)
     wrapped = textwrap.fill(text, columns)
     assert join_wrapped(wrapped, columns)[0] == text
+
+
+def wrap_unspaced(text: str, columns: int) -> str:
+    """Wrap after wide characters, but let no line begin with a mark."""
+    lines = [""]
+    for character, after in zip(text, [*text[1:], ""], strict=True):
+        if 2 * len(lines[-1] + character + after * (after in "，。")) > columns and character not in "，。":
+            lines.append("")
+        lines[-1] += character
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_lines_without_spaces_are_joined_without_any(columns: int) -> None:
+    numbers = random.Random(3)
+    sentences = ["".join(numbers.choices("我们去了北京天气很好", k=numbers.randrange(3, 20))) + "，" for _ in range(60)]
+    paragraphs = ["".join(sentences[start : start + 12]) for start in range(0, 60, 12)]
+    wrapped = "\n\n".join(wrap_unspaced(paragraph, columns) for paragraph in paragraphs)
+    found = wrap_of(wrapped)
+    assert found is not None
+    assert join_wrapped(wrapped, found)[0] == "\n\n".join(paragraphs)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "joint"),
+    [
+        ("我们", "去了", ""),
+        ("我们，", "去了", ""),
+        ("ภาษา", "ไทย", ""),
+        ("我们", "Bob", " "),
+        ("왔다", "갔다", " "),
+        ("a", "b", " "),
+    ],
+)
+def test_a_joint_is_a_space_where_the_script_writes_one(before: str, after: str, joint: str) -> None:
+    assert find_joint(before, after) == joint
+
+
+@pytest.mark.parametrize("nick", ["<anna> ", "<Mark> ", "[12:04] <q> ", "12:04:31 <b> "])
+def test_lines_of_a_chat_stay_apart(nick: str) -> None:
+    text = "\n".join(f"{nick}{'word ' * 9}{'x' * (number % 3)}y" for number in range(40))
+    assert wrap_of(text) is None
+    assert join_wrapped(text, 60) == (text, 0)

@@ -21,7 +21,6 @@ from pipeline.evaluation.samples import (
     character_spans,
     draw_samples,
     human_samples,
-    leading_words,
     read_long,
 )
 from pipeline.files import write_jsonl
@@ -49,20 +48,6 @@ def documents(tmp_path: Path) -> Path:
 
 def sample_of(text: str, tokenizer: Tokenizer, prompt: str = "") -> Sample:
     return Sample(prompt, text, tokenizer.encode(text).ids, "stop")
-
-
-@pytest.mark.parametrize(
-    ("text", "count", "leading"),
-    [
-        ("one two  three four", 3, "one two  three"),
-        ("# A Lamp\n\nIt went out", 4, "# A Lamp\n\nIt"),
-        ("one two", 3, "one two"),
-        ("one two", 0, ""),
-        ("", 3, ""),
-    ],
-)
-def test_a_prompt_is_words_with_what_stands_between_them(text: str, count: int, leading: str) -> None:
-    assert leading_words(text, count) == leading
 
 
 def test_people_are_cut_as_models_are(documents: Path, generator: TextGenerator, tokenizer: Tokenizer) -> None:
@@ -100,6 +85,17 @@ def test_a_prompt_that_leaves_no_room_is_an_error(tmp_path: Path, generator: Tex
     write_jsonl(tmp_path / "long.jsonl", [{"text": "Nobody on the rock had seen the lamp go out. " * 20}])
     with pytest.raises(UserError, match="leave no room in the context of 64"):
         human_samples(tmp_path / "long.jsonl", generator, SamplingParams(), samples=1, prompt_words=100)
+
+
+def test_people_are_cut_in_scripts_without_spaces(
+    tmp_path: Path, generator: TextGenerator, tokenizer: Tokenizer
+) -> None:
+    texts = {"我们去了北京。天气很好。": "我们去了", "ภาษาไทยน่ารัก": "ภาษาไทย"}
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    limits = SamplingParams(max_new_tokens=500, context_overflow="slide")
+    found = human_samples(tmp_path / "texts.jsonl", generator, limits, samples=2, prompt_words=4)
+    assert [sample.prompt for sample in found] == list(texts.values())
+    assert [sample.prompt + sample.text for sample in found] == list(texts)
 
 
 def test_no_document_comes_twice(documents: Path, generator: TextGenerator) -> None:

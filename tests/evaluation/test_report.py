@@ -453,3 +453,16 @@ def test_what_made_it_stands_at_the_end() -> None:
         {name: str(value) for name, value in DETAILS["protocol"].items()},
     ]
     assert shown == expected
+
+
+def test_a_form_that_people_do_not_have_is_left_out_and_one_line_says_so() -> None:
+    line = "samples.form_pattern is found in none of people’s texts"
+    systems = {
+        name: {figure: value for figure, value in own.items() if figure != "form_share"}
+        for name, own in DETAILS["systems"].items()
+    }
+    lacking = page(details={**DETAILS, "systems": systems})
+    assert lacking.count(line) == 1
+    assert 'class="form_share' not in lacking
+    assert line not in page()
+    assert 'class="form_share' in page()

@@ -120,6 +120,21 @@ def test_a_set_does_not_differ_from_itself(human: Human) -> None:
     assert found.difference(found) == (0, 0, 0)
 
 
+def test_a_form_that_no_text_of_people_has_is_left_out() -> None:
+    people = [replace(sample, in_form=False) for sample in measured(texts(1))]
+    human = measure_people(people)
+    assert (human.has_form, human.figures.form_share) == (False, None)
+    found = compare(measured(texts(2)), human, intervals=True)
+    assert found.figures.form_share is None
+    assert "form_share" not in human.scales
+    assert "form_share" not in found.distance.excesses
+    assert all(math.isfinite(value) for value in found.interval())
+    some = measure_people([*people[:-1], replace(people[-1], in_form=True)])
+    assert (some.has_form, some.figures.form_share) == (True, 1 / 8)
+    without = compare([replace(sample, in_form=False) for sample in measured(texts(2))], some)
+    assert (without.figures.form_share, "form_share" in without.distance.excesses) == (0, True)
+
+
 def test_intervals_exist_only_if_asked_for(human: Human) -> None:
     with pytest.raises(ValueError, match="without intervals"):
         compare(human.samples, human).interval()

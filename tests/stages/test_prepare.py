@@ -23,7 +23,8 @@ def test_command_sums_up_in_one_line(tmp_path: Path) -> None:
     assert result.returncode == 0
     assert result.stdout.startswith("prepare: kept 80 of 85 rows from 5 files; dropped 1 empty, 1 fragment, 2 exact ")
     notices = f"Do not remove.\n{START}\n{END}\nBelow.\n"
-    assert f" 1 near duplicate, {len(notices)} characters of notices; " in result.stdout
+    removed = f"{len(notices)} characters of notices, 60 characters of markup (2.jsonl 60)"
+    assert f" 1 near duplicate, {removed}; " in result.stdout
     assert result.stderr == ""
 
 
