@@ -27,6 +27,7 @@ RIVALS = "windows-1257", "mac-roman", "mac-cyrillic", "cp850", "cp852", "cp855"
 
 _CHUNK_CHARACTERS = 1 << 20
 _CONTROL = re.compile(r"[\x01-\x08\x0e-\x1f\x7f]")  # except \t to \r, which are white space
+_C1_CONTROL = re.compile("[\x80-\x9f]")  # what ISO pages make of bytes that have characters in Windows pages
 _BAD = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are wrong
 _WIDE = re.compile("[^\0-\x7f\udc80-\udcff]")
 _MARKS = (  # the mark of UTF-32-LE begins with that of UTF-16-LE
@@ -43,8 +44,9 @@ _SAMPLE_PARTS = 128
 # These numbers were set on 768 texts of chardet's tests and of message files in 40 languages.
 _MIN_LETTERS = 30  # beyond ASCII; fewer fit several pages
 _MIN_COHERENCE = 0.25  # with the frequencies of letters in a language; Russian in an unknown page has less than 0.2
-_MIN_CHAOS_LEAD = 0.02  # one of these leads over every other page makes a guess certain
-_MIN_COHERENCE_LEAD = 0.05
+_MIN_COHERENCE_LEAD = 0.05  # this lead over another page, or the next two, makes a guess certain
+_MIN_CHAOS_LEAD = 0.02
+_MIN_ASIAN_CHAOS_LEAD = 0.1  # of pages with several bytes per character, for which coherence is often 0
 _MIN_WESTERN_SHARE = 0.97  # of the characters beyond ASCII
 _MAX_WESTERN_LETTERS = 0.09  # of all letters; French has 0.06, Hungarian and Slovak have 0.12
 # Letters of Western languages, and punctuation where it belongs: other pages have letters in its place. Portuguese has
@@ -204,11 +206,14 @@ def _reads_as_western(text: str) -> bool:
 
 def _is_certain(best: CharsetMatch, *others: CharsetMatch) -> bool:
     """Check whether a text is plausible in its best page, and every other page is clearly worse."""
-    if sum(map(str.isalpha, _WIDE.findall(str(best)))) < _MIN_LETTERS:
+    text = str(best)
+    is_asian = best.multi_byte_usage > 0
+    if _C1_CONTROL.search(text) or sum(map(str.isalpha, _WIDE.findall(text))) < _MIN_LETTERS:
         return False
-    if best.multi_byte_usage == 0 and best.coherence < _MIN_COHERENCE:
-        return False  # the lack of errors is evidence enough for pages of several bytes per character
+    if best.coherence < _MIN_COHERENCE and not is_asian:
+        return False
+    chaos_lead = _MIN_ASIAN_CHAOS_LEAD if is_asian else _MIN_CHAOS_LEAD
     return all(
-        other.chaos - best.chaos >= _MIN_CHAOS_LEAD or best.coherence - other.coherence >= _MIN_COHERENCE_LEAD
+        other.chaos - best.chaos >= chaos_lead or best.coherence - other.coherence >= _MIN_COHERENCE_LEAD
         for other in others
     )
