@@ -46,15 +46,15 @@ _MIN_LETTERS = 30  # beyond ASCII; fewer fit several pages
 _MIN_COHERENCE = 0.25  # with the frequencies of letters in a language; Russian in an unknown page has less than 0.2
 _MIN_COHERENCE_LEAD = 0.05  # this lead over another page, or the next two, makes a guess certain
 _MIN_CHAOS_LEAD = 0.02
-_MIN_ASIAN_CHAOS_LEAD = 0.1  # of pages with several bytes per character, for which coherence is often 0
+_MIN_ASIAN_CHAOS_LEAD = 0.05  # of pages with several bytes per character, for which coherence is often 0
 _MIN_WESTERN_SHARE = 0.97  # of the characters beyond ASCII
 _MAX_WESTERN_LETTERS = 0.09  # of all letters; French has 0.06, Hungarian and Slovak have 0.12
-# Letters of Western languages, and punctuation where it belongs: other pages have letters in its place. Portuguese has
-# "ã" and "õ" before "o" and "e", Romanian and Hungarian elsewhere. A dash before "n" or "nes" is the end of
-# "-ción" in mac-roman.
+# Letters of Western languages, and punctuation where it belongs: other pages have other letters there. "ã" and
+# "õ" are Portuguese before "o" and "e", "û" is French before "r" and "t", and else maybe Romanian or Hungarian. A dash
+# before "n" or "nes" is the end of "-ción" in mac-roman.
 _LETTER = r"[^\W\d_]"
 _WESTERN = re.compile(
-    "[àáâäåæçèéêëìíîïñòóôöøœùúûüßÀÂÄÅÆÇÈÉÊËÎÑÔÖØŒÜ\xa0°§©®™€£•]|[ãÃ](?=[oeOE])|[õÕ](?=[eE])|(?<=[\\d.nN])[ªº]"
+    "[àáâäåæçèéêëìíîïñòóôöøœùúüßÀÂÄÅÆÇÈÉÊËÎÑÔÖØŒÜ\xa0°§©®™€£•]|[ãÃ](?=[oeOE])|[õÕ](?=[eE])|û(?=[rt])|(?<=[\\d.nN])[ªº]"
     rf"|(?<!{_LETTER})[„“”‘’«»¿¡…–—]|[ÁÍÓÚ](?={_LETTER})|[“”’«»…–—](?!{_LETTER})"
     rf"|(?<={_LETTER})(?:[’…](?={_LETTER})|[–—](?!n(?:es)?\b))"
 )
