@@ -44,9 +44,9 @@ _SAMPLE_PARTS = 128
 # These numbers were set on 768 texts of chardet's tests and of message files in 40 languages.
 _MIN_LETTERS = 30  # beyond ASCII; fewer fit several pages
 _MIN_COHERENCE = 0.25  # with the frequencies of letters in a language; Russian in an unknown page has less than 0.2
-_MIN_COHERENCE_LEAD = 0.05  # this lead over another page, or the next two, makes a guess certain
+_MIN_COHERENCE_LEAD = 0.05  # over every other page that does not leave more chaos
 _MIN_CHAOS_LEAD = 0.02
-_MIN_ASIAN_CHAOS_LEAD = 0.05  # of pages with several bytes per character, for which coherence is often 0
+_MIN_ASIAN_CHAOS_LEAD = 0.05  # for pages with several bytes per character: wrong ones lead by 0.025 in short texts
 _MIN_WESTERN_SHARE = 0.97  # of the characters beyond ASCII
 _MAX_WESTERN_LETTERS = 0.09  # of all letters; French has 0.06, Hungarian and Slovak have 0.12
 # Letters of Western languages, and punctuation where it belongs: other pages have other letters there. "ã" and
@@ -99,8 +99,6 @@ def detect_encoding(path: Path) -> str:
     encoding = _read_mark(path) or "utf-8"
     counts = _count(path, encoding)
     if encoding == "utf-8" and counts.bad > counts.wide:
-        if counts.controls > MAX_CONTROL_SHARE * counts.characters:
-            raise _refuse_binary(path, "control characters")
         encoding = _detect_page(path)
         counts = _count(path, encoding)
         _check(path, encoding, counts, "is not {encoding}, as which the rest can be read; correct it, or " + _REMEDY)
@@ -115,9 +113,9 @@ def _read_mark(path: Path) -> str | None:
 
 
 def _count(path: Path, encoding: str) -> _Counts:
-    """Count the characters of a file. Raises `UserError` for NUL, and for bad UTF-16 and UTF-32."""
+    """Count the characters of a file. Raises `UserError` if it is binary."""
     counts = _Counts(0, 0, 0, 0)
-    errors = "strict" if _is_wide(encoding) else "surrogateescape"
+    errors = "strict" if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")) else "surrogateescape"
     lines = 1
     with path.open(encoding=encoding, errors=errors, newline="") as text:
         try:
@@ -130,11 +128,9 @@ def _count(path: Path, encoding: str) -> _Counts:
                 counts = _Counts(*map(sum, zip(counts, found, strict=True)))
         except UnicodeError as error:
             raise _refuse_binary(path, f"bytes that are not {encoding}") from error
+    if counts.controls > MAX_CONTROL_SHARE * counts.characters:
+        raise _refuse_binary(path, "control characters")
     return counts
-
-
-def _is_wide(encoding: str) -> bool:
-    return codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
 
 
 def _refuse_binary(path: Path, finding: str) -> UserError:
@@ -142,8 +138,6 @@ def _refuse_binary(path: Path, finding: str) -> UserError:
 
 
 def _check(path: Path, encoding: str, counts: _Counts, fault: str) -> None:
-    if counts.controls > MAX_CONTROL_SHARE * counts.characters:
-        raise _refuse_binary(path, "control characters")
     if counts.bad:
         raise UserError(f"{_name_bad_byte(path, encoding)}, {fault.format(encoding=encoding)}")
 
@@ -164,12 +158,11 @@ def _detect_page(path: Path) -> str:
     matches = charset_normalizer.from_bytes(
         _sample(path), cp_isolation=list(_NAMES), preemptive_behaviour=False, enable_fallback=False
     )
-    pages = [
-        min((_NAMES[name] for name in match.could_be_from_charset), key=[*_NAMES.values()].index) for match in matches
-    ]
-    for page, match in zip(pages, matches, strict=True):
-        if page == "windows-1252" and _reads_as_western(str(match)):
-            return page
+    order = [*_NAMES.values()]
+    pages = [min((_NAMES[name] for name in match.could_be_from_charset), key=order.index) for match in matches]
+    western = "windows-1252"
+    if western in pages and _reads_as_western(str(matches[pages.index(western)])):
+        return western
     if pages and pages[0] in PAGES and _is_certain(*matches):
         return pages[0]
     raise UserError(
@@ -207,10 +200,10 @@ def _reads_as_western(text: str) -> bool:
 def _is_certain(best: CharsetMatch, *others: CharsetMatch) -> bool:
     """Check whether a text is plausible in its best page, and every other page is clearly worse."""
     text = str(best)
-    is_asian = best.multi_byte_usage > 0
     if _C1_CONTROL.search(text) or sum(map(str.isalpha, _WIDE.findall(text))) < _MIN_LETTERS:
         return False
-    if best.coherence < _MIN_COHERENCE and not is_asian:
+    is_asian = best.multi_byte_usage > 0
+    if best.coherence < _MIN_COHERENCE and not is_asian:  # Asian text often has 0 in its own page
         return False
     chaos_lead = _MIN_ASIAN_CHAOS_LEAD if is_asian else _MIN_CHAOS_LEAD
     return all(
