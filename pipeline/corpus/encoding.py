@@ -41,7 +41,7 @@ _REMEDY = "name its encoding in prepare.encoding, or save it as UTF-8"
 _NAMES = {codecs.lookup(page).name.replace("-", "_"): page for page in (*PAGES, *RIVALS)}  # of charset-normalizer
 _PART = re.compile(rb"(?s).{1,128}[^\0-\x2f]*.?")  # ends between characters: none has a byte below 0x30 inside
 _SAMPLE_PARTS = 128
-# These numbers were set on 768 texts of chardet's tests and of message files; docs/texts.md has the results on others.
+# These numbers were set on 768 texts of chardet's tests and of message files; docs/texts.md has results.
 _MIN_LETTERS = 30  # beyond ASCII; fewer fit several pages
 _MIN_COHERENCE = 0.25  # with the frequencies of letters in a language; Russian in an unknown page has less than 0.2
 _MIN_COHERENCE_LEAD = 0.05  # over every other page that does not leave more chaos
