@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -26,16 +26,17 @@ from pipeline.files import read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
 )
-"""Every file that a tokenizer of `transformers` may consist of; this project reads only the first."""
+"""Every file that a tokenizer of `transformers` may consist of; this project reads only the first two."""
 
 BATCH_DOCUMENTS = 1000
 """The number of documents to encode at a time: keeps every core busy, with little of the corpus in memory."""
@@ -44,27 +45,30 @@ Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer in a model's folder; see `load_tokenizer_file`."""
-    return load_tokenizer_file(folder / TOKENIZER_FILE)
+    """Load the tokenizer in a model's folder, so that it encodes only the text itself.
 
-
-def load_tokenizer_file(file: Path) -> Tokenizer:
-    """Load a tokenizer that encodes only the text itself.
-
-    It adds no special tokens, reads their names in a text as ordinary characters, and neither truncates nor pads.
-    Raises `UserError` if the file is missing or not JSON.
+    It adds no tokens, and neither truncates nor pads. The name of a special token in a text is that token, unless
+    `split_special_tokens` in `tokenizer_config.json` is true, as in `transformers`; but that of end-of-text is always
+    ordinary characters, so that no text can end a document. Raises `UserError` if a file is missing or not JSON.
     """
-    tokenizer = Tokenizer.from_str(json.dumps(_read_tokenizer_json(file)))
-    tokenizer.encode_special_tokens = True
+    tokenizer = Tokenizer.from_str(json.dumps(_read_tokenizer_json(folder)))
+    tokenizer.encode_special_tokens = True  # the tokens that are marked as special are ordinary characters in a text
     tokenizer.post_processor = None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
+def special_tokens(folder: Path) -> dict[str, bool]:
+    """Return the names of the special tokens, and for each whether its name in a text is read as the token."""
+    own, loaded = _read_json(folder / TOKENIZER_FILE), _read_tokenizer_json(folder)
+    tokens = zip(own.get("added_tokens", []), loaded.get("added_tokens", []), strict=True)
+    return {token["content"]: not as_loaded["special"] for token, as_loaded in tokens if token["special"]}
+
+
 def tokenizer_sha256(folder: Path) -> str:
-    """Return the SHA-256 of `tokenizer.json` regardless of its layout: of its JSON with sorted keys and no spaces."""
-    content = _read_tokenizer_json(folder / TOKENIZER_FILE)
+    """Return the SHA-256 of the tokenizer as it is loaded, regardless of the layout of its file."""
+    content = _read_tokenizer_json(folder)
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -187,13 +191,26 @@ def load_tokens(folder: Path, tokenizer_sha256: str) -> TokenArrays:
     )
 
 
-def _read_tokenizer_json(file: Path) -> object:
+def _read_tokenizer_json(folder: Path) -> dict[str, Any]:
+    """Return `tokenizer.json`, with only those tokens marked as special that are ordinary characters in a text."""
+    file, config_file = folder / TOKENIZER_FILE, folder / TOKENIZER_CONFIG_FILE
     if not file.is_file():
         raise UserError(f"{file}: no such file; the model's folder must hold its tokenizer as {TOKENIZER_FILE}")
+    content = _read_json(file)
+    splits = config_file.is_file() and _read_json(config_file).get("split_special_tokens", False)
+    for token in content.get("added_tokens", []):
+        token["special"] = token["content"] == END_OF_TEXT or (token["special"] and splits)
+    return content
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return read_json(file)
+        content = read_json(file)
     except ValueError as error:
         raise UserError(f"{file}: not JSON: {error}; fetch or save the tokenizer again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds {content!r:.40}, must be an object; fetch or save the tokenizer again")
+    return content
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

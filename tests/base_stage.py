@@ -26,8 +26,15 @@ def write_training_split(folder: Path) -> Path:
     return file
 
 
-def params(source: str, revision: str | None = None, **scratch: int) -> BaseParams:
-    return BaseParams(source=source, revision=revision, scratch=SCRATCH.model_copy(update=scratch))
+def params(
+    source: str, revision: str | None = None, *, split_special_tokens: bool = False, **scratch: int
+) -> BaseParams:
+    return BaseParams(
+        source=source,
+        revision=revision,
+        split_special_tokens=split_special_tokens,
+        scratch=SCRATCH.model_copy(update=scratch),
+    )
 
 
 def hub_environment(**values: str) -> dict[str, str]:

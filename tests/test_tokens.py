@@ -14,12 +14,14 @@ from pipeline.files import read_json, sha256_file, write_json
 from pipeline.tokens import (
     BATCH_DOCUMENTS,
     END_OF_TEXT,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     TokenArrays,
     end_of_text_id,
     load_tokenizer,
     load_tokens,
     prompt_ids,
+    special_tokens,
     tokenizer_sha256,
     vocabulary_size,
     write_tokens,
@@ -168,6 +170,33 @@ def test_a_loaded_tokenizer_adds_cuts_and_pads_nothing(tmp_path: Path) -> None:
 def test_end_of_text_written_out_is_thirteen_characters(tokenizer: Tokenizer) -> None:
     assert END not in tokenizer.encode(END_OF_TEXT).ids
     assert len(tokenizer.encode(END_OF_TEXT).ids) == 13
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_end_of_text_is_never_read_from_a_text_however_the_tokenizer_marks_it(marked: bool, tmp_path: Path) -> None:
+    byte_tokenizer().save(str(tmp_path / TOKENIZER_FILE))
+    content = read_json(tmp_path / TOKENIZER_FILE)
+    content["added_tokens"][0]["special"] = marked
+    write_json(tmp_path / TOKENIZER_FILE, content)
+    for splits in (True, False):
+        write_json(tmp_path / TOKENIZER_CONFIG_FILE, {"split_special_tokens": splits})
+        tokenizer = load_tokenizer(tmp_path)
+        assert end_of_text_id(tokenizer) == END
+        assert len(tokenizer.encode(END_OF_TEXT).ids) == 13
+
+
+def test_special_tokens_in_a_text_are_tokens_unless_they_are_to_be_split(tmp_path: Path) -> None:
+    byte_tokenizer((END_OF_TEXT, "<|user|>")).save(str(tmp_path / TOKENIZER_FILE))
+    a = byte_tokenizer().encode("a").ids
+    assert load_tokenizer(tmp_path).encode("<|user|>a").ids == [END + 1, *a]
+    assert special_tokens(tmp_path) == {END_OF_TEXT: False, "<|user|>": True}
+    digest = tokenizer_sha256(tmp_path)
+    write_json(tmp_path / TOKENIZER_CONFIG_FILE, {"split_special_tokens": False})
+    assert tokenizer_sha256(tmp_path) == digest
+    write_json(tmp_path / TOKENIZER_CONFIG_FILE, {"split_special_tokens": True})
+    assert len(load_tokenizer(tmp_path).encode("<|user|>a").ids) == 9
+    assert special_tokens(tmp_path) == {END_OF_TEXT: False, "<|user|>": False}
+    assert tokenizer_sha256(tmp_path) != digest  # the arrays of one do not fit the other
 
 
 @pytest.mark.parametrize("prompt", ["caf\udce9", "half a pair: \ud83d"])

@@ -6,14 +6,14 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.quality.lexicon import LEXICON_FILE
-from pipeline.tokens import TOKENIZER_FILE
+from pipeline.tokens import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 FORMAT_VERSION = 3
 MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
 INDEX_FOLDER = "verbatim"
 """The folder of the index of the training text, if the engine has one: `pipeline.engine.verbatim`."""
-READ_FILES = (TOKENIZER_FILE, LEXICON_FILE)
+READ_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, LEXICON_FILE)
 """The files that every precision needs."""
 STATES = "states"
 """The graph's output for the last hidden state. Graphs of older exports lack it."""

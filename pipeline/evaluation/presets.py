@@ -19,8 +19,8 @@ def choose_presets(trials: Sequence[Trial], finals: Mapping[int, Final]) -> dict
     """Return the number of each preset's trial.
 
     `balanced` is the best finalist: the one with the fewest faults above people's level and, of equal ones, the nearest
-    to people. Of the complete trials that have few enough faults and are near enough, `faithful` is the one that is
-    more tame than wild by most, and `adventurous` the one by least. If no other trial is left, both are the winner.
+    to people. Of the complete trials with at most `PRESET_EXCESS` times its faults and `PRESET_DISTANCE` times its
+    distance, `faithful` is the tamest and `adventurous` the least tame. If no other trial is left, both are the winner.
     """
     winner = min(finals, key=lambda number: finals[number])
     good = [
@@ -30,8 +30,9 @@ def choose_presets(trials: Sequence[Trial], finals: Mapping[int, Final]) -> dict
         and trial.excess <= PRESET_EXCESS * trials[winner].excess
         and trial.distance <= PRESET_DISTANCE * trials[winner].distance
     ]
-    from_cool_to_hot = sorted(good, key=lambda trial: trial.too_wild - trial.too_tame)
-    return {"balanced": winner, "faithful": from_cool_to_hot[0].number, "adventurous": from_cool_to_hot[-1].number}
+    tamest = max(good, key=lambda trial: trial.too_tame - trial.too_wild)
+    least_tame = min(good, key=lambda trial: trial.too_tame - trial.too_wild)
+    return {"balanced": winner, "faithful": tamest.number, "adventurous": least_tame.number}
 
 
 def front_of(trials: Sequence[Trial]) -> list[Trial]:

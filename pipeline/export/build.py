@@ -16,7 +16,7 @@ from pipeline.export.graph import QUANTIZATIONS, CacheScales, Floats, Shape, wri
 from pipeline.files import whole_folder
 from pipeline.progress import progress
 from pipeline.quality.lexicon import EMPTY_LEXICON, Lexicon, write_lexicon
-from pipeline.tokens import TOKENIZER_FILE, end_of_text_id, load_tokenizer
+from pipeline.tokens import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, end_of_text_id, load_tokenizer
 
 PRECISIONS = ("float32", "float16", *QUANTIZATIONS)
 CACHE_BITS = 8
@@ -55,7 +55,9 @@ def build_engine(
             (partial / precision).mkdir()
             cache_scales = scales if bits[precision] == 8 else None
             write_graph(partial / precision, GRAPH_FILE, weights, shape, precision, cache_scales)
-        shutil.copy(tokenizer_folder / TOKENIZER_FILE, partial)
+        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+            if (tokenizer_folder / name).is_file():
+                shutil.copy(tokenizer_folder / name, partial)
         if index is not None:
             index.save(partial / INDEX_FOLDER)
         if lexicon:

@@ -35,4 +35,7 @@ class BaseParams(Section):
     """A folder, the id of a model on the hub, or `scratch`."""
     revision: str | None
     """The hash of the commit to fetch from the hub, 40 hexadecimal digits; null for a folder or `scratch`."""
+    split_special_tokens: bool
+    """Whether the name of a special token of the source, such as `<|user|>`, is ordinary characters in a text and not
+    that token. The name of end-of-text always is."""
     scratch: ScratchParams

@@ -47,7 +47,7 @@ def make_base(training_split: Path, out: Path, params: BaseParams) -> None:
         else:
             with plain_checkpoint(folder, params.source) as plain:
                 model = load_plain(plain, params.source)
-                tokenizer = AutoTokenizer.from_pretrained(plain)
+                tokenizer = AutoTokenizer.from_pretrained(plain, split_special_tokens=params.split_special_tokens)
             if lexicon := load_lexicon(folder):
                 write_lexicon(partial, lexicon)
         tokenizer.save_pretrained(partial)

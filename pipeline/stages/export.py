@@ -14,7 +14,7 @@ from optimum.exporters.onnx import main_export
 from optimum.utils import logging as optimum_logging
 from transformers import GPT2LMHeadModel, logging
 
-from pipeline.checkpoint import load_checkpoint, load_plain, plain_checkpoint
+from pipeline.checkpoint import load_plain, plain_checkpoint
 from pipeline.engine.generator import Engine
 from pipeline.engine.verbatim import VerbatimIndex, index_text
 from pipeline.errors import UserError, report_errors
@@ -55,8 +55,8 @@ def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: Export
     if params.verbatim_index:
         lexicon |= collect_words(train.texts(load_tokenizer(checkpoint)))
     with whole_folder(out) as partial:
-        export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits, index, lexicon)
-        parity = certify(checkpoint, partial / "engine", tokens, params)
+        model = export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits, index, lexicon)
+        parity = certify(model, partial / "engine", tokens, params)
         write_json(partial / "parity.json", {precision: asdict(found) for precision, found in parity.items()})
         # `evaluate` compares the base with the model, in the precision that it evaluates.
         export_checkpoint(base, partial / "base", params.precisions[:1], params.cache_bits, index, lexicon)
@@ -69,8 +69,8 @@ def export_checkpoint(
     cache_bits: int,
     index: VerbatimIndex | None = None,
     lexicon: Lexicon = EMPTY_LEXICON,
-) -> None:
-    """Write the standard ONNX graph, made by Optimum, to `portable/`, and the engine to `engine/`."""
+) -> GPT2LMHeadModel:
+    """Write the standard ONNX graph, made by Optimum, to `portable/`, and the engine to `engine/`; return the model."""
     # Optimum reads the folder itself, and would fill weights that it does not find by their names with random numbers.
     with plain_checkpoint(checkpoint) as plain, warnings.catch_warnings():
         # Loading checks the weights: a graph of NaNs would export without an error.
@@ -78,21 +78,22 @@ def export_checkpoint(
         build_engine(model, plain, out / "engine", precisions, cache_bits=cache_bits, index=index, lexicon=lexicon)
         warnings.simplefilter("ignore")
         main_export(str(plain), out / "portable", task="text-generation-with-past", dtype="fp32", do_validation=False)
+    return model
 
 
-def certify(checkpoint: Path, engine: Path, tokens: Path, params: ExportParams) -> dict[str, Parity]:
-    """Compare every precision with PyTorch on real text. Raises `UserError` naming each promise that broke."""
+def certify(model: GPT2LMHeadModel, engine: Path, tokens: Path, params: ExportParams) -> dict[str, Parity]:
+    """Compare each precision with the model in PyTorch on real text. Raises `UserError` naming each broken promise."""
     engines: dict[str, Engine] = {
         precision: Engine.load(engine, precision=precision, provider="cpu") for precision in params.precisions
     }
     context_length = engines[params.precisions[0]].context_length
     validation, train = (
-        windows_of(load_tokens(tokens / split, tokenizer_sha256(checkpoint)), context_length)
+        windows_of(load_tokens(tokens / split, tokenizer_sha256(engine)), context_length)
         for split in ("validation", "train")
     )
     parity = measure_parity(
         engines,
-        TorchReference(load_checkpoint(checkpoint)),
+        TorchReference(model),
         list(validation),
         train,
         positions=params.parity.positions,

@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
+from pipeline.corpus.special_tokens import SpecialTokenCounts
 from pipeline.corpus.splits import SPLITS
 from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json, read_jsonl, whole_folder, write_json
 from pipeline.progress import progress
 from pipeline.stage_process import stage_process
-from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256, write_tokens
+from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, special_tokens, tokenizer_sha256, write_tokens
 
 
 def main() -> None:
@@ -29,6 +30,7 @@ def tokenize(documents: Path, base: Path, out: Path) -> None:
             raise UserError(f"{file}: no such file; make it with dvc repro prepare")
     tokenizer, sha256 = load_tokenizer(base), tokenizer_sha256(base)
     context_length = read_json(base / "config.json")["n_positions"]
+    counts = SpecialTokenCounts(special_tokens(base))
     report = {}
     with whole_folder(out) as partial:
         for split, file in files.items():
@@ -36,10 +38,13 @@ def tokenize(documents: Path, base: Path, out: Path) -> None:
             with file.open("rb") as lines:
                 rows = sum(1 for _ in lines)
             bar = progress(read_jsonl(file), description=split, total=rows, unit=" documents")
-            write_tokens(partial / split, (row["text"] for row in bar), tokenizer, sha256)
+            write_tokens(partial / split, counts.count(row["text"] for row in bar), tokenizer, sha256)
             report[split] = summarize(load_tokens(partial / split, sha256), context_length)
             print(f"{split}: {report[split]['documents']:,} documents, {report[split]['tokens']:,} tokens")
-        write_json(partial / "report.json", {**report, "context_length": context_length, "tokenizer_sha256": sha256})
+        whole = {"context_length": context_length, "tokenizer_sha256": sha256, "special_tokens": counts.to_json()}
+        write_json(partial / "report.json", report | whole)
+    for line in counts.describe():
+        print(line)
 
 
 def summarize(arrays: TokenArrays, context_length: int) -> dict[str, int | float | None]:

@@ -59,14 +59,14 @@ def find_objection(candidate: Score, champion: Score | None) -> str | None:
     """
     if champion is None:
         return "the champion has no score to compare"
-    if (difference := find_difference(candidate, champion)) is not None:
+    if (difference := _find_difference(candidate, champion)) is not None:
         return f"{difference}; the two are not compared"
     if candidate.bits_per_byte <= champion.bits_per_byte:
         return None
     return f"its bits per byte are {candidate.bits_per_byte:.4f}, the champion's {champion.bits_per_byte:.4f}"
 
 
-def find_difference(candidate: Score, champion: Score) -> str | None:
+def _find_difference(candidate: Score, champion: Score) -> str | None:
     """Return why the two scores cannot be compared; None if they can."""
     if champion.test_split_sha256 != candidate.test_split_sha256:
         return "the champion was scored on other texts"
@@ -153,7 +153,7 @@ def _find_champion(client: MlflowClient, version: ModelVersion, score: Score) ->
         for other in client.search_model_versions(f"name = '{version.name}'")
         if int(other.version) != int(version.version)
         and (own := score_of(other)) is not None
-        and find_difference(score, own) is None
+        and _find_difference(score, own) is None
         and _has_files(other)
     ]
     return min(others)[2] if others else None

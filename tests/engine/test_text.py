@@ -168,7 +168,7 @@ def test_each_prompt_has_its_own_parameters(generator: TextGenerator) -> None:
     ]
 
 
-def test_special_tokens_in_a_prompt_are_ordinary_characters(generator: TextGenerator) -> None:
+def test_end_of_text_in_a_prompt_is_ordinary_characters(generator: TextGenerator) -> None:
     with pytest.raises(UserError, match=r"^prompt: \d+ tokens leave no room"):
         generator.complete(["<|endoftext|>" * 10], [SamplingParams()])
 

@@ -9,11 +9,15 @@ import onnx
 import pytest
 import torch
 from tiny_gpt2 import write_checkpoint, write_tokenizer
+from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.engine import Engine, SamplingParams
+from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
 from pipeline.export.build import build_engine, check_precisions
+from pipeline.files import write_json
+from pipeline.tokens import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, tokenizer_sha256
 
 TEXT = [(19 * index) % 300 for index in range(24)]
 
@@ -60,6 +64,19 @@ def test_any_shape_of_gpt2_says_what_pytorch_says(changes: dict[str, Any], token
     engine.session.prefill(0, TEXT[:-1], 0)
     engine.session.decode(TEXT[-1:], [len(TEXT) - 1])
     np.testing.assert_allclose(engine.session.logits[0], expected[-1], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_the_engine_reads_special_tokens_as_the_checkpoint_does(splits: bool, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / TOKENIZER_FILE))
+    tokenizer.add_special_tokens(["<|user|>"])
+    tokenizer.save(str(tmp_path / TOKENIZER_FILE))
+    write_json(tmp_path / TOKENIZER_CONFIG_FILE, {"split_special_tokens": splits})
+    build_engine(make_model(vocab_size=301), tmp_path, tmp_path / "engine", ["float32"])
+    loaded = TextGenerator.load(tmp_path / "engine", provider="cpu", threads=1).tokenizer
+    assert ("<|user|>" in loaded.encode("<|user|>").tokens) is not splits
+    assert tokenizer_sha256(tmp_path / "engine") == tokenizer_sha256(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +147,6 @@ def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("first", "second"):
         build_engine(model, checkpoint, tmp_path / name, ["int4", "float32"])
     files = [file.relative_to(tmp_path / "first") for file in (tmp_path / "first").rglob("*") if file.is_file()]
-    assert len(files) == 6
+    assert len(files) == 7
     for file in files:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()

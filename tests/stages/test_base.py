@@ -147,6 +147,27 @@ def test_gpt2_s_own_tokenizer_files_are_read(model_folder: Path, make: Callable[
     assert tokenizer.encode("Hello world<|endoftext|>").ids == [15496, 995, 27, 91, 437, 1659, 5239, 91, 29]
 
 
+def test_special_tokens_that_were_added_are_tokens_in_a_text_unless_they_are_to_be_split(
+    model_folder: Path, training_split: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"], "pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(model_folder)
+    model = GPT2LMHeadModel.from_pretrained(model_folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(model_folder)
+    text = "<|user|> hi <|bot|> <|pad|><|endoftext|>"
+    source = model_folder
+    for splits in (False, True, False):  # each is the base of the next
+        out = tmp_path / f"made-from-{source.name}"
+        make_base(training_split, out, params(str(source), split_special_tokens=splits))
+        names = [name for name in load_tokenizer(out).encode(text).tokens if name.startswith("<|")]
+        assert names == ([] if splits else ["<|user|>", "<|bot|>", "<|pad|>"])
+        inside = text.removesuffix("<|endoftext|>")
+        assert AutoTokenizer.from_pretrained(out)(inside)["input_ids"] == load_tokenizer(out).encode(inside).ids
+        source = out
+
+
 def change_config(folder: Path, **changes: object) -> None:
     write_json(folder / "config.json", read_json(folder / "config.json") | changes)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from toy_project import Project
 from transformers import GPT2LMHeadModel
 
+from pipeline.checkpoint import load_checkpoint
 from pipeline.engine import Engine, SamplingParams
 from pipeline.errors import UserError
 from pipeline.export.parity import Parity
@@ -64,7 +65,7 @@ def test_checkpoint_and_base_are_exported_in_both_forms(project: Project) -> Non
     assert {file.name for file in out.iterdir()} == {"base", "engine", "parity.json", "portable"}
     for folder in (out, out / "base"):
         precisions = project.params.export.precisions if folder == out else ["float32"]
-        names = {"engine.json", "tokenizer.json", "lexicon.txt", "verbatim", *precisions}
+        names = {"engine.json", "tokenizer.json", "tokenizer_config.json", "lexicon.txt", "verbatim", *precisions}
         assert {file.name for file in (folder / "engine").iterdir()} == names
         assert (folder / "portable" / "model.onnx").is_file()
 
@@ -197,7 +198,7 @@ def test_a_broken_promise_leaves_nothing(project: Project, tmp_path: Path) -> No
 def test_the_engine_of_another_checkpoint_breaks_every_promise(project: Project) -> None:
     with pytest.raises(UserError) as caught:
         certify(
-            project.out / "finetune" / "checkpoint",
+            load_checkpoint(project.out / "finetune" / "checkpoint"),
             project.out / "export" / "base" / "engine",
             project.out / "tokenize",
             tolerance(project).model_copy(update={"precisions": ["float32"]}),

@@ -72,6 +72,7 @@ def test_report_counts_each_split(documents: Path, base: Path, tmp_path: Path) -
         },
         "context_length": 5,
         "tokenizer_sha256": tokenizer_sha256(base),
+        "special_tokens": {},
     }
 
 
@@ -84,6 +85,25 @@ def test_the_same_documents_give_the_same_bytes(documents: Path, base: Path, tmp
     )
     assert one == two
     assert len(one) == 10
+
+
+def test_special_tokens_are_counted_over_all_splits(
+    documents: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, text in {"train": "one <|two|> <|two|>", "test": "<|two|> <|three|>"}.items():
+        write_jsonl(documents / f"{split}.jsonl", [{"id": "0", "title": None, "text": text}])
+    tokenizer = Tokenizer.from_file(str(base / TOKENIZER_FILE))
+    tokenizer.add_special_tokens(["<|two|>"])
+    tokenizer.save(str(base / TOKENIZER_FILE))
+    tokenize(documents, base, tmp_path / "out")
+    arrays = load_tokens(tmp_path / "out" / "train", tokenizer_sha256(base))
+    token = tokenizer.token_to_id("<|two|>")
+    assert arrays.tokens.tolist() == [END, ONE, token, token, END]
+    assert read_json(tmp_path / "out" / "report.json")["special_tokens"] == {
+        "<|three|>": {"count": 1, "read_as": "text"},
+        "<|two|>": {"count": 3, "read_as": "token"},
+    }
+    assert "special tokens: <|two|> 3 (" in capsys.readouterr().out
 
 
 def test_a_missing_split_leaves_nothing(documents: Path, base: Path, tmp_path: Path) -> None:
