@@ -59,13 +59,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def special_tokens(folder: Path) -> dict[str, bool]:
-    """Return the names of the special tokens, and for each whether its name in a text is read as the token."""
-    own, loaded = _read_json(folder / TOKENIZER_FILE), _read_tokenizer_json(folder)
-    tokens = zip(own.get("added_tokens", []), loaded.get("added_tokens", []), strict=True)
-    return {token["content"]: not as_loaded["special"] for token, as_loaded in tokens if token["special"]}
-
-
 def tokenizer_sha256(folder: Path) -> str:
     """Return the SHA-256 of the tokenizer as it is loaded, regardless of the layout of its file."""
     content = _read_tokenizer_json(folder)

@@ -9,7 +9,7 @@ from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json, read_jsonl, whole_folder, write_json
 from pipeline.progress import progress
 from pipeline.stage_process import stage_process
-from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, special_tokens, tokenizer_sha256, write_tokens
+from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256, write_tokens
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def tokenize(documents: Path, base: Path, out: Path) -> None:
             raise UserError(f"{file}: no such file; make it with dvc repro prepare")
     tokenizer, sha256 = load_tokenizer(base), tokenizer_sha256(base)
     context_length = read_json(base / "config.json")["n_positions"]
-    counts = SpecialTokenCounts(special_tokens(base))
+    counts = SpecialTokenCounts(tokenizer)
     report = {}
     with whole_folder(out) as partial:
         for split, file in files.items():
