@@ -8,6 +8,7 @@ from typing import Literal
 import ftfy
 from ftfy.fixes import unescape_html
 
+from pipeline.corpus.fences import split_code
 from pipeline.corpus.markup import is_escaped, is_markup, strip_tags
 from pipeline.corpus.pieces import ends_sentence
 from pipeline.corpus.wrapping import find_joint, join_wrapped
@@ -60,10 +61,8 @@ class CleanedText:
 
 def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool, strip_markup: bool) -> CleanedText:
     """Repair a section's text. `wrap_columns` is the column at which its file wraps lines; None if it does not."""
-    has_tags = strip_markup and is_markup(text)
-    plain = strip_tags(text) if has_tags else text
-    unescaped = unescape_html(plain) if has_tags or (strip_markup and is_escaped(text)) else plain
-    repaired = repair_characters(unescaped, straighten_quotes=straighten_quotes)
+    plain = remove_markup(text) if strip_markup else text
+    repaired = repair_characters(plain, straighten_quotes=straighten_quotes)
     tidy = tidy_space(repaired)
     without_notices, notices = remove_notices(tidy)
     without_marks, page_marks = remove_page_marks(without_notices, wrapped=wrap_columns is not None)
@@ -86,6 +85,19 @@ def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool, strip
         removed[repair] += characters - len(form)
         characters = len(form)
     return CleanedText(final, page_marks, notices, joined_breaks, removed)
+
+
+def remove_markup(text: str) -> str:
+    """Remove HTML tags and decode entities if the text is HTML or escaped; code between fences and backticks stays."""
+    if "<" not in text and "&" not in text:
+        return text
+    parts = list(split_code(text))
+    prose = "".join(part for part, is_code in parts if not is_code)
+    if is_markup(prose):
+        return "".join(part if is_code else unescape_html(strip_tags(part)) for part, is_code in parts)
+    if is_escaped(prose):
+        return "".join(part if is_code else unescape_html(part) for part, is_code in parts)
+    return text
 
 
 def repair_characters(text: str, *, straighten_quotes: bool) -> str:

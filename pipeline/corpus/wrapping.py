@@ -1,4 +1,4 @@
-"""Join lines that are wrapped at a fixed column; verse, lists and headings keep their lines."""
+"""Join lines that are wrapped at a fixed column; verse, lists, headings and code keep their lines."""
 
 import re
 import unicodedata
@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice, pairwise
 
+from pipeline.corpus.fences import split_fences
+from pipeline.corpus.pieces import ends_sentence
 from pipeline.corpus.words import has_unspaced, word_starts
 
 WRAP_COLUMNS = range(50, 121)
@@ -22,7 +24,7 @@ _OWN_LINE = re.compile(
     r"\s*(?:#{1,6}\s|[-*+•]\s|\d{1,3}[.)]\s|>|\||(?:[\[(]?\d{1,2}:\d\d(?::\d\d)?[\])]?\s+)?<[^<>\s]{1,40}>\s)"
 )
 _HEADING = re.compile(r"#{1,6}\s")
-_PARAGRAPH_BREAK = re.compile(r"(\n{2,})")
+_PARAGRAPH_BREAK = re.compile(r"(\n{2,}|\A\n|\n\Z)")
 _QUOTES = "\"'“”‘’"
 _OPEN_END = re.compile(r"[^\s\-–—][\-–—]+$")
 
@@ -36,7 +38,7 @@ def find_breaks(text: str) -> Iterator[tuple[int, int]]:
     before = ""
     for line in text.split("\n"):
         line = line.rstrip()
-        if before and line and not _HEADING.match(before) and not _OWN_LINE.match(line):
+        if before and line and not _begins_own_line(before, line):
             yield _count_columns(before), _first_word_columns(line) - (not _is_spaced(before, line))
         before = line
 
@@ -60,9 +62,11 @@ def find_wrap(breaks: Counter[tuple[int, int]]) -> int | None:
 
 def join_wrapped(text: str, wrap_columns: int) -> tuple[str, int]:
     """Join the lines of paragraphs if the wrap explains most of their breaks; return the text and the joined breaks."""
-    parts = _PARAGRAPH_BREAK.split(text)
-    joined = [part if part.startswith("\n") else _join_paragraph(part, wrap_columns) for part in parts]
-    result = "".join(joined)
+    result = "".join(
+        part if is_block or part.startswith("\n") else _join_paragraph(part, wrap_columns)
+        for block, is_block in split_fences(text)
+        for part in ([block] if is_block else _PARAGRAPH_BREAK.split(block))
+    )
     return result, text.count("\n") - result.count("\n")
 
 
@@ -76,17 +80,30 @@ def find_joint(line: str, continuation: str) -> str:
 
 def _join_paragraph(paragraph: str, wrap_columns: int) -> str:
     breaks = list(find_breaks(paragraph))
-    explained = sum(columns <= wrap_columns < columns + 1 + word_columns for columns, word_columns in breaks)
+    explained = sum(_explains(wrap_columns, *columns) for columns in breaks)
     if explained <= MIN_PARAGRAPH_SHARE * len(breaks):
         return paragraph
     lines = paragraph.split("\n")
     joined = lines[0]
     for before, line in pairwise(lines):
-        if _OWN_LINE.match(line) or _HEADING.match(before):
-            joined += "\n" + line
-        else:
+        columns = list(find_breaks(f"{before}\n{line}"))
+        # A sentence that ends in the middle of a line ends a paragraph.
+        if columns and (_explains(wrap_columns, *columns[0]) or not ends_sentence(before)):
             joined += find_joint(before, line) + line.lstrip()
+        else:
+            joined += "\n" + line
     return joined
+
+
+def _begins_own_line(before: str, line: str) -> bool:
+    """Check whether a line does not continue the one before: a heading, a list item, a first line that is indented."""
+    is_indented = len(line) - len(line.lstrip()) > len(before) - len(before.lstrip())
+    return is_indented or bool(_OWN_LINE.match(line) or _HEADING.match(before))
+
+
+def _explains(wrap_columns: int, columns: int, word_columns: int) -> bool:
+    """Check whether a break is that of the wrap: the line fits, but not with the next line's first word."""
+    return columns <= wrap_columns < columns + 1 + word_columns
 
 
 def _is_spaced(before: str, after: str) -> bool:

@@ -1,17 +1,26 @@
 """The section `prepare`: how files become documents."""
 
+import codecs
 from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, model_validator
 
 from pipeline.params.section import Count, Pattern, Section, Share
 
+_NO_ENCODINGS = ("charmap", "idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
+"""The codecs of Python that take text but are not an encoding of files, or not the same on each machine."""
+
 
 def _check_encodings(value: Any) -> Any:
     names = value.values() if isinstance(value, dict) else [] if value is None else [value]
+    for file in value if isinstance(value, dict) else ():
+        if not isinstance(file, str):
+            raise ValueError(f"{file!r} is not the name of a file; put it in quotes")
     for name in names:
         try:
             "".encode(name)  # refuses codecs that are not encodings of text, such as base64
+            if codecs.lookup(name).name in _NO_ENCODINGS:
+                raise LookupError(name)
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{name!r} is not an encoding, such as utf-8, windows-1251, koi8-r or cp932") from error
     return value

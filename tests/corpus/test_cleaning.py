@@ -157,12 +157,26 @@ def test_what_may_be_text_is_no_notice(paragraph: str) -> None:
     assert remove_notices(paragraph) == (paragraph, 0)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Lists\n\nWrite:\n\n```html\n<ul>\n<li>One &amp; two</li>\n</ul>\n```\n\nto make a list.",
+        "Write `<em>x</em>` and ``<a href='x'>`y`</a>`` for stress.",
+        "~~~\n<p>One</p>\n\n<br>\n~~~\nis a paragraph.",
+    ],
+)
+def test_code_in_fences_and_backticks_stays(text: str) -> None:
+    assert clean(text, wrap_columns=None, straighten_quotes=True, strip_markup=True).text == text
+    marked = f"<p>See</p>\n\n{text}\n\n<b>there</b>"
+    assert clean(marked, wrap_columns=None, straighten_quotes=True, strip_markup=True).text == f"See\n\n{text}\n\nthere"
+
+
 def test_clean_counts_what_it_repaired() -> None:
     text = "Produced by Jane Roe\n\n<p>one&nbsp;two</p>\n\n[page 1]\n\nThree."
     # A tag is replaced by two line ends, an entity by its character. A notice leaves the blank lines around it.
     removed = {
-        "markup": len("<p></p>") - 4,
-        "repaired_characters": len("&nbsp;") - 1,
+        "markup": len("<p></p>") - 4 + len("&nbsp;") - 1,
+        "repaired_characters": 0,
         "space": 2 + 2,
         "notices": len("Produced by Jane Roe\n\n"),
         "page_marks": len("[page 1]\n\n"),

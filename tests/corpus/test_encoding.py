@@ -61,9 +61,6 @@ def test_bad_byte_is_named_by_file_line_and_value(tmp_path: Path, content: bytes
         b"text\0text",
         b"\x89PNG\r\n\x1a\n" + bytes(range(1, 32)) * 20,
         b"ok \x1b\x02\x03",
-        codecs.BOM_UTF16_LE + b"\x00\xd8",  # half of a surrogate pair
-        codecs.BOM_UTF16_LE + "One.\n".encode("utf-16-le") + b"\xe9",  # half of a character
-        codecs.BOM_UTF32_LE + "text".encode("utf-32-le")[:-1],
         "UTF-16 without a mark".encode("utf-16-le"),
     ],
 )
@@ -72,6 +69,36 @@ def test_binary_file_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"a\.txt: not a text file"):
         detect_encoding(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        (codecs.BOM_UTF16_LE + b"\x00\xd8", "utf-16"),  # half of a surrogate pair
+        (codecs.BOM_UTF16_LE + "One.\n".encode("utf-16-le") + b"\xe9", "utf-16"),  # half of a character
+        (codecs.BOM_UTF32_LE + "text".encode("utf-32-le")[:-1], "utf-32"),
+    ],
+)
+def test_damage_after_a_byte_order_mark_is_named(tmp_path: Path, content: bytes, encoding: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.txt: bytes that are not {encoding}; name another encoding in prepare"):
+        detect_encoding(path)
+
+
+def test_utf_16_without_a_mark_says_which_name_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("One.\n".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"bytes that are not utf-16; .*utf-16-le or utf-16-be without"):
+        find_encoding(path, "a.txt", "utf-16")
+    assert find_encoding(path, "a.txt", "utf-16-le") == "utf-16-le"
+
+
+def test_japanese_in_seven_bits_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    text = "From: Anna\n\n灯台の明かりは夜通し燃えていた。\n"
+    path.write_bytes(text.encode("iso-2022-jp"))
+    assert path.read_text(encoding=detect_encoding(path)) == text
 
 
 def test_nul_is_refused_by_line(tmp_path: Path) -> None:

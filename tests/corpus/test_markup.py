@@ -61,6 +61,10 @@ def test_html_is_recognized(text: str) -> None:
     "text",
     [
         "<Mark> hello\n<q> hi\n<Map> hey\n<s> ho",
+        "<s>[INST] Why does the lamp burn? [/INST] For the ships. </s>",
+        "<q>Why does it burn?</q><a>For the ships.</a>",
+        "<summary>It burns.</summary><label>positive</label>",
+        "<story><title>The lamp</title>It burns.</story>",
         "<p> hello\n<li> hi\n<p> hey",
         "<Link> hello\n<Source> hi",
         "<Mark> make it <b>bold</b>\n<Ruby> no\n<q> yes\n<Mark> why",

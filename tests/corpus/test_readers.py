@@ -171,10 +171,49 @@ def test_front_matter_is_dropped_and_its_title_used(tmp_path: Path, matter: str,
 
 @pytest.mark.parametrize("name", ["a.md", "a.txt"])
 def test_what_only_resembles_front_matter_is_text(tmp_path: Path, name: str) -> None:
-    content = "---\nHe said: no.\nThen he left.\n---\n\nAnd so on.\n"
-    source, sections = read(write(tmp_path, name, content))
-    assert source.front_matter_lines == 0
-    assert sum(len(section.text) for section in sections) + source.separator_characters == len(content)
+    for matter in (
+        "He said: no.\nThen he left.\n",
+        "Anna: Did the lamp burn?\nBob: It did.\n\nAnna: Then we sleep.\n",
+        "# Heading\n- item\n- item two\n\n",
+    ):
+        content = f"---\n{matter}---\n\nAnd so on.\n"
+        source, sections = read(write(tmp_path, name, content))
+        assert source.front_matter_lines == 0
+        assert sum(len(section.text) for section in sections) + source.separator_characters == len(content)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "```python\n---\n```",
+        "~~~\n---\n```\n---\n~~~",
+        "```\n```python\n\n---\n\n```",  # a closing fence has no words after it
+    ],
+)
+def test_separators_in_a_fenced_block_are_text(tmp_path: Path, lines: str) -> None:
+    content = f"One.\n\n{lines}\n\nTwo.\n"
+    assert read(write(tmp_path, "a.md", content))[1] == [Section(content, whole=True)]
+
+
+def test_a_code_span_at_the_start_of_a_line_opens_no_block(tmp_path: Path) -> None:
+    sections = read(write(tmp_path, "a.md", "```inline``` text\n\n---\n\nTwo.\n"))[1]
+    assert [section.text for section in sections] == ["```inline``` text\n\n", "\nTwo.\n"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'text;title\nOne, two;A\n"x;y";B\n',
+        "title\ttext\nA\tOne, two\nB\tx;y\n",
+        "id|text|title\n1|One, two|A\n2|x;y|B\n",
+        'sep=;\ntext;title\nOne, two;A\n"x;y";B\n',
+        'SEP=,\r\ntext,title\r\n"One, two",A\r\nx;y,B\r\n',
+    ],
+)
+def test_csv_with_another_delimiter_is_read(tmp_path: Path, content: str) -> None:
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path = write(tmp_path, "a.csv", content.encode(encoding))
+        assert read(path)[1] == [Section("One, two", "A"), Section("x;y", "B")]
 
 
 def test_long_markdown_without_separators_is_a_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +306,10 @@ def test_columns_are_named_by_the_parameters(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": 3}\n', r"a\.jsonl:1: text is 3, must be text"),
         ("a.jsonl", '{"text": "a", "title": ["T"]}\n', r"a\.jsonl:1: title is \['T'\], must be text"),
         ("a.csv", "", r"a\.csv:1: no column 'text'; present: none"),
-        ("a.csv", "title;text\nA;a\n", r"a\.csv:1: no column 'text'; present: title;text"),
+        ("a.csv", "title;words\nA;a\n", r"a\.csv:1: no column 'text'; present: title, words"),
+        ("a.csv", "sep=;\ntitle;words\nA;a\n", r"a\.csv:2: no column 'text'; present: title, words"),
+        ("a.csv", "sep=;\ntext;title\nA;a\n;;\n", r"a\.csv:4: 3 fields where the header has 2; .* contain ';'"),
+        ("a.csv", 'text,title\nA,a\n"A,x\n' + "B,b\n" * 9, r"a\.csv:3: not CSV .* in the row that begins here"),
         ("a.csv", "title,text\nA,a\nB,b,c\n", r"a\.csv:3: 3 fields where the header has 2"),
         ("a.csv", 'title,text\nA,"a\n', r"a\.csv:2: not CSV"),
         ("a.parquet", "PAR1", r"a\.parquet: not a readable Parquet file"),

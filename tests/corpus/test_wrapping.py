@@ -52,6 +52,24 @@ def test_prose_is_joined_and_verse_in_a_wrapped_book_keeps_its_lines() -> None:
     assert join_wrapped(f"{WRAPPED}\n\n{VERSE}", 72) == (f"{PROSE}\n\n{VERSE}", WRAPPED.count("\n"))
 
 
+def test_paragraphs_without_blank_lines_between_them_stay_apart() -> None:
+    """As in many e-books: only an indent, or a short last line, shows where a paragraph begins."""
+    indented = textwrap.fill(PROSE, 72, break_on_hyphens=False, initial_indent="    ")
+    assert join_wrapped(f"{indented}\n{indented}", 72)[0] == f"    {PROSE}\n    {PROSE}"
+    assert join_wrapped(f"{WRAPPED}\n{WRAPPED}", 72)[0] == f"{PROSE}\n{PROSE}"
+    chinese = "那座塔里的老钟六十年来一直走得很慢，镇上没有人在意，因为每个人都知道它慢了多少。面包师按它烤面包。"
+    lines = "\n".join(("　　" + chinese)[start : start + 20] for start in range(0, len(chinese) + 2, 20))
+    assert wrap_of("\n".join([lines] * 8)) is None  # 40 columns are verse
+    wide = "\n".join(("　　" + chinese * 2)[start : start + 35] for start in range(0, 2 * len(chinese) + 2, 35))
+    assert join_wrapped(f"{wide}\n{wide}", 70)[0] == f"　　{chinese * 2}\n　　{chinese * 2}"
+
+
+def test_fenced_blocks_keep_their_lines() -> None:
+    log = "\n".join(f"2026-01-02 03:04:05 service_{number} started with the usual options" for number in range(6))
+    text = f"{WRAPPED}\n```\n{log}\n\n{log}\n```\n{WRAPPED}"
+    assert join_wrapped(text, 72)[0] == f"{PROSE}\n```\n{log}\n\n{log}\n```\n{PROSE}"
+
+
 def test_headings_and_list_items_keep_their_lines() -> None:
     text = f"# The Slow Clock\n{WRAPPED}\n- {WRAPPED}"
     assert join_wrapped(text, 72)[0] == f"# The Slow Clock\n{PROSE}\n- {PROSE}"

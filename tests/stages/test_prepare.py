@@ -33,9 +33,8 @@ def test_command_reports_bad_input_in_one_line_and_exits_with_2(tmp_path: Path) 
     (tmp_path / "data" / "a.jsonl").write_text('{"text": "a"}\nbroken\n')
     result = run(str(tmp_path / "data"), str(tmp_path / "out"))
     assert result.returncode == 2
-    assert (
-        result.stderr == f"error: {tmp_path}/data/a.jsonl:2: not JSON (Expecting value at column 1); repair the line\n"
-    )
+    error = f"{tmp_path}/data/a.jsonl:2: not JSON (Expecting value at column 1); repair the line; a line is a row"
+    assert result.stderr == f"error: {error}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out.lock"]
 
 
