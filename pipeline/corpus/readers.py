@@ -132,21 +132,7 @@ def survey(path: Path, name: str, params: PrepareParams) -> Source:
             source = _find_front_matter(source)
         marks = (bool(_START.match(line)) for line in _read_lines(source) if _START.match(line) or _END.match(line))
         source = replace(source, begins_with_notice=next(marks, False))
-        notices = notice_characters = body_characters = 0
-        was_body = True
-        for line, is_body in _mark_lines(source):
-            notices += was_body and not is_body
-            was_body = is_body
-            if is_body:
-                body_characters += len(line)
-            else:
-                notice_characters += len(line)
-        source = replace(
-            source,
-            form=_find_form(source, body_characters, params),
-            notices=notices,
-            notice_characters=notice_characters,
-        )
+        source = _find_form(source, params)
     characters = separator_characters = 0
     breaks: Counter[tuple[int, int]] = Counter()
     for section in read_sections(source, params):
@@ -162,7 +148,7 @@ def read_sections(source: Source, params: PrepareParams) -> Iterator[Section]:
     """Yield a file's sections in order. Raises `UserError` naming the file and line that cannot be read."""
     match source.form, source.path.suffix.lower():
         case "separated", _:
-            yield from _split(_mark_separators(source, params))
+            yield from _split(_mark_separators(_read_body(source), params, is_markdown=_is_markdown(source)))
         case "document", _:
             yield Section("".join(_read_body(source)), source.title, whole=True)
         case "running", _:
@@ -215,12 +201,32 @@ def _find_front_matter(source: Source) -> Source:
     return source
 
 
-def _find_form(
-    source: Source, body_characters: int, params: PrepareParams
-) -> Literal["separated", "running", "document"]:
-    if any(kind != "text" for kind, _ in _mark_separators(source, params)):
-        return "separated"
-    return "document" if _is_markdown(source) and body_characters <= MAX_DOCUMENT_CHARACTERS else "running"
+def _find_form(source: Source, params: PrepareParams) -> Source:
+    """Find whether a text file has separators, and its notices, in one pass."""
+    notices = notice_characters = body_characters = 0
+
+    def read_body() -> Iterator[str]:
+        nonlocal notices, notice_characters, body_characters
+        was_body = True
+        for line, is_body in _mark_lines(source):
+            notices += was_body and not is_body
+            was_body = is_body
+            if is_body:
+                body_characters += len(line)
+                yield line
+            else:
+                notice_characters += len(line)
+
+    is_separated = False
+    for mark, _ in _mark_separators(read_body(), params, is_markdown=_is_markdown(source)):
+        is_separated |= mark != "text"
+    is_document = _is_markdown(source) and body_characters <= MAX_DOCUMENT_CHARACTERS
+    return replace(
+        source,
+        form="separated" if is_separated else "document" if is_document else "running",
+        notices=notices,
+        notice_characters=notice_characters,
+    )
 
 
 def _mark_lines(source: Source) -> Iterator[tuple[str, bool]]:
@@ -242,12 +248,10 @@ def _read_body(source: Source) -> Iterator[str]:
     return (line for line, is_body in _mark_lines(source) if is_body)
 
 
-def _mark_separators(source: Source, params: PrepareParams) -> Iterator[tuple[Mark, str]]:
+def _mark_separators(lines: Iterator[str], params: PrepareParams, *, is_markdown: bool) -> Iterator[tuple[Mark, str]]:
     """Yield the parts of a file's body: text, separator lines, and tags, each line end included."""
     is_separator = re.compile(params.separator).fullmatch
-    is_markdown = _is_markdown(source)
     before, fence = "", ""
-    lines = _read_body(source)
     line = next(lines, None)
     while line is not None:
         after = next(lines, None)

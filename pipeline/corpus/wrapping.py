@@ -35,12 +35,9 @@ def find_breaks(text: str) -> Iterator[tuple[int, int]]:
     A wide character has two columns. A word without a space before it counts one column less: it needs no column for
     the space.
     """
-    before = ""
-    for line in text.split("\n"):
-        line = line.rstrip()
-        if before and line and not _begins_own_line(before, line):
-            yield _count_columns(before), _first_word_columns(line) - (not _is_spaced(before, line))
-        before = line
+    for before, line in pairwise(text.split("\n")):
+        if columns := _measure_break(before, line):
+            yield columns
 
 
 def find_wrap(breaks: Counter[tuple[int, int]]) -> int | None:
@@ -79,31 +76,34 @@ def find_joint(line: str, continuation: str) -> str:
 
 
 def _join_paragraph(paragraph: str, wrap_columns: int) -> str:
-    breaks = list(find_breaks(paragraph))
-    explained = sum(_explains(wrap_columns, *columns) for columns in breaks)
-    if explained <= MIN_PARAGRAPH_SHARE * len(breaks):
-        return paragraph
     lines = paragraph.split("\n")
+    breaks = [_measure_break(before, line) for before, line in pairwise(lines)]
+    # The line fits, but not with the next line's first word.
+    explained = [columns is not None and columns[0] <= wrap_columns < sum(columns) + 1 for columns in breaks]
+    if sum(explained) <= MIN_PARAGRAPH_SHARE * sum(columns is not None for columns in breaks):
+        return paragraph
     joined = lines[0]
-    for before, line in pairwise(lines):
-        columns = list(find_breaks(f"{before}\n{line}"))
+    for (before, line), columns, is_explained in zip(pairwise(lines), breaks, explained, strict=True):
         # A sentence that ends in the middle of a line ends a paragraph.
-        if columns and (_explains(wrap_columns, *columns[0]) or not ends_sentence(before)):
+        if is_explained or (columns is not None and not ends_sentence(before)):
             joined += find_joint(before, line) + line.lstrip()
         else:
             joined += "\n" + line
     return joined
 
 
-def _begins_own_line(before: str, line: str) -> bool:
-    """Check whether a line does not continue the one before: a heading, a list item, a first line that is indented."""
-    is_indented = len(line) - len(line.lstrip()) > len(before) - len(before.lstrip())
-    return is_indented or bool(_OWN_LINE.match(line) or _HEADING.match(before))
+def _measure_break(before: str, line: str) -> tuple[int, int] | None:
+    """Return the columns of a line and of the next line's first word; None if the next line does not continue it.
 
-
-def _explains(wrap_columns: int, columns: int, word_columns: int) -> bool:
-    """Check whether a break is that of the wrap: the line fits, but not with the next line's first word."""
-    return columns <= wrap_columns < columns + 1 + word_columns
+    It does not if one of them is blank or a heading, and if it is a list item or indented more.
+    """
+    before, line = before.rstrip(), line.rstrip()
+    if not before or not line or _HEADING.match(before) or _OWN_LINE.match(line):
+        return None
+    if line[0].isspace() and len(line) - len(line.lstrip()) > len(before) - len(before.lstrip()):
+        return None
+    is_spaced = before.isascii() or line.isascii() or _is_spaced(before, line)
+    return _count_columns(before), _first_word_columns(line) - (not is_spaced)
 
 
 def _is_spaced(before: str, after: str) -> bool:
