@@ -16,7 +16,7 @@ help:
 	@echo 'make doctor          show what this machine can run, and what CUDA is missing'
 	@echo 'make check           check style, formatting and types'
 	@echo 'make test            run the tests'
-	@echo 'make test-slow       run all tests, also those on the real shape of GPT-2 Medium'
+	@echo 'make test-slow       run all tests, also those on the real shape of GPT-2 Medium and of benchmarks'
 	@echo 'make test-gpu        run the tests that need a GPU'
 	@echo 'make bench           compare the speed of the engine with its peers (hours; see benchmarks/decode.py --help)'
 	@echo 'make bench-gpu       compare it on a GPU with transformers, Optimum and vLLM'

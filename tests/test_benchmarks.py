@@ -40,6 +40,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory and processor time from /proc")
 def test_decode_compares_the_engine_with_its_peers(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/decode.py", "--checkpoint", "tiny", "--rounds", "1", "--new-tokens", "4"]
@@ -63,6 +64,7 @@ def test_decode_compares_the_engine_with_its_peers(tmp_path: Path) -> None:
     assert str(tmp_path) not in result
 
 
+@pytest.mark.slow
 def test_finetune_compares_training_with_transformers_recipe(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     for split, count in (("train", 60), ("validation", 2)):
         folder = tmp_path / "tokens" / split
