@@ -366,21 +366,16 @@ def _parse_json(place: str, line: str) -> Any:
 
 def _read_csv(source: Source, params: PrepareParams) -> Iterator[Section]:
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
-    delimiter, columns = _find_header(source, params)
-    header = 1
+    lines_before, delimiter, columns = _find_header(source, params)
+    _check_column(f"{source.path}:{lines_before + 1}", columns, params)
     with source.path.open(encoding=source.encoding, newline="") as file:
-        if _NAMED_DELIMITER.match(file.readline()):
-            header = 2
-        else:
-            file.seek(0)
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(islice(file, lines_before, None), delimiter=delimiter, strict=True)
         next(reader, None)
-        _check_column(f"{source.path}:{header}", columns, params)
-        line = reader.line_num + header
+        line = lines_before + reader.line_num
         try:
             for values in reader:
-                place = f"{source.path}:{reader.line_num + header - 1}"
-                line = reader.line_num + header
+                line = lines_before + reader.line_num
+                place = f"{source.path}:{line}"
                 if not values:  # a blank line
                     continue
                 if len(values) != len(columns):
@@ -392,12 +387,12 @@ def _read_csv(source: Source, params: PrepareParams) -> Iterator[Section]:
                 yield from _make_sections(place, row[params.text_column], row.get(params.title_column), params)
         except csv.Error as error:
             raise UserError(
-                f"{source.path}:{line}: not CSV ({error}, in the row that begins here); repair the quotes"
+                f"{source.path}:{line + 1}: not CSV ({error}, in the row that begins here); repair the quotes"
             ) from error
 
 
-def _find_header(source: Source, params: PrepareParams) -> tuple[str, list[str]]:
-    """Return the delimiter of a CSV file and the columns of its header.
+def _find_header(source: Source, params: PrepareParams) -> tuple[int, str, list[str]]:
+    """Return the number of lines before the header of a CSV file, its delimiter and its columns.
 
     The delimiter is the one that the first line names (`sep=;`, as Excel reads it), or else the first that gives the
     column of the text; if none does, the one that gives most columns.
@@ -405,17 +400,17 @@ def _find_header(source: Source, params: PrepareParams) -> tuple[str, list[str]]
     found = []
     with source.path.open(encoding=source.encoding, newline="") as file:
         named = _NAMED_DELIMITER.match(file.readline())
+        lines_before = 1 if named else 0
         for delimiter in named[1] if named else _DELIMITERS:
             file.seek(0)
-            if named:
-                file.readline()
             try:
-                found.append((delimiter, next(csv.reader(file, delimiter=delimiter, strict=True), [])))
+                reader = csv.reader(islice(file, lines_before, None), delimiter=delimiter, strict=True)
+                found.append((lines_before, delimiter, next(reader, [])))
             except csv.Error as error:
                 refused = error
     if not found:
-        raise UserError(f"{source.path}:1: not CSV ({refused}); repair the quotes of the header")
-    return max(found, key=lambda pair: (params.text_column in pair[1], len(pair[1])))
+        raise UserError(f"{source.path}:{lines_before + 1}: not CSV ({refused}); repair the quotes of the header")
+    return max(found, key=lambda header: (params.text_column in header[2], len(header[2])))
 
 
 def _read_parquet(source: Source, params: PrepareParams) -> Iterator[Section]:

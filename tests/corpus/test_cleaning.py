@@ -78,7 +78,28 @@ def test_space_is_tidy() -> None:
 
 
 @pytest.mark.parametrize(
-    "run", [" ", "\t", "\u00a0", "\n", " \n", "[", "-", "<b ", "<b>", "<p>x</b>", "<!-- -->", "a<b:", "&", ".", "A "]
+    "run",
+    [
+        " ",
+        "\t",
+        "\u00a0",
+        "\n",
+        " \n",
+        "[",
+        "-",
+        "<b ",
+        "<b>",
+        "<p>x</b>",
+        "<!-- -->",
+        "<!--",
+        "<script>",
+        "<pre>",
+        "<!doctype ",
+        "a<b:",
+        "&",
+        ".",
+        "A ",
+    ],
 )
 def test_long_runs_cost_linear_time(run: str) -> None:
     text = "Word" + run * 40_000 + "x"

@@ -222,7 +222,9 @@ def test_files_in_code_pages_are_named_with_their_encodings(tmp_path: Path, para
         prepare(tmp_path / "data", tmp_path / "out", unmatched)
 
 
-@pytest.mark.parametrize("value", ["koi9", "base64", 3, {"*": "koi9"}, {"*": None}, True])
+@pytest.mark.parametrize(
+    "value", ["koi9", "base64", "unicode_escape", 3, {"*": "koi9"}, {"*": None}, {1: "cp1251"}, True]
+)
 def test_parameter_that_is_no_encoding_is_an_error(value: Any) -> None:
     with pytest.raises(ValueError, match="encoding"):
         PrepareParams.model_validate({**PARAMS.model_dump(), "encoding": value})
