@@ -3,7 +3,7 @@
 import ctypes
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from weakref import WeakSet
@@ -22,8 +22,16 @@ USED_SHARE = 0.8
 STATE_BYTES = {"adamw": 12, "muon": 12}
 """The bytes per trained weight: its gradient and the optimizer's two moments, in float32. Muon keeps one moment, but
 not for all weights."""
+MAPPED_BYTES = 4
+"""The bytes per trained weight of the weight itself, on a processor: until training changes it, it is a part of the
+mapped file, and counts as free memory."""
+HEAD_COPIES = 3
+"""The most copies of the head's gradient at once, besides the one that `STATE_BYTES` counts."""
 LOGITS_COPIES = 3
 """The most copies of the logits at once: the logits, what they are scored by, and their gradient."""
+PROCESSOR_BATCH_TOKENS = 1024
+"""The tokens of a batch on a processor, unless a window is longer: a larger batch takes more memory, and no less time
+(`benchmarks/batches.py`)."""
 RESIDUE_BYTES = 4
 """The bytes per number that a checkpointed block keeps: its input."""
 
@@ -35,22 +43,42 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory that a step frees, for the next step; glibc only.
 
     Otherwise glibc returns large tensors to the system, and every step pays for gigabytes of fresh pages: a sixth of
-    its time in GPT-2 Medium's shape on two cores. The peak is the same.
+    its time in GPT-2 Medium's shape on two cores. The peak is up to a tenth higher.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+    if (mallopt := _glibc("mallopt")) is not None:
         for option, value in GLIBC_OPTIONS.values():
             mallopt(option, value)
 
 
+def _return_freed_memory() -> None:
+    """Return to the system what this process has freed; glibc only, because others do so by themselves."""
+    if (malloc_trim := _glibc("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    """Return a function of glibc, or `None` where the C library has no such function."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
 @dataclass(frozen=True)
 class Footprint:
-    """The memory of one forward and backward pass, in bytes."""
+    """The memory of training besides the weights, in bytes."""
 
     fixed: float
     per_token: float
+    logits_per_token: float
+    """All copies of the logits of a token; those of a batch take at most `LOGITS_COPIES` times `LOGITS_BYTES`."""
+
+    def bytes_of(self, tokens: int) -> float:
+        logits = min(self.logits_per_token * tokens, LOGITS_COPIES * LOGITS_BYTES)
+        return self.fixed + self.per_token * tokens + logits
 
     def tokens_in(self, free: float) -> int:
-        return max(0, int((free - self.fixed) / self.per_token))
+        """Return the most tokens of a batch for which `bytes_of` is at most `free`."""
+        room = free - self.fixed
+        few, many = room / (self.per_token + self.logits_per_token), room - LOGITS_COPIES * LOGITS_BYTES
+        return max(0, int(max(few, many / self.per_token)))
 
 
 def parts_of_step(model: GPT2LMHeadModel, params: FinetuneParams, *, context_length: int, processes: int) -> int:
@@ -60,12 +88,13 @@ def parts_of_step(model: GPT2LMHeadModel, params: FinetuneParams, *, context_len
     """
     footprint, free = measure_footprint(model, params, context_length), free_bytes(model.device) * USED_SHARE
     room = footprint.tokens_in(free)
-    wanted = params.device_batch_tokens or min(room, params.batch_tokens)
+    enough = params.batch_tokens if model.device.type == "cuda" else PROCESSOR_BATCH_TOKENS
+    wanted = params.device_batch_tokens or min(room, params.batch_tokens, max(enough, context_length))
     # A batch holds whole windows, and at least one.
     if max(wanted, context_length) > room:
         name = "finetune.context_length" if params.device_batch_tokens is None else "finetune.device_batch_tokens"
         tokens = max(wanted, context_length)
-        needed = footprint.fixed + footprint.per_token * tokens
+        needed = footprint.bytes_of(tokens)
         raise UserError(
             f"{name}: a batch of {tokens} tokens takes about {needed / 2**30:.1f} GiB besides the weights, but "
             f"{free / 2**30:.1f} GiB are available; lower it{_advice(params)}"
@@ -93,25 +122,33 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def measure_footprint(model: GPT2LMHeadModel, params: FinetuneParams, context_length: int) -> Footprint:
-    """Return the footprint of training, from what a forward pass over one window, and over two, keeps for backward.
+    """Return the footprint of training, from what forward passes over one token and one full window keep for backward.
 
-    Leaves the random state as it was.
+    So measuring takes no more memory than training does. Leaves the random state as it was.
     """
-    one, two = (kept_bytes(model, [context_length] * windows) for windows in (1, 2))
-    per_token = (two - one) / context_length
-    fixed = max(0.0, one - per_token * context_length)
+    short, full = (kept_bytes(model, [tokens]) for tokens in (1, context_length))
+    per_token = (full - short) / (context_length - 1)
+    # What any batch keeps, however small, is the head's gradient.
+    head = max(0.0, short - per_token)
     if params.gradient_checkpointing:
         layers, width = model.config.n_layer, model.config.n_embd
         per_token = per_token / layers + layers * width * RESIDUE_BYTES
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return Footprint(fixed + trained * STATE_BYTES[params.optimizer] + LOGITS_COPIES * LOGITS_BYTES, per_token)
+    per_weight = STATE_BYTES[params.optimizer] + (0 if model.device.type == "cuda" else MAPPED_BYTES)
+    _return_freed_memory()
+    return Footprint(
+        fixed=trained * per_weight + HEAD_COPIES * head,
+        per_token=per_token,
+        logits_per_token=LOGITS_COPIES * 4 * model.config.vocab_size,
+    )
 
 
 class _Kept:
     """A tensor, for as long as a graph keeps it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+        # Detached: an operation that keeps its own result would otherwise keep itself, for ever.
+        self.tensor = tensor.detach()
 
 
 def kept_bytes(model: GPT2LMHeadModel, windows: Sequence[int]) -> int:

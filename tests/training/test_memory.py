@@ -1,16 +1,19 @@
 """How many batches a step is cut into, from what a model keeps for the backward pass."""
 
+import gc
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.params.finetune import FinetuneParams
 from pipeline.params.whole import load_params
 from pipeline.training import memory
-from pipeline.training.memory import kept_bytes, measure_footprint, parts_of_step
+from pipeline.training.memory import Footprint, kept_bytes, measure_footprint, parts_of_step
 from pipeline.training.model import load_trainable
 from pipeline.training.objective import ScoredGPT2
 
@@ -63,9 +66,40 @@ def test_a_step_is_cut_into_as_few_batches_as_memory_and_processes_ask(
 ) -> None:
     own = params(batch_tokens=1000, device_batch_tokens=None)
     footprint = measure_footprint(model, own, CONTEXT_LENGTH)
-    free = (footprint.fixed + footprint.per_token * (tokens_held + 0.5)) / memory.USED_SHARE
+    free = (footprint.bytes_of(tokens_held) + 0.5 * footprint.per_token) / memory.USED_SHARE
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     assert parts_of_step(model, own, context_length=CONTEXT_LENGTH, processes=processes) == parts
+
+
+@pytest.mark.parametrize(("batch_tokens", "context_length", "parts"), [(700, 64, 1), (8192, 64, 8), (8192, 3000, 3)])
+def test_a_batch_on_a_processor_is_no_larger_than_helps(
+    batch_tokens: int, context_length: int, parts: int, model: ScoredGPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "measure_footprint", lambda *_: Footprint(0, 1, 0))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1e12)
+    own = params(batch_tokens=batch_tokens, device_batch_tokens=None)
+    assert parts_of_step(model, own, context_length=context_length, processes=1) == parts
+
+
+@given(
+    fixed=st.floats(0, 1e10), per_token=st.floats(1, 1e7), logits_per_token=st.floats(1, 1e7), free=st.floats(0, 1e12)
+)
+def test_as_many_tokens_as_fit_are_taken(fixed: float, per_token: float, logits_per_token: float, free: float) -> None:
+    footprint = Footprint(fixed, per_token, logits_per_token)
+    tokens = footprint.tokens_in(free)
+    assert tokens == 0 or footprint.bytes_of(tokens) <= free * (1 + 1e-9)
+    assert footprint.bytes_of(tokens + 1) > free * (1 - 1e-9)
+
+
+def test_measuring_leaves_nothing_behind(model: ScoredGPT2) -> None:
+    def live_bytes() -> int:
+        gc.collect()
+        tensors = [item for item in gc.get_objects() if type(item) is torch.Tensor]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    before = live_bytes()
+    kept = kept_bytes(model, [CONTEXT_LENGTH])
+    assert live_bytes() - before < kept / 100
 
 
 def test_the_number_of_tokens_that_is_asked_for_is_taken(model: ScoredGPT2) -> None:
