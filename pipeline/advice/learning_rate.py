@@ -77,7 +77,10 @@ def find_learning_rate(
 
 
 def run_range_test(tokens: Path, base: Path, params: FinetuneParams, rates: Floats) -> RangeTest:
-    """Train at one rate after another, otherwise as `params` says, in this process on one device."""
+    """Train at one rate after another, otherwise as `params` says, in this process on one device.
+
+    Raises `UserError` if the base itself has no finite loss.
+    """
     logging.set_verbosity_error()
     train = load_tokens(tokens / "train", tokenizer_sha256(base))
     fix_randomness(params.seed)
@@ -104,6 +107,8 @@ def run_range_test(tokens: Path, base: Path, params: FinetuneParams, rates: Floa
     model.train()
     with torch.no_grad():
         base_losses = [step_loss(model, steps, step) for step in _with_bar(len(rates), "base")]
+    if not all(map(math.isfinite, base_losses)):
+        raise UserError(f"{base}: its loss is not finite before any training; its weights are broken")
     span = span_of(len(rates))
     losses: list[float] = []
     for step in _with_bar(len(rates), "rising rate"):

@@ -102,6 +102,17 @@ def test_every_step_has_a_loss_however_small_steps_are(project: Project) -> None
     assert (test.losses > 1).all()
 
 
+def test_a_base_without_a_finite_loss_is_named(project: Project, tmp_path: Path) -> None:
+    shutil.copytree(project.out / "base", tmp_path / "base")
+    model = load_trainable(tmp_path / "base", project.params.finetune)
+    torch.nn.init.constant_(model.transformer.ln_f.weight, torch.nan)
+    model.save_pretrained(str(tmp_path / "base"))
+    with pytest.raises(UserError, match=r"base: its loss is not finite before any training"):
+        run_range_test(
+            project.out / "tokenize", tmp_path / "base", project.params.finetune, rising_rates(1e-6, 1e-3, 12)
+        )
+
+
 def test_the_test_ends_where_it_diverges(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.advice.range_test.DIVERGED", 1.1)
     test = found(project, rising_rates(1e-3, 1e3, 60), max_grad_norm=1e6)
