@@ -2,7 +2,7 @@
 
 A batch is one flat sequence of windows, without padding. It carries the bounds of the windows, so that attention keeps
 them apart. The seed alone fixes what an optimizer step learns from; the number of batches it is cut into, on one device
-or several, changes nothing but rounding.
+or several, changes nothing but rounding, and which units dropout drops.
 """
 
 import math
