@@ -106,10 +106,8 @@ def compare(arguments: argparse.Namespace) -> None:
         del model
         for seed in range(1, arguments.rounds + 1):
             for name in CONTENDERS:
-                options = ["--contender", name, "--base", folder, "--seed", str(seed)]
-                command = [sys.executable, __file__, *sys.argv[1:], *options]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                found[name].append(Measured(**json.loads(done.stdout.splitlines()[-1])))
+                values = run_alone("--contender", name, "--base", folder, "--seed", str(seed))
+                found[name].append(Measured(**values))
                 print(f"{name}: {found[name][-1]}", file=sys.stderr)
     lines = [
         *(f"{name}: {value}" for name, value in machine.describe().items()),
@@ -141,6 +139,13 @@ def compare(arguments: argparse.Namespace) -> None:
     print(report)
     if arguments.out is not None:
         arguments.out.write_text(report + "\n", encoding="utf-8")
+
+
+def run_alone(*options: str) -> Any:
+    """Run this program in a new process with these options besides its own, and return the JSON of its last line."""
+    command = [sys.executable, *sys.argv, *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def summarize(measured: list[Measured]) -> Measured:

@@ -64,14 +64,30 @@ def test_decode_compares_the_engine_with_its_peers(tmp_path: Path) -> None:
     assert str(tmp_path) not in result
 
 
-@pytest.mark.slow
-def test_finetune_compares_training_with_transformers_recipe(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.fixture
+def tokens(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """What `dvc repro tokenize` writes."""
     for split, count in (("train", 60), ("validation", 2)):
         folder = tmp_path / "tokens" / split
         folder.mkdir(parents=True)
         write_tokens(folder, ["The lamp on Gull Rock went out. " * 20] * count, tiny_tokenizer, "digest")
+    return tmp_path / "tokens"
+
+
+@pytest.mark.slow
+def test_batches_compares_the_same_steps_in_more_and_fewer(tokens: Path, tiny_checkpoint: Path) -> None:
+    command = [sys.executable, "benchmarks/batches.py", "--base", str(tiny_checkpoint), "--tokens", str(tokens)]
+    done = run([*command, "--batch-tokens", "256", "--parts", "4,1", "--steps", "2"])
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert [row[:2] for row in rows] == [["4", "64"], ["1", "256"]]
+    assert all(float(value) > 0 for row in rows for value in row[2:])
+
+
+@pytest.mark.slow
+def test_finetune_compares_training_with_transformers_recipe(tokens: Path, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/finetune.py", "--shape", "tiny", "--steps", "3", "--documents", "1"]
-    done = run([*command, "--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "result")])
+    done = run([*command, "--tokens", str(tokens), "--out", str(tmp_path / "result")])
     assert done.returncode == 0, done.stderr
     result = (tmp_path / "result").read_text()
     assert result == done.stdout

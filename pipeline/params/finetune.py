@@ -42,8 +42,8 @@ class FinetuneParams(Section):
     batch_tokens: Count
     """The approximate size of an optimizer step over all devices, in tokens: whole windows, at least one."""
     device_batch_tokens: Count | None
-    """The tokens that one device takes at a time; null takes what its memory holds, on a processor at most 1,024 or a
-    window. It changes only rounding, and which units dropout drops."""
+    """The tokens that one device takes at a time; null takes what its memory holds, on a processor no more than helps.
+    It changes only rounding, and which units dropout drops."""
     gradient_checkpointing: bool
     """Whether the backward pass computes activations again instead of keeping them: less memory, a third slower."""
     epochs: Annotated[float, Field(gt=0)]

@@ -25,8 +25,8 @@ not for all weights."""
 MAPPED_BYTES = 4
 """The bytes per trained weight of the weight itself, on a processor: until training changes it, it is a part of the
 mapped file, and counts as free memory."""
-HEAD_COPIES = 3
-"""The most copies of the head's gradient at once, besides the one that `STATE_BYTES` counts."""
+HEAD_COPIES = 2
+"""The most copies of the head's gradient at once, besides those that the graph keeps and that `STATE_BYTES` counts."""
 LOGITS_COPIES = 3
 """The most copies of the logits at once: the logits, what they are scored by, and their gradient."""
 PROCESSOR_BATCH_TOKENS = 1024
@@ -122,22 +122,25 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def measure_footprint(model: GPT2LMHeadModel, params: FinetuneParams, context_length: int) -> Footprint:
-    """Return the footprint of training, from what forward passes over one token and one full window keep for backward.
+    """Return the footprint of training, from what forward passes keep for backward.
 
-    So measuring takes no more memory than training does. Leaves the random state as it was.
+    One is over the shortest window that has a label, the other over this window and a full one: no more than training
+    takes. Leaves the random state as it was.
     """
-    short, full = (kept_bytes(model, [tokens]) for tokens in (1, context_length))
-    per_token = (full - short) / (context_length - 1)
-    # What any batch keeps, however small, is the head's gradient.
-    head = max(0.0, short - per_token)
+    short, both = (kept_bytes(model, windows) for windows in ([2], [2, context_length]))
+    per_token = (both - short) / context_length
+    # Any batch keeps this much, however small: the head's gradient, and under autocast copies of weights.
+    kept = max(0.0, short - 2 * per_token)
     if params.gradient_checkpointing:
         layers, width = model.config.n_layer, model.config.n_embd
         per_token = per_token / layers + layers * width * RESIDUE_BYTES
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    output = model.get_output_embeddings().weight
+    head = 4 * output.numel() if output.requires_grad else 0
     per_weight = STATE_BYTES[params.optimizer] + (0 if model.device.type == "cuda" else MAPPED_BYTES)
     _return_freed_memory()
     return Footprint(
-        fixed=trained * per_weight + HEAD_COPIES * head,
+        fixed=trained * per_weight + kept + HEAD_COPIES * head,
         per_token=per_token,
         logits_per_token=LOGITS_COPIES * 4 * model.config.vocab_size,
     )

@@ -91,6 +91,15 @@ def test_as_many_tokens_as_fit_are_taken(fixed: float, per_token: float, logits_
     assert footprint.bytes_of(tokens + 1) > free * (1 - 1e-9)
 
 
+def test_what_any_batch_keeps_is_the_gradient_of_the_head(model: ScoredGPT2) -> None:
+    footprint = measure_footprint(model, params(), CONTEXT_LENGTH)
+    head = 4 * model.lm_head.weight.numel()
+    trained = model.num_parameters() * (memory.STATE_BYTES["adamw"] + memory.MAPPED_BYTES)
+    assert footprint.fixed == pytest.approx(trained + (1 + memory.HEAD_COPIES) * head, rel=0.01)
+    frozen = load_trainable(Path(model.name_or_path), params(frozen_layers=1))
+    assert measure_footprint(frozen, params(), CONTEXT_LENGTH).fixed < footprint.fixed - (1 + memory.HEAD_COPIES) * head
+
+
 def test_measuring_leaves_nothing_behind(model: ScoredGPT2) -> None:
     def live_bytes() -> int:
         gc.collect()
