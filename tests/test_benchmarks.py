@@ -122,16 +122,18 @@ def test_a_gpu_that_is_not_there_is_reported_in_one_line(tmp_path: Path) -> None
     assert done.stderr.splitlines()[-1].startswith("error: provider: CUDA does not run here: ")
 
 
-def test_guard_compares_limits_with_none(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_settings_are_compared_with_none(tiny_checkpoint: Path, tmp_path: Path) -> None:
     index = index_text(np.array([7, 8, 9, 10, 7, 8, 9, 11], np.uint16))
-    build_engine(load_checkpoint(tiny_checkpoint), tiny_checkpoint, tmp_path / "engine", ["int8"], index=index)
-    command = [sys.executable, "benchmarks/guard.py", "--engine", str(tmp_path / "engine")]
+    lexicon = frozenset({"lamp"})
+    build_engine(
+        load_checkpoint(tiny_checkpoint), tiny_checkpoint, tmp_path / "engine", ["int8"], index=index, lexicon=lexicon
+    )
+    command = [sys.executable, "benchmarks/price.py", "--engine", str(tmp_path / "engine")]
     done = run([*command, "--rounds", "2", "--requests", "2", "--tokens", "6"])
     assert done.returncode == 0, done.stderr
-    assert [line.split("  ")[0].split(" +")[0].split(" -")[0] for line in done.stdout.splitlines()[2:]] == [
-        "no limit again",
-        *(f"limit {limit}" for limit in (4, 8, 15, 30)),
-    ]
+    names = [line.split("  ")[0].split(" +")[0].split(" -")[0] for line in done.stdout.splitlines()[2:]]
+    assert names[0] == "none again"
+    assert {"max_verbatim_tokens 4", "top_n_sigma 3", "eta_cutoff 0.0005", "best_of 4"} <= set(names)
 
 
 def test_figures_are_tried_on_corrupted_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:

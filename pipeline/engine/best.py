@@ -45,4 +45,5 @@ def _faults_per_word(prompt: str, candidate: Candidate, lexicon: Lexicon) -> flo
     faults = find_faults(candidate.text, prompt=prompt, lexicon=lexicon, finished=candidate.finished)
     if faults.empty or is_looping(candidate.token_ids, LOOP_NGRAM_TOKENS, LOOP_REPEATS):
         return math.inf
-    return faults.total / faults.words
+    # A single word that the token limit cut is not judged.
+    return faults.total / max(1, faults.words)

@@ -40,6 +40,11 @@ def test_a_loop_is_the_worst_but_for_nothing_at_all() -> None:
     assert best_first("", [loop, candidate("Thoy slopt und.")], LEXICON) == [1, 0]
 
 
+def test_a_word_that_is_cut_is_not_judged() -> None:
+    texts = [candidate("Tho", finished=False), candidate("", finished=False), candidate("Tho lomp", finished=False)]
+    assert best_first("", texts, LEXICON) == [0, 2, 1]
+
+
 @pytest.fixture
 def generator(tiny_engine: Engine, tiny_tokenizer: Tokenizer) -> TextGenerator:
     return TextGenerator(tiny_engine, tiny_tokenizer, LEXICON)
