@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.serving.completions import EventStream, answer_whole, begin_call, check_name, error_response
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.openai import (
+    UNKNOWN_FIELD,
     ApiError,
     CompletionRequest,
     DetokenizeRequest,
@@ -37,7 +39,13 @@ from pipeline.serving.options import KEYS_VARIABLE, Access, Limits
 from pipeline.serving.served import Served, ServedModel
 
 COMPLETIONS = "/v1/completions"
+BEGUN = "pipeline.begun"
+"""The key of a request's scope that says that its call has begun, and so is counted where it ends."""
+LONGEST_LENGTH = 18
+"""The most digits of a Content-Length; Python refuses to read thousands."""
 PLAYGROUND = Path(__file__).with_name("playground.html")
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(served: Served, metrics: Metrics, limits: Limits, access: Access, *, root_path: str = "") -> FastAPI:
@@ -57,6 +65,7 @@ def create_app(served: Served, metrics: Metrics, limits: Limits, access: Access,
     app = FastAPIOffline(
         title="GPT-2 pipeline", description="OpenAI's completions over ONNX Runtime.", version="1", lifespan=lifespan
     )
+    app.add_middleware(Failures, metrics=metrics)
     app.add_middleware(BodyLimit, most_bytes=limits.body_bytes)
     if access.origins:
         app.add_middleware(
@@ -75,6 +84,7 @@ def create_app(served: Served, metrics: Metrics, limits: Limits, access: Access,
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         """Continue each prompt; with `stream`, answer as server-sent events."""
         call = await begin_call(asked, served, metrics, limits, arrived=time.perf_counter())
+        request.scope[BEGUN] = True
         return EventStream(call) if asked.stream else await answer_whole(call, request)
 
     @app.get("/v1/models", dependencies=with_key, tags=["models"])
@@ -153,6 +163,35 @@ class Entrance:
         await self._app(scope, receive, send)
 
 
+class Failures:
+    """Middleware that answers an unforeseen exception with a 500, counts and logs it.
+
+    It is inside of the others, which so add to it what they add to any answer, such as the headers of CORS.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def send_noting(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting)
+        except Exception:
+            if _is_completions(scope) and BEGUN not in scope:
+                self._metrics.requests.labels("failed").inc()
+            if has_started or scope["type"] != "http":
+                raise
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            await error_response(ApiError(500, "internal error; the server's log has it"))(scope, receive, send)
+
+
 class BodyLimit:
     """Middleware that refuses a body larger than `most_bytes`, unread if the headers give its length."""
 
@@ -166,7 +205,7 @@ class BodyLimit:
             return
         text = f"the body is larger than {self._most_bytes:,} bytes"
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._most_bytes:
+        if length.isdigit() and (len(length) > LONGEST_LENGTH or int(length) > self._most_bytes):
             await error_response(ApiError(413, text))(scope, receive, send)
             return
         read = 0
@@ -225,7 +264,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     def respond(request: Request, error: ApiError) -> Response:
         # A call that has begun is counted where it ends.
-        if getattr(request.scope.get("route"), "path", None) == COMPLETIONS:
+        if _is_completions(request.scope):
             metrics.requests.labels(error.outcome).inc()
         return error_response(error)
 
@@ -235,9 +274,10 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
-        if error.errors()[0]["type"] == "json_invalid" or error.errors()[0]["loc"] == ("body",):
+        first = error.errors()[0]
+        if first["type"] == "json_invalid" or (first["loc"] == ("body",) and first["type"] != UNKNOWN_FIELD):
             return respond(request, unreadable_body(await request.body(), request.headers))
-        return respond(request, validation_to_api_error(error.errors()))
+        return respond(request, validation_to_api_error(first))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -248,10 +288,9 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         text = texts.get(error.status_code, str(error.detail))
         return error_response(ApiError(error.status_code, text, headers=dict(error.headers or {})))
 
-    @app.exception_handler(Exception)
-    async def on_bug(_: Request, error: Exception) -> Response:
-        # Starlette raises it again, and so it is logged.
-        return error_response(ApiError(500, "internal error; the server's log has it"))
+
+def _is_completions(scope: Scope) -> bool:
+    return getattr(scope.get("route"), "path", None) == COMPLETIONS
 
 
 def _add_gauges(served: Served, metrics: Metrics) -> None:

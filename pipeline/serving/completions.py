@@ -20,6 +20,7 @@ from pipeline.serving.metrics import Metrics
 from pipeline.serving.openai import ApiError, CompletionRequest, Outcome, StreamOptions, to_api_error
 from pipeline.serving.options import Limits
 from pipeline.serving.served import Served, ServedModel
+from pipeline.serving.shapes import shorten
 from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worker, text_prompt
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -117,7 +118,10 @@ async def begin_call(
         scores = bool(asked.echo) and asked.logprobs is not None
         try:
             # Before any work for prompts that could never be taken.
-            model.worker.check(len(asked.prompts()) * params.candidates)
+            model.worker.check(len(asked.prompts()), params)
+            if scores or params.context_overflow != "slide":
+                for entry in asked.prompts():
+                    _check_length(entry, model, can_slide=not scores)
             prompts = [await _read_prompt(entry, model) for entry in asked.prompts()]
             for prompt in prompts:
                 if draws:
@@ -144,19 +148,20 @@ async def begin_call(
 def check_name(name: str | None, model: ServedModel) -> None:
     """Raise `ApiError` if a request asks for a model other than the one that is served."""
     if name not in (None, model.name, f"{model.name}/{model.version}"):
-        text = f"model: {name!r} is not served here, {model.name} is"
+        text = f"model: {shorten(repr(name))} is not served here, {model.name} is"
         raise ApiError(404, text, param="model", code="model_not_found")
 
 
 async def answer_whole(call: Call, request: Request) -> Response:
     """Answer with all choices at once; stop the engine if the client disconnects meanwhile."""
-    outcome: Outcome = "cancelled"
+    outcome: Outcome = "failed"
     collecting = asyncio.ensure_future(_collect(call))
     leaving = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
             # Nobody reads this response.
+            outcome = "cancelled"
             return Response(status_code=499)
         body = collecting.result()
         outcome = "completed"
@@ -164,6 +169,9 @@ async def answer_whole(call: Call, request: Request) -> Response:
     except ApiError as error:
         outcome = error.outcome
         return error_response(error)
+    except asyncio.CancelledError:
+        outcome = "cancelled"
+        raise
     finally:
         for task in (collecting, leaving):
             task.cancel()
@@ -265,6 +273,17 @@ async def _read_prompt(entry: str | list[int], model: ServedModel) -> Prompt:
     model.generator.engine.check_ids("prompt", entry)
     text = model.generator.tokenizer.decode(entry, skip_special_tokens=False)
     return Prompt(entry, text, has_context=False)
+
+
+def _check_length(entry: str | list[int], model: ServedModel, *, can_slide: bool) -> None:
+    """Raise `UserError` if a prompt cannot fit, before it is encoded, which takes seconds for megabytes of text."""
+    least, length = len(entry), model.generator.engine.context_length
+    if isinstance(entry, str):
+        least = -(-least // model.longest_token_characters)
+    if least > length:
+        count = f"at least {least}" if isinstance(entry, str) else least
+        advice = "shorten it, or set context_overflow to slide" if can_slide else "shorten it"
+        raise UserError(f"prompt: {count} tokens do not fit in the context of {length}; {advice}")
 
 
 def _submit(worker: Worker, job: Job) -> None:

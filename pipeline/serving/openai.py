@@ -1,35 +1,40 @@
 """Requests and errors of OpenAI's completions API, with vLLM's additions."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.decoding import ModelDecoding, SamplingParams, merge_decoding
 from pipeline.errors import UserError
+from pipeline.serving.shapes import (
+    MOST_BIASES,
+    MOST_STOP_CHARACTERS,
+    MOST_STOP_IDS,
+    MOST_STOPS,
+    Biases,
+    Prompt,
+    StopIds,
+    StopTexts,
+    Text,
+    TokenIds,
+    TokenIdSet,
+    shorten,
+)
 
 MOST_LOGPROBS = 20
 OWN_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 """The fields of the API that have another name in `SamplingParams`."""
 GZIP_MAGIC = b"\x1f\x8b"
+UNKNOWN_FIELD = "unknown_field"
+"""The type of the error of a field that a body does not have; it carries the field's `name`."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
-    "include_obfuscation": (False,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    "store": (False,),
     # vLLM
     "add_special_tokens": (True,),
     "bad_words": ([],),
@@ -59,23 +64,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """The fields of other servers that are accepted at these values, with which they do nothing; null does nothing in any
 field."""
-IGNORED = ("cache_salt", "metadata", "prompt_cache_key", "request_id", "safety_identifier")
-"""The fields that name a request or its sender, and change nothing in its answer."""
+IGNORED = (
+    *("cache_salt", "include_obfuscation", "metadata", "prompt_cache_key", "request_id", "safety_identifier"),
+    *("store", "user"),
+)
+"""The fields that name a request or its sender, or say what a service keeps of it, and change nothing in its answer."""
 
 Outcome = Literal["completed", "cancelled", "refused", "rejected", "timed_out", "failed"]
 
 
-def check_encodable(text: str) -> str:
-    """Return the text. Raises a validation error for half of a surrogate pair: JSON can spell it, UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("text", "contains half of a surrogate pair, which is not a character") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(check_encodable)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Name = Annotated[str, Field(max_length=1000)]
 
 
 class ApiError(Exception):
@@ -111,14 +109,17 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_neutral(cls, values: Any) -> Any:
+    def _own_fields(cls, values: Any) -> Any:
+        """Leave out what does nothing. Raises for the first field that is left and unknown: pydantic lists them all."""
         if not isinstance(values, dict):
             return values
-        return {
-            name: value
-            for name, value in values.items()
-            if name in cls.model_fields or not (value is None or name in IGNORED or value in NEUTRAL.get(name, ()))
-        }
+        own = {}
+        for name, value in values.items():
+            if name in cls.model_fields:
+                own[name] = value
+            elif not (value is None or name in IGNORED or value in NEUTRAL.get(name, ())):
+                raise PydanticCustomError(UNKNOWN_FIELD, "no such field", {"name": name})
+        return own
 
 
 class StreamOptions(Body):
@@ -143,12 +144,12 @@ class CompletionRequest(Body):
     Fields of other servers are accepted where they do nothing, such as `use_beam_search: false`.
     """
 
-    model: str | None = Field(None, description="A name that /v1/models lists")
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
+    model: Name | None = Field(None, description="A name that /v1/models lists")
+    prompt: Prompt = Field(
         "",
         description="A text, read as the beginning of a document, or token ids, read as they are; or a list of either",
     )
-    preset: str | None = Field(
+    preset: Name | None = Field(
         None, description="One of the model's presets, which /v1/models lists; other fields override it"
     )
     max_tokens: int | None = Field(
@@ -166,13 +167,14 @@ class CompletionRequest(Body):
         None, ge=0, le=MOST_LOGPROBS, description="The number of likeliest tokens to report at each position"
     )
     echo: bool | None = Field(None, description="Begin each choice with its prompt")
-    stop: Text | list[Text] | None = None
+    stop: StopTexts = Field(
+        None, description=f"At most {MOST_STOPS} texts, of {MOST_STOP_CHARACTERS:,} characters together"
+    )
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="By token id")
-    seed: int | None = None
+    logit_bias: Biases = Field(None, description=f"By token id, at most {MOST_BIASES:,} of them")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="-1 draws one")
     suffix: None = Field(None, description="Not supported: the model continues a text and cannot fill a gap")
-    user: str | None = Field(None, description="Accepted and ignored")
     top_k: int | None = Field(None, description="0 and, as in vLLM, -1 are off")
     min_p: float | None = None
     typical_p: float | None = None
@@ -192,32 +194,25 @@ class CompletionRequest(Body):
     )
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = None
-    allowed_token_ids: list[TokenId] | None = None
-    banned_token_ids: list[TokenId] | None = None
-    context_overflow: str | None = Field(
+    stop_token_ids: StopIds = Field(None, description=f"At most {MOST_STOP_IDS:,}")
+    allowed_token_ids: TokenIdSet = None
+    banned_token_ids: TokenIdSet = None
+    context_overflow: Name | None = Field(
         None,
         description="What happens at the end of the context: `end`, or `slide`, which reads the newest half again and "
         "continues; it also takes prompts that are longer than the context",
     )
 
-    @field_validator("top_k", "seed", mode="after")
+    @field_validator("top_k", mode="after")
     @classmethod
-    def _minus_one_is_off(cls, value: int | None, info: ValidationInfo) -> int | None:
-        return {"top_k": 0, "seed": None}[str(info.field_name)] if value == -1 else value
+    def _minus_one_is_off(cls, value: int | None) -> int | None:
+        return 0 if value == -1 else value
 
-    @field_validator("prompt", mode="wrap")
+    @field_validator("seed", mode="after")
     @classmethod
-    def _one_of_four(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            prompt = handler(value)
-        except ValidationError as error:
-            texts = [one["msg"] for one in error.errors() if one["type"] == "text"]
-            message = texts[0] if texts else "expected a text, token ids, or a list of either"
-            raise PydanticCustomError("prompt", message) from None
-        if prompt == []:
-            raise PydanticCustomError("prompt", "the list is empty; give a prompt, '' to start from nothing")
-        return prompt
+    def _not_negative(cls, value: int | None) -> int | None:
+        """As in vLLM, -1 is none; other negative seeds are those of OpenAI's 64 bits, of which ours has 63."""
+        return None if value in (None, -1) else value % 2**63
 
     @field_validator("suffix", mode="before")
     @classmethod
@@ -247,8 +242,6 @@ class CompletionRequest(Body):
         values = {name: value for name, value in asked.items() if name in SamplingParams.__dataclass_fields__}
         if self.repetition_detection is not None:
             values["repetition_detection"] = self.repetition_detection.values()
-        if isinstance(self.stop, str):
-            values["stop"] = [self.stop] if self.stop else None
         most = self.max_tokens or own.max_new_tokens
         if most_tokens is not None:
             if self.max_tokens and self.max_tokens > most_tokens:
@@ -269,13 +262,13 @@ class CompletionRequest(Body):
 
 
 class TokenizeRequest(Body):
-    model: str | None = None
+    model: Name | None = None
     prompt: Text
 
 
 class DetokenizeRequest(Body):
-    model: str | None = None
-    tokens: list[TokenId]
+    model: Name | None = None
+    tokens: TokenIds
 
 
 def to_api_error(error: UserError) -> ApiError:
@@ -302,7 +295,8 @@ def unreadable_body(body: bytes, headers: Mapping[str, str]) -> ApiError:
         text = f"has the Content-Type {content_type!r}; send JSON, with the header Content-Type: application/json"
     else:
         try:
-            text = f"is JSON, but {json.dumps(json.loads(body))[:20]} is not an object with fields such as prompt"
+            json.loads(body)
+            text = f"is JSON, but {body[:20].decode(errors='replace')} is not an object with fields such as prompt"
         except UnicodeDecodeError as error:
             text = f"is not {error.encoding} (byte 0x{body[error.start]:02x} at {error.start}); send it in UTF-8"
         except RecursionError:
@@ -312,15 +306,15 @@ def unreadable_body(body: bytes, headers: Mapping[str, str]) -> ApiError:
     return ApiError(400, f"the body {text}")
 
 
-def validation_to_api_error(errors: Sequence[Any]) -> ApiError:
-    """Return the first error that pydantic found in the fields of a body, as one line that names the field."""
-    first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    field = place[0]
-    if first["type"] == "extra_forbidden":
-        path, accepted = ".".join(place), NEUTRAL.get(place[-1])
+def validation_to_api_error(error: Mapping[str, Any]) -> ApiError:
+    """Return an error that pydantic found in a field of a body, as one line that names the field."""
+    place, given = [str(part) for part in error["loc"] if part != "body"], error.get("ctx", {})
+    if error["type"] == UNKNOWN_FIELD:
+        name = str(given["name"])
+        field = place[0] if place else name
+        path, accepted = shorten(".".join([*place, name])), NEUTRAL.get(name)
         if accepted:
             return ApiError(400, f"{path}: only {json.dumps(accepted[0])} is supported; leave it out", param=field)
         return ApiError(400, f"{path}: no such field; /docs lists the fields", param=field)
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    return ApiError(400, f"{field}: {message}", param=field)
+    message = error["msg"][:1].lower() + error["msg"][1:]
+    return ApiError(400, f"{place[0]}{given.get('place', '')}: {message}", param=place[0])

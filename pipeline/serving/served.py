@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,6 +131,11 @@ class ServedModel:
     @property
     def generator(self) -> TextGenerator:
         return self.worker.generator
+
+    @cached_property
+    def longest_token_characters(self) -> int:
+        """The most characters of a text that one token can stand for."""
+        return max(map(len, self.generator.tokenizer.get_vocab()))
 
     @property
     def fingerprint(self) -> str:

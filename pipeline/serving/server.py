@@ -1,5 +1,6 @@
 """The server's process: it loads a model, listens, and on a signal finishes what runs before it ends."""
 
+import gc
 import logging
 import socket
 import threading
@@ -83,6 +84,10 @@ def serve(
     with bind_socket(address) as listener:
         # Before the port is open: nobody is answered until the model is ready, and an error is one line.
         served.start()
+        # What is loaded stays. If the collector looked at it again for every body of many lists, each would hold all
+        # other requests for a second.
+        gc.collect()
+        gc.freeze()
         server.run(sockets=[listener])
     if died.is_set():
         raise UserError("the engine ended with the error above; start the server again, or report it")

@@ -162,10 +162,16 @@ class Worker:
         """The most continuations that may run and wait together."""
         return self.slots + self._max_queue
 
-    def check(self, choices: int) -> None:
-        """Raise `UserError` if a job has more continuations than could ever be taken."""
-        if choices > self.most:
-            raise UserError(f"n: {choices} continuations are more than the {self.most} that the server takes at a time")
+    def check(self, prompts: int, params: SamplingParams) -> None:
+        """Raise `UserError`, naming the field, if a job has more continuations than could ever be taken."""
+        if prompts > self.most:
+            raise UserError(f"prompt: {prompts} prompts are more than the {self.most} that the server takes at a time")
+        if prompts * params.candidates > self.most:
+            name = "best_of" if params.best_of > params.n else "n"
+            raise UserError(
+                f"{name}: {prompts * params.candidates} continuations are more than the {self.most} that the server "
+                "takes at a time"
+            )
 
     def check_process(self) -> None:
         """Raise `RuntimeError` in a forked process, which has none of its parent's threads and would wait for ever."""
@@ -175,7 +181,7 @@ class Worker:
     def submit(self, job: Job) -> None:
         """Queue a job. Raises `QueueFullError`, `RuntimeError` if the engine has ended, and what the checks raise."""
         self.check_process()
-        self.check(job.continuations)
+        self.check(len(job.prompts), job.params)
         with self._lock:
             if self.ended:
                 raise RuntimeError("the engine has ended")

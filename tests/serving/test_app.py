@@ -1,5 +1,6 @@
 """The server over a socket: answers, streams, errors, keys and limits, also through `openai`'s own client."""
 
+import asyncio
 import gzip
 import json
 import re
@@ -23,7 +24,7 @@ from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
-from pipeline.serving.app import playground
+from pipeline.serving.app import BodyLimit, playground
 from pipeline.serving.options import Access, Address, Limits, keys_from_environment
 from pipeline.tokens import prompt_ids
 
@@ -189,7 +190,7 @@ def test_a_preset_is_described(running: Running) -> None:
     schemas = requests.get(f"{running.url}/openapi.json", timeout=PATIENCE_S).json()["components"]["schemas"]
     preset = schemas["CompletionRequest"]["properties"]["preset"]
     assert "/v1/models lists" in preset["description"]
-    assert {"type": "string"} in preset["anyOf"]
+    assert "string" in [kind["type"] for kind in preset["anyOf"]]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -298,13 +299,25 @@ def test_the_card_describes_what_is_served(running: Running) -> None:
             "best_of",
             "best_of: 2 is out of range, must be at least n (3), or 1, which is off",
         ),
-        ({"best_of": 20}, 400, "n", "n: 20 continuations are more than the 12 that the server takes at a time"),
+        (
+            {"prompt": ["a"] * 13},
+            400,
+            "prompt",
+            "prompt: 13 prompts are more than the 12 that the server takes at a time",
+        ),
+        (
+            {"best_of": 20},
+            400,
+            "best_of",
+            "best_of: 20 continuations are more than the 12 that the server takes at a time",
+        ),
         ({"suffix": "x"}, 400, "suffix", "suffix: the model continues a text and cannot fill a gap; leave it out"),
         ({"preset": "x"}, 400, "preset", "preset: 'x' is none of balanced, faithful, adventurous"),
         ({"model": "gpt-5"}, 404, "model", "model: 'gpt-5' is not served here, engine is"),
         ({"prompt": [300]}, 400, "prompt", "prompt: token id 300 is not in [0, 300)"),
         ({"logit_bias": {"300": 1}}, 400, "logit_bias", "logit_bias: no token has the id 300"),
         ({"prompt": [5] * 64}, 400, "prompt", "prompt: 64 tokens leave no room in the context of 64"),
+        ({"prompt": [5] * 65}, 400, "prompt", "prompt: 65 tokens do not fit in the context of 64; shorten it"),
         ({"n": 1000}, 400, "n", "n: 1000 continuations are more than the 12 that the server takes at a time"),
         ({"prompt": [[]], "echo": True, "max_tokens": 0, "logprobs": 1}, 400, "prompt", "prompt: has no tokens"),
     ],
@@ -613,3 +626,67 @@ def test_other_origins_are_allowed_only_by_name(tiny_engine_folder: Path, runnin
     with running_server(tiny_engine_folder, access=Access(origins=("https://example.org/",))) as open_to:
         found = requests.options(f"{open_to.url}/v1/completions", headers=asking, timeout=PATIENCE_S)
         assert found.headers["Access-Control-Allow-Origin"] == "https://example.org"
+
+
+@pytest.mark.parametrize("place", ["pipeline.serving.app.begin_call", "pipeline.serving.completions.Call.body"])
+def test_a_bug_is_counted_once_and_read_by_other_origins(
+    place: str, tiny_engine_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(place, fail)
+    with running_server(tiny_engine_folder, access=Access(origins=("https://example.org",))) as running:
+        body = {"prompt": "a", "max_tokens": 2}
+        headers = {"Origin": "https://example.org"}
+        found = requests.post(f"{running.url}/v1/completions", json=body, headers=headers, timeout=PATIENCE_S)
+        assert found.status_code == 500
+        assert found.json()["error"]["message"] == "internal error; the server's log has it"
+        assert found.headers["Access-Control-Allow-Origin"] == "https://example.org"
+        assert running.metric('pipeline_requests_total{outcome="failed"}') == 1
+        assert running.metric('pipeline_requests_total{outcome="cancelled"}') == 0
+    assert "ZeroDivisionError: a bug" in caplog.text
+
+
+@pytest.mark.parametrize("digits", [5000, 30])
+def test_a_length_of_thousands_of_digits_is_too_large(digits: int) -> None:
+    found = BodyLimit(refuse_app, most_bytes=100)
+    scope = {"type": "http", "headers": [(b"content-length", b"5" * digits)]}
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(found(scope, never_receive, send))
+    assert sent[0]["status"] == 413
+
+
+async def refuse_app(*_: Any) -> None:
+    raise AssertionError("the body is read")
+
+
+async def never_receive() -> Any:
+    raise AssertionError("the body is read")
+
+
+@pytest.mark.parametrize("scoring", [{}, {"echo": True, "max_tokens": 0, "logprobs": 1, "context_overflow": "slide"}])
+def test_a_text_that_cannot_fit_is_refused_without_encoding_it(
+    scoring: dict[str, Any], running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = running.served.current.longest_token_characters
+
+    def encode(*_: object) -> None:
+        raise AssertionError("encodes a text that cannot fit")
+
+    monkeypatch.setattr("pipeline.serving.completions.text_prompt", encode)
+    found = running.post(prompt="a" * (64 * longest + 1), **scoring)
+    assert found.status_code == 400
+    advice = "" if scoring else ", or set context_overflow to slide"
+    message = f"prompt: at least 65 tokens do not fit in the context of 64; shorten it{advice}"
+    assert found.json()["error"]["message"] == message
+
+
+def test_a_text_of_the_longest_token_may_fit(running: Running, generator: TextGenerator) -> None:
+    longest = max(generator.tokenizer.get_vocab(), key=len)
+    assert running.post(prompt=longest, max_tokens=2).status_code == 200
+    assert running.served.current.longest_token_characters == len(longest)

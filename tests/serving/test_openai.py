@@ -1,6 +1,7 @@
 """How the body of a request becomes decoding parameters, and how it is refused."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,13 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.decoding import ModelDecoding, SamplingParams
-from pipeline.serving.openai import NEUTRAL, ApiError, CompletionRequest, validation_to_api_error
+from pipeline.serving.openai import (
+    NEUTRAL,
+    ApiError,
+    CompletionRequest,
+    DetokenizeRequest,
+    validation_to_api_error,
+)
 
 OWN = SamplingParams(temperature=0.7, top_k=40, min_new_tokens=20, max_new_tokens=50, stop=("The end",))
 FAITHFUL = SamplingParams(temperature=0.4, min_new_tokens=10, max_new_tokens=30, repetition_detection=(20, 3))
@@ -123,9 +130,8 @@ def test_the_servers_limit_holds() -> None:
     [
         ("temperature", -1.0, "temperature: -1.0 is out of range, must be at least 0"),
         ("max_tokens", -1, "max_tokens: -1 is out of range, must be at least 1"),
-        ("logit_bias", {"x": 1.0}, "logit_bias: expected a whole number, got 'x'"),
+        ("logit_bias", {"5": 101}, "logit_bias: 101 is out of range, must be in [-100, 100]"),
         ("stop", [""], "stop: expected texts that are not empty, got ''"),
-        ("seed", 2**63, f"seed: {2**63} is out of range, must be below 2**63"),
         (
             "repetition_detection",
             {"max_pattern_size": 20},
@@ -143,18 +149,55 @@ def test_a_range_is_that_of_the_decoding_parameters(field: str, value: object, m
     ("body", "field", "message"),
     [
         ({"temprature": 1}, "temprature", "temprature: no such field; /docs lists the fields"),
-        (
-            {"stream_options": {"include_obfuscation": True}},
-            "stream_options",
-            "stream_options.include_obfuscation: only false is supported; leave it out",
-        ),
         ({"stream_options": {"x": 1}}, "stream_options", "stream_options.x: no such field; /docs lists the fields"),
         ({"temperature": "hot"}, "temperature", "temperature: input should be a valid number"),
         ({"preset": 5}, "preset", "preset: input should be a valid string"),
         ({"max_tokens": True}, "max_tokens", "max_tokens: input should be a valid integer"),
         ({"max_tokens": 1.5}, "max_tokens", "max_tokens: input should be a valid integer"),
-        ({"prompt": 5}, "prompt", "prompt: expected a text, token ids, or a list of either"),
-        ({"prompt": ["a", 5]}, "prompt", "prompt: expected a text, token ids, or a list of either"),
+        (
+            {"stream_options": {"bad_words": 5}},
+            "stream_options",
+            "stream_options.bad_words: only [] is supported; leave it out",
+        ),
+        ({"prompt": 5}, "prompt", "prompt: expected a text, token ids, or a list of either, got 5"),
+        ({"prompt": ["a", 5]}, "prompt", "prompt[1]: expected a text, got 5"),
+        ({"prompt": [3, "a"]}, "prompt", "prompt[1]: expected a token id, got 'a'"),
+        ({"prompt": [3, True]}, "prompt", "prompt[1]: expected a token id, got True"),
+        ({"prompt": [3, -1]}, "prompt", "prompt[1]: expected a token id, got -1"),
+        ({"prompt": [3, 2**31]}, "prompt", "prompt[1]: expected a token id, got 2147483648"),
+        ({"prompt": [[3], 4]}, "prompt", "prompt[1]: expected token ids, got 4"),
+        ({"prompt": [[3], [4, 5.0]]}, "prompt", "prompt[1][1]: expected a token id, got 5.0"),
+        ({"prompt": [{}]}, "prompt", "prompt[0]: expected a token id, got {}"),
+        (
+            {"prompt": ["a", "\ud800"]},
+            "prompt",
+            "prompt[1]: contains half of a surrogate pair, which is not a character",
+        ),
+        ({"stop": 5}, "stop", "stop: expected a text or a list of texts, got 5"),
+        ({"stop": ["a", 5]}, "stop", "stop[1]: expected a text, got 5"),
+        ({"stop": ["a"] * 65}, "stop", "stop: 65 texts are more than the 64 that are taken"),
+        (
+            {"stop": ["a" * 1000, "b" * 25]},
+            "stop",
+            "stop: the texts have 1,025 characters together; at most 1,024 are taken",
+        ),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids", "stop_token_ids[0]: expected a token id, got 'a'"),
+        (
+            {"stop_token_ids": [*range(1025)]},
+            "stop_token_ids",
+            "stop_token_ids: 1,025 ids are more than the 1,024 that are taken",
+        ),
+        ({"logit_bias": [5]}, "logit_bias", "logit_bias: expected an object of token ids and their biases, got [5]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias: 'x' is not a token id"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias", "logit_bias: '-5' is not a token id"),
+        ({"logit_bias": {"\u0665": 1}}, "logit_bias", "logit_bias: '\u0665' is not a token id"),
+        ({"logit_bias": {"5": "x"}}, "logit_bias", "logit_bias.5: expected a number, got 'x'"),
+        (
+            {"logit_bias": {str(i): 1 for i in range(1025)}},
+            "logit_bias",
+            "logit_bias: 1,025 biases are more than the 1,024 that are taken",
+        ),
+        ({"seed": 2**63}, "seed", "seed: input should be less than 9223372036854775808"),
         ({"prompt": []}, "prompt", "prompt: the list is empty; give a prompt, '' to start from nothing"),
         ({"prompt": "\ud800"}, "prompt", "prompt: contains half of a surrogate pair, which is not a character"),
         ({"suffix": "x"}, "suffix", "suffix: the model continues a text and cannot fill a gap; leave it out"),
@@ -169,8 +212,82 @@ def test_a_range_is_that_of_the_decoding_parameters(field: str, value: object, m
 def test_a_body_is_refused_by_its_field(body: dict[str, object], field: str, message: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         CompletionRequest.model_validate(body)
-    error = validation_to_api_error(refusal.value.errors())
+    error = validation_to_api_error(refusal.value.errors()[0])
     assert (error.status, error.param, error.message) == (400, field, message)
+
+
+DIGITS = "5" * 5000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"logit_bias": {DIGITS: 1}},
+        {DIGITS: 1},
+        {"stream_options": {DIGITS: 1}},
+        {"prompt": [DIGITS, 5]},
+        {"prompt": [3, DIGITS]},
+        {"prompt": [3, [3] * 100_000]},
+        {"prompt": [10**4000]},
+        {"stop": [[DIGITS]]},
+        {"temperature": DIGITS},
+        {"temperature": 10**4000},
+        {"seed": 10**4000},
+        {"model": DIGITS},
+        {"preset": DIGITS},
+        {"context_overflow": DIGITS},
+    ],
+)
+def test_a_refusal_is_short_whatever_was_sent(body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        CompletionRequest.model_validate(body)
+    error = validation_to_api_error(refusal.value.errors()[0])
+    assert error.status == 400
+    assert len(error.message) < 200
+    assert error.param is not None
+
+
+@pytest.mark.parametrize("length", [1000, 300_000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda length: {"prompt": [{}] * length},
+        lambda length: {"prompt": [None] * length},
+        lambda length: {"prompt": [["x"]] * length},
+        lambda length: {"prompt": [1.5] * length},
+        lambda length: {"prompt": ["a"] * length + [5]},
+        lambda length: {"stop": [5] * length},
+        lambda length: {"stop_token_ids": ["x"] * length},
+        lambda length: {"allowed_token_ids": [None] * length},
+        lambda length: {"logit_bias": {f"x{i}": 1 for i in range(length)}},
+        lambda length: {f"x{i}": 1 for i in range(length)},
+        lambda length: {"stream_options": {f"x{i}": 1 for i in range(length)}},
+    ],
+)
+def test_only_the_first_bad_element_is_reported(body: Callable[[int], dict[str, Any]], length: int) -> None:
+    """An error for each of them would take seconds, in which no other request is answered."""
+    with pytest.raises(ValidationError) as refusal:
+        CompletionRequest.model_validate(body(length))
+    assert refusal.value.error_count() == 1
+
+
+def test_token_ids_to_detokenize_are_checked_as_those_of_a_prompt() -> None:
+    with pytest.raises(ValidationError) as refusal:
+        DetokenizeRequest.model_validate({"tokens": [5, {}, {}]})
+    error = validation_to_api_error(refusal.value.errors()[0])
+    assert (error.message, error.param) == ("tokens[1]: expected a token id, got {}", "tokens")
+
+
+def test_repeated_ids_and_stop_texts_count_once() -> None:
+    asked = {"stop_token_ids": [5, 5, 4], "allowed_token_ids": [7, 7], "banned_token_ids": [9, 9], "stop": ["a", "a"]}
+    params = sampling(**asked)
+    assert (params.stop_token_ids, params.allowed_token_ids, params.banned_token_ids) == ((5, 4), (7,), (9,))
+    assert params.stop == ("a",)
+
+
+@pytest.mark.parametrize(("sent", "seed"), [(5, 5), (0, 0), (-1, None), (-2, 2**63 - 2), (-(2**63), 0)])
+def test_any_seed_of_64_bits_is_taken(sent: int, seed: int | None) -> None:
+    assert sampling(seed=sent).seed == seed
 
 
 @pytest.mark.parametrize(
@@ -182,7 +299,9 @@ def test_a_body_is_refused_by_its_field(body: dict[str, object], field: str, mes
         {"include_stop_str_in_output": False, "response_format": {"type": "text"}, "store": False, "suffix": ""},
         {"metadata": {"trace": "5"}, "request_id": "cmpl-5", "user": "me"},
         {"stream_options": {"include_obfuscation": False}},
+        {"stream_options": {"include_obfuscation": True}, "store": True},
         {"seed": -1},
+        {"prompt": None, "stop": "", "stop_token_ids": None, "logit_bias": None},
     ],
 )
 def test_a_field_with_its_default_value_changes_nothing(body: dict[str, Any]) -> None:
@@ -206,14 +325,21 @@ def test_a_field_that_would_do_something_is_refused_with_the_value_that_does_not
     CompletionRequest.model_validate({name: NEUTRAL[name][0]})
     with pytest.raises(ValidationError) as refusal:
         CompletionRequest.model_validate({name: "other"})
-    error = validation_to_api_error(refusal.value.errors())
+    error = validation_to_api_error(refusal.value.errors()[0])
     message = f"{name}: only {json.dumps(NEUTRAL[name][0])} is supported; leave it out"
     assert (error.status, error.param, error.message) == (400, name, message)
 
 
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
-    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), ([[]], [[]])],
+    [
+        ("a", ["a"]),
+        (None, [""]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        ([[]], [[]]),
+    ],
 )
 def test_a_prompt_has_four_shapes(prompt: Any, prompts: Any) -> None:
     assert CompletionRequest(prompt=prompt).prompts() == prompts
