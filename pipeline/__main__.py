@@ -174,6 +174,13 @@ def _add_serve(commands: Any) -> None:
     )
     parser.add_argument("--open-metrics", action="store_true", help="show /metrics without a key")
     parser.add_argument(
+        "--allowed-host",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="answer to these names, too, on a loopback address without keys, as behind a proxy",
+    )
+    parser.add_argument(
         "--mlflow-url",
         help="the MLflow page that the playground links to (default: the store if it is a server, else that of ui)",
     )
@@ -202,7 +209,12 @@ def _serve(arguments: argparse.Namespace) -> None:
                 max_queue=arguments.max_queue,
             ),
             limits=Limits(max_tokens=arguments.max_tokens, timeout_s=arguments.timeout_s),
-            access=Access(keys_from_environment(), tuple(arguments.cors_origin), arguments.open_metrics),
+            access=Access(
+                keys_from_environment(),
+                tuple(arguments.cors_origin),
+                arguments.open_metrics,
+                tuple(arguments.allowed_host),
+            ),
             mlflow_url=arguments.mlflow_url or ui_url,
         )
 

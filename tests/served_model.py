@@ -53,8 +53,8 @@ def served_folder(folder: Path, *, source: Source | None = None, max_queue: int 
     """Return an engine folder in float32 on one core, ready to be served."""
     metrics = Metrics()
 
-    def load(engine: Path) -> TextGenerator:
-        return TextGenerator.load(engine, precision="float32", provider="cpu", threads=1, slots=SLOTS)
+    def load(engine: Path, provider: str | None) -> TextGenerator:
+        return TextGenerator.load(engine, precision="float32", provider=provider or "cpu", threads=1, slots=SLOTS)
 
     source = source or FolderSource(folder, DECODING)
     return Served(source, load, max_queue=max_queue, on_tokens=metrics.on_tokens, watch_seconds=0.05), metrics
@@ -69,9 +69,12 @@ def running_server(
     limits: Limits | None = None,
     access: Access | None = None,
     root_path: str = "",
+    checks_host: bool = False,
 ) -> Iterator[Running]:
     served, metrics = served_folder(folder, source=source, max_queue=max_queue)
-    app = create_app(served, metrics, limits or Limits(), access or Access(), root_path=root_path)
+    app = create_app(
+        served, metrics, limits or Limits(), access or Access(), root_path=root_path, checks_host=checks_host
+    )
     with serve_app(app) as url:
         yield Running(url, served)
 

@@ -37,6 +37,7 @@ from pipeline.serving.openai import (
 )
 from pipeline.serving.options import KEYS_VARIABLE, Access, Limits
 from pipeline.serving.served import Served, ServedModel
+from pipeline.serving.shapes import shorten
 
 COMPLETIONS = "/v1/completions"
 BEGUN = "pipeline.begun"
@@ -48,10 +49,19 @@ PLAYGROUND = Path(__file__).with_name("playground.html")
 logger = logging.getLogger(__name__)
 
 
-def create_app(served: Served, metrics: Metrics, limits: Limits, access: Access, *, root_path: str = "") -> FastAPI:
+def create_app(
+    served: Served,
+    metrics: Metrics,
+    limits: Limits,
+    access: Access,
+    *,
+    root_path: str = "",
+    checks_host: bool = False,
+) -> FastAPI:
     """Create the application. It loads the model on startup and ends the engine on shutdown.
 
-    `root_path` is the path under which a proxy shows it, whether the proxy removes that from requests or not.
+    `root_path` is the path under which a proxy shows it, whether the proxy removes that from requests or not. With
+    `checks_host` it answers only to the names that `access` allows.
     """
 
     @asynccontextmanager
@@ -76,6 +86,8 @@ def create_app(served: Served, metrics: Metrics, limits: Limits, access: Access,
             max_age=600,
         )
     app.add_middleware(Entrance, root_path=root_path)
+    if checks_host:
+        app.add_middleware(HostCheck, access=access)
     _add_error_handlers(app, metrics)
     _add_gauges(served, metrics)
     with_key = [Depends(_key_check(access.keys))]
@@ -161,6 +173,22 @@ class Entrance:
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             scope = {**scope, "root_path": root, "path": path, "method": method}
         await self._app(scope, receive, send)
+
+
+class HostCheck:
+    """Middleware that refuses requests for another host, see `Access.allows_host`."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+        if scope["type"] != "http" or not host or self._access.allows_host(host):
+            await self._app(scope, receive, send)
+            return
+        text = f"Host: {shorten(repr(host))} is not a name of this server; allow it with --allowed-host, or set keys"
+        await error_response(ApiError(403, text))(scope, receive, send)
 
 
 class Failures:
@@ -303,6 +331,10 @@ def _add_gauges(served: Served, metrics: Metrics) -> None:
     )
     metrics.gauge("pipeline_cache_slots", "Slots of the cache", total(lambda model: model.worker.slots))
     metrics.gauge("pipeline_cache_slots_used", "Slots that are taken", total(lambda model: model.worker.running))
+
+    metrics.gauge(
+        "pipeline_refused_versions", "How often a new version could not be served", lambda: float(served.refusals)
+    )
 
     def info() -> dict[str, str]:
         card = served.current.card()

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
@@ -26,6 +27,11 @@ class Address:
         if not re.fullmatch(r"(/[\w.~%-]+)*", path, re.ASCII):
             raise UserError(f"--root-path: {self.root_path!r} is not a path that starts with a slash, such as /llm")
         object.__setattr__(self, "root_path", path)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return _is_local(self.host) or (_is_address(self.host) and ip_address(self.host).is_loopback)
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,36 @@ class Access:
     """The origins of other sites whose pages may send requests."""
     open_metrics: bool = False
     """Whether /metrics needs no key."""
+    hosts: tuple[str, ...] = ()
+    """The names by which the server may be asked, besides those of the loopback address, if its host is checked."""
+
+    def allows_host(self, header: str) -> bool:
+        """Whether a server on a loopback address, to which no key is sent, may answer a request with this `Host`.
+
+        A page of any site can be made to reach it under the site's own name, which its owner points to 127.0.0.1 once
+        the page is loaded (DNS rebinding). Browsers then send that name; they send an address only if it was asked for.
+        """
+        try:
+            name = urlsplit(f"//{header}").hostname or ""
+        except ValueError:
+            return False
+        return _is_local(name) or _is_address(name) or name in {host.lower() for host in self.hosts}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origins", tuple(normalize_origin(origin) for origin in self.origins))
+
+
+def _is_local(name: str) -> bool:
+    name = name.rstrip(".").lower()
+    return name == "localhost" or name.endswith(".localhost")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def normalize_origin(text: str) -> str:

@@ -24,9 +24,14 @@ from pipeline.tracking import store
 from pipeline.tracking.registry import RUN_TAG, fetch_model, resolve
 
 WATCH_SECONDS = 10.0
+MOST_DOUBLINGS = 4
 UNREACHABLE = (MlflowException, requests.RequestException, OSError)
 
 logger = logging.getLogger(__name__)
+
+
+Load = Callable[[Path, str | None], TextGenerator]
+"""Loads the engine in a folder on a provider, or on the one that the server was given if it is None."""
 
 
 @dataclass(frozen=True)
@@ -169,14 +174,15 @@ class ServedModel:
 class Served:
     """The version that takes new requests, and the earlier ones that still finish theirs.
 
-    A thread asks the source every `watch_seconds` which version to serve. A new version replaces the old one only after
-    it is loaded and has drawn its first tokens. A version that cannot be served is refused once, and the old one stays.
+    A thread asks the source every `watch_seconds` which version to serve, and less often while it does not answer. A
+    new version replaces the old one only after it is loaded and has drawn its first tokens. A version that cannot be
+    served is refused once, and the old one stays.
     """
 
     def __init__(
         self,
         source: Source,
-        load: Callable[[Path], TextGenerator],
+        load: Load,
         *,
         max_queue: int,
         on_tokens: OnTokens = lambda count, seconds, is_first: None,
@@ -193,8 +199,12 @@ class Served:
         self._retired: list[ServedModel] = []
         self._refused: str | None = None
         """The version that cannot be served."""
+        self.refusals = 0
+        """How often a version could not be served."""
         self._warning: str | None = None
         """The last warning, which is not repeated."""
+        self._failures = 0
+        """How often in a row the source did not answer."""
         self._wake = threading.Event()
         self._closing = False
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
@@ -259,16 +269,18 @@ class Served:
         try:
             version = self._source.newest()
             if version in (self.current.version, self._refused):
+                self._failures = 0
                 return
-            model = self._open(version)
-        except UserError as error:
-            self._warn_once(f"{error}; {self.current.fingerprint} stays")
-            return
+            model = self._open(version, self.current.generator.engine.session.provider)
         except UNREACHABLE as error:
             reason = store.without_password(str(error))
             self._warn_once(f"the registry does not answer ({reason}); {self.current.fingerprint} stays")
+            self._failures += 1
             return
-        self._warning = None
+        except UserError as error:
+            self._warn_once(f"{error}; {self.current.fingerprint} stays")
+            return
+        self._warning, self._failures = None, 0
         with self._lock:
             old, self.current = self.current, model
             self._retired.append(old)
@@ -281,21 +293,40 @@ class Served:
             logger.warning(text)
         self._warning = text
 
-    def _open(self, version: str | None) -> ServedModel:
-        files = self._source.fetch(version)
+    def _open(self, version: str | None, provider: str | None = None) -> ServedModel:
+        """Load a version, on the provider of the one that it replaces. Raises `UserError` if it cannot be served."""
+        try:
+            files = self._source.fetch(version)
+        except UNREACHABLE:
+            raise
+        except Exception as error:
+            self._refuse(version, error)
+            raise
+        try:
+            worker = self._start(files.engine, provider)
+        except Exception as error:
+            files.remove()
+            self._refuse(version, error)
+            raise
+        return ServedModel(self._source.name, version, files, worker)
+
+    def _refuse(self, version: str | None, error: Exception) -> None:
+        """Remember a version that cannot be served: to fetch it again may take minutes, and changes nothing."""
+        self._refused = version
+        self.refusals += 1
+        if not isinstance(error, UserError):
+            logger.error("version %s of %s cannot be read", version, self._source.name, exc_info=error)
+            raise UserError(f"version {version} of {self._source.name} cannot be read; see the error above") from error
+
+    def _start(self, engine: Path, provider: str | None) -> Worker:
         worker = Worker(
-            lambda: self._load(files.engine),
+            lambda: self._load(engine, provider),
             max_queue=self._max_queue,
             on_tokens=self._on_tokens,
             on_death=self._on_death,
         )
-        try:
-            worker.start()
-        except UserError:
-            files.remove()
-            self._refused = version
-            raise
-        return ServedModel(self._source.name, version, files, worker)
+        worker.start()
+        return worker
 
     def _close_idle(self) -> None:
         with self._lock:
@@ -307,10 +338,15 @@ class Served:
 
     def _watch(self) -> None:
         while not self._closing:
-            self._wake.wait(self._watch_seconds)
+            # What does not answer is asked less and less often: what fails may be the copy of gigabytes.
+            self._wake.wait(self._watch_seconds * 2 ** min(self._failures, MOST_DOUBLINGS))
             self._wake.clear()
             if not self._closing:
-                self.update()
+                try:
+                    self.update()
+                except Exception:
+                    # Without the watcher no later version would ever be served.
+                    logger.exception("the look for a new version failed; %s stays", self.current.fingerprint)
 
 
 def source_of(model: str, decoding: ModelDecoding | None, ui_url: str) -> Source:

@@ -17,8 +17,6 @@ from pipeline.serving.metrics import Metrics
 from pipeline.serving.options import KEYS_VARIABLE, Access, Address, EngineOptions, Limits
 from pipeline.serving.served import Served, source_of
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
 logger = logging.getLogger(__name__)
 
 
@@ -60,7 +58,7 @@ def serve(
             raise UserError(f"{name}: {value} is out of range, must be at least {least}")
     if limits.timeout_s <= 0:
         raise UserError(f"--timeout-s: {limits.timeout_s:g} is out of range, must be above 0")
-    if not access.keys and address.host not in LOOPBACK:
+    if not access.keys and not address.is_loopback:
         logger.warning(
             "--host %s: everybody who reaches the port is served; set keys in %s", address.host, KEYS_VARIABLE
         )
@@ -71,14 +69,20 @@ def serve(
         died.set()
         server.should_exit = True
 
-    def load(folder: Path) -> TextGenerator:
+    def load(folder: Path, provider: str | None) -> TextGenerator:
+        # A version that does not fit on the GPU beside the one that it replaces must not be served by the processor.
         return TextGenerator.load(
-            folder, precision=engine.precision, provider=engine.provider, threads=engine.threads, slots=engine.slots
+            folder,
+            precision=engine.precision,
+            provider=provider or engine.provider,
+            threads=engine.threads,
+            slots=engine.slots,
         )
 
     source = source_of(model, decoding, mlflow_url)
     served = Served(source, load, max_queue=engine.max_queue, on_tokens=metrics.on_tokens, on_death=on_death)
-    app = create_app(served, metrics, limits, access, root_path=address.root_path)
+    checks_host = address.is_loopback and not access.keys
+    app = create_app(served, metrics, limits, access, root_path=address.root_path, checks_host=checks_host)
     config = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False)
     server = Server(config, served)
     with bind_socket(address) as listener:

@@ -690,3 +690,34 @@ def test_a_text_of_the_longest_token_may_fit(running: Running, generator: TextGe
     longest = max(generator.tokenizer.get_vocab(), key=len)
     assert running.post(prompt=longest, max_tokens=2).status_code == 200
     assert running.served.current.longest_token_characters == len(longest)
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        *(("127.0.0.1", True), ("127.0.0.1:8000", True), ("[::1]:8000", True), ("localhost:80", True)),
+        *(("LOCALHOST", True), ("localhost.", True), ("tales.localhost", True), ("10.0.0.5:8000", True)),
+        *(("llm.example.org", True), ("LLM.example.org:443", True)),
+        *(("example.org", False), ("evil.example:8000", False), ("127.0.0.1.evil.example", False), ("", False)),
+        *(("localhost.evil.example", False), ("a@localhost", True), ("localhost@evil.example", False), ("[::1", False)),
+    ],
+)
+def test_a_name_is_local_an_address_or_allowed(host: str, allowed: bool) -> None:
+    assert Access(hosts=("LLM.example.org",)).allows_host(host) == allowed
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("me", False)],
+)
+def test_an_address_is_reached_from_this_machine_alone_or_not(host: str, loopback: bool) -> None:
+    assert Address(host).is_loopback == loopback
+
+
+def test_a_page_that_reaches_the_server_under_its_own_name_is_refused(tiny_engine_folder: Path) -> None:
+    with running_server(tiny_engine_folder, checks_host=True) as running:
+        for path in ("/", "/v1/models", "/health"):
+            found = requests.get(f"{running.url}{path}", headers={"Host": "evil.example:8000"}, timeout=PATIENCE_S)
+            assert found.status_code == 403
+            assert found.json()["error"]["message"].startswith("Host: 'evil.example:8000' is not a name of this server")
+        assert running.post(prompt="a", max_tokens=1).status_code == 200

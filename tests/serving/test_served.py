@@ -13,6 +13,7 @@ import pytest
 import requests
 from served_model import DECODING, PATIENCE_S, Running, running_server, wait_for
 
+from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.serving.served import Files
 
@@ -28,6 +29,8 @@ class Versions:
         self.fetched: list[str] = []
         self.removed: list[str] = []
         self.fails = False
+        self.damaged: dict[str, Exception] = {}
+        """The error with which a version is fetched."""
 
     def newest(self) -> str:
         if self.fails:
@@ -37,6 +40,8 @@ class Versions:
     def fetch(self, version: str | None) -> Files:
         assert version is not None
         self.fetched.append(version)
+        if version in self.damaged:
+            raise self.damaged[version]
         return Files(
             self.folders[version], DECODING, {"run_id": f"run-{version}"}, partial(self.removed.append, version)
         )
@@ -149,3 +154,68 @@ def test_a_version_that_cannot_be_served_is_refused_once(
         assert versions.fetched.count("2") == 1 == fetched - 1
         assert fingerprint(running) == "tales/3/float32"
     assert sorted(versions.removed) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("error", [UserError("2 has no engine"), KeyError("artifact_path"), ValueError("bad YAML")])
+def test_a_version_that_cannot_be_read_is_refused_once_and_the_watch_goes_on(
+    error: Exception, versions: Versions, caplog: Any
+) -> None:
+    versions.folders["2"] = versions.folders["3"] = versions.folders["1"]
+    versions.damaged["2"] = error
+    caplog.set_level(logging.WARNING, "pipeline")
+    with running_server(versions.folders["1"], source=versions) as running:
+        versions.wanted = "2"
+        wait_for(lambda: any("tales/1/float32 stays" in record.getMessage() for record in caplog.records))
+        versions.fails = True
+        wait_for(lambda: any("does not answer" in record.getMessage() for record in caplog.records))
+        versions.fails = False
+        assert running.metric("pipeline_refused_versions") == 1
+        versions.wanted = "3"
+        wait_for(lambda: running.served.current.version == "3")
+    assert versions.fetched.count("2") == 1
+
+
+def test_a_copy_that_fails_on_the_way_is_tried_again(versions: Versions, caplog: Any) -> None:
+    versions.folders["2"] = versions.folders["1"]
+    versions.damaged["2"] = ConnectionError("reset by peer")
+    with running_server(versions.folders["1"], source=versions) as running:
+        versions.wanted = "2"
+        wait_for(lambda: versions.fetched.count("2") > 1)
+        del versions.damaged["2"]
+        wait_for(lambda: running.served.current.version == "2")
+        assert running.metric("pipeline_refused_versions") == 0
+
+
+def test_an_error_of_the_watch_itself_does_not_end_it(
+    versions: Versions, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    versions.folders["2"] = versions.folders["1"]
+    with running_server(versions.folders["1"], source=versions) as running:
+        own, failed = running.served.update, threading.Event()
+
+        def update() -> None:
+            if not failed.is_set():
+                failed.set()
+                raise ZeroDivisionError("a bug")
+            own()
+
+        monkeypatch.setattr(running.served, "update", update)
+        versions.wanted = "2"
+        wait_for(lambda: running.served.current.version == "2")
+    assert "the look for a new version failed; tales/1/float32 stays" in caplog.text
+
+
+def test_a_version_replaces_another_on_the_same_provider(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without room for both, `auto` would fall back to the processor without a word."""
+    versions.folders["2"] = versions.folders["1"]
+    with running_server(versions.folders["1"], source=versions) as running:
+        own, providers = running.served._load, []
+
+        def load(folder: Path, provider: str | None) -> Any:
+            providers.append(provider)
+            return own(folder, provider)
+
+        monkeypatch.setattr(running.served, "_load", load)
+        versions.wanted = "2"
+        wait_for(lambda: running.served.current.version == "2")
+    assert providers == ["cpu"]
