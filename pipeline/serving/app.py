@@ -76,7 +76,7 @@ def create_app(
         title="GPT-2 pipeline", description="OpenAI's completions over ONNX Runtime.", version="1", lifespan=lifespan
     )
     app.add_middleware(Failures, metrics=metrics)
-    app.add_middleware(BodyLimit, most_bytes=limits.body_bytes)
+    app.add_middleware(BodyLimit, limits=limits)
     if access.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -221,11 +221,12 @@ class Failures:
 
 
 class BodyLimit:
-    """Middleware that refuses a body larger than `most_bytes`, unread if the headers give its length."""
+    """Middleware that refuses a body that is too large, unread if the headers give its length, or that is too slow."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
-        self._most_bytes = most_bytes
+        self._most_bytes = limits.body_bytes
+        self._timeout_s = limits.timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -236,11 +237,21 @@ class BodyLimit:
         if length.isdigit() and (len(length) > LONGEST_LENGTH or int(length) > self._most_bytes):
             await error_response(ApiError(413, text))(scope, receive, send)
             return
-        read = 0
+        read, is_whole = 0, False
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
 
         async def receive_within_limit() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, is_whole
+            if is_whole:
+                # What comes now is the end of the connection.
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the body did not arrive within {self._timeout_s:g} s"
+                raise HTTPException(408, late, headers={"Connection": "close"}) from None
+            is_whole = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self._most_bytes:
                 raise HTTPException(413, text)
@@ -314,7 +325,17 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
             return respond(request, unreadable_body(await request.body(), request.headers))
         texts = {404: "no such path; /docs lists them", 405: "this path takes another method"}
         text = texts.get(error.status_code, str(error.detail))
-        return error_response(ApiError(error.status_code, text, headers=dict(error.headers or {})))
+        is_late = error.status_code == 408
+        return respond(
+            request,
+            ApiError(
+                error.status_code,
+                text,
+                code="timeout" if is_late else None,
+                outcome="timed_out" if is_late else "refused",
+                headers=dict(error.headers or {}),
+            ),
+        )
 
 
 def _is_completions(scope: Scope) -> bool:

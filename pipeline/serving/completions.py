@@ -12,7 +12,8 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from pipeline.engine.text import Piece, TokenText
 from pipeline.errors import UserError
@@ -25,6 +26,8 @@ from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worke
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers that keep proxies from holding a stream back."""
+LAST_EVENT_SECONDS = 1.0
+"""How long a client that has timed out may take to read why."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,11 @@ class Call:
         return sum(len(prompt.ids) for prompt in self.job.prompts)
 
     @property
+    def remaining_s(self) -> float:
+        """The time until the request times out; negative once it has."""
+        return self.job.began + self._timeout_s - time.perf_counter()
+
+    @property
     def usage(self) -> dict[str, int]:
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -69,20 +77,19 @@ class Call:
 
     async def deliveries(self) -> AsyncIterator[Delivery]:
         """Yield what each step gives until the last choice has ended. Raises `ApiError`."""
-        remaining_s = self.job.began - time.perf_counter() + self._timeout_s
-        try:
-            async with asyncio.timeout(remaining_s):
-                is_last = False
-                while not is_last:
+        is_last = False
+        while not is_last:
+            try:
+                async with asyncio.timeout(self.remaining_s):
                     delivery = await self._deliveries.get()
-                    if isinstance(delivery, Exception):
-                        raise _engine_error(delivery)
-                    self.completion_tokens += sum(piece.token_count for piece in delivery.pieces)
-                    yield delivery
-                    is_last = delivery.is_last
-        except TimeoutError:
-            text = f"the request took longer than {self._timeout_s:g} s"
-            raise ApiError(504, text, code="timeout", outcome="timed_out") from None
+            except TimeoutError:
+                text = f"the request took longer than {self._timeout_s:g} s"
+                raise ApiError(504, text, code="timeout", outcome="timed_out") from None
+            if isinstance(delivery, Exception):
+                raise _engine_error(delivery)
+            self.completion_tokens += sum(piece.token_count for piece in delivery.pieces)
+            yield delivery
+            is_last = delivery.is_last
 
     def close(self, outcome: Outcome) -> None:
         """Free what the call holds, and count how it ended. To be called exactly once."""
@@ -206,9 +213,17 @@ class EventStream(StreamingResponse):
         self._outcome: Outcome = "cancelled"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            # Waits while the client does not read. One that reads slowly is sent why its stream ends.
+            async with asyncio.timeout(max(0, self._call.remaining_s) + LAST_EVENT_SECONDS):
+                await send(message)
+
         try:
             # A client that disconnects cancels this, even before the first event.
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except (TimeoutError, ClientDisconnect):
+            if self._call.remaining_s <= 0:
+                self._outcome = "timed_out"
         finally:
             self._call.close(self._outcome)
 

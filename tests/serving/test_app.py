@@ -17,14 +17,14 @@ import openai
 import pytest
 import requests
 from openai import OpenAI
-from served_model import DECODING, PATIENCE_S, SLOTS, Running, running_server, wait_for
+from served_model import DECODING, PATIENCE_S, SLOTS, Running, running_server, served_folder, wait_for
 from tiny_gpt2 import TINY_LEXICON
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
-from pipeline.serving.app import BodyLimit, playground
+from pipeline.serving.app import BodyLimit, create_app, playground
 from pipeline.serving.options import Access, Address, Limits, keys_from_environment
 from pipeline.tokens import prompt_ids
 
@@ -544,11 +544,12 @@ def test_a_full_queue_says_when_to_try_again(tiny_engine_folder: Path) -> None:
 
 
 def test_a_request_times_out(tiny_engine_folder: Path) -> None:
-    with running_server(tiny_engine_folder, limits=Limits(timeout_s=1e-6)) as running:
-        found = running.post(prompt="The lamp", **ENDLESS)
+    sliding = {**ENDLESS, "max_tokens": 100_000, "context_overflow": "slide"}
+    with running_server(tiny_engine_folder, limits=Limits(timeout_s=0.3)) as running:
+        found = running.post(prompt="The lamp", **sliding)
         assert (found.status_code, found.json()["error"]["code"]) == (504, "timeout")
-        stream = running.post(prompt="The lamp", **ENDLESS, stream=True).text
-        assert json.loads(stream.removeprefix("data: "))["error"]["code"] == "timeout"
+        *_, last = running.post(prompt="The lamp", **sliding, stream=True).text.strip().split("\n\n")
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
         wait_for(lambda: running.metric("pipeline_cache_slots_used") == 0)
         assert running.metric('pipeline_requests_total{outcome="timed_out"}') == 2
 
@@ -650,7 +651,7 @@ def test_a_bug_is_counted_once_and_read_by_other_origins(
 
 @pytest.mark.parametrize("digits", [5000, 30])
 def test_a_length_of_thousands_of_digits_is_too_large(digits: int) -> None:
-    found = BodyLimit(refuse_app, most_bytes=100)
+    found = BodyLimit(refuse_app, Limits(body_bytes=100))
     scope = {"type": "http", "headers": [(b"content-length", b"5" * digits)]}
     sent: list[Any] = []
 
@@ -721,3 +722,57 @@ def test_a_page_that_reaches_the_server_under_its_own_name_is_refused(tiny_engin
             assert found.status_code == 403
             assert found.json()["error"]["message"].startswith("Host: 'evil.example:8000' is not a name of this server")
         assert running.post(prompt="a", max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("reads_again", [False, True])
+def test_a_client_that_does_not_read_its_stream_is_timed_out(
+    reads_again: bool, tiny_engine_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not reads_again:
+        monkeypatch.setattr("pipeline.serving.completions.LAST_EVENT_SECONDS", 0.1)
+    served, metrics = served_folder(tiny_engine_folder)
+    app = create_app(served, metrics, Limits(timeout_s=0.5), Access())
+    served.start()
+    asked = {**ENDLESS, "prompt": "a", "stream": True, "max_tokens": 100_000, "context_overflow": "slide"}
+    body = json.dumps(asked).encode()
+    sent: list[bytes] = []
+
+    async def ask() -> None:
+        timed_out = asyncio.get_running_loop().time() + 0.6
+        messages = [{"type": "http.request", "body": body}]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+            if len(sent) == 3:
+                await (asyncio.sleep(timed_out - asyncio.get_running_loop().time()) if reads_again else receive())
+
+        headers = [(b"content-type", b"application/json")]
+        await app(
+            {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers,
+             "asgi": {"version": "3.0", "spec_version": "2.4"}},
+            receive,
+            send,
+        )  # fmt: skip
+
+    asyncio.run(asyncio.wait_for(ask(), PATIENCE_S))
+    wait_for(lambda: served.current.worker.running == 0)
+    served.close()
+    assert 'pipeline_requests_total{outcome="timed_out"} 1.0' in metrics.text().decode()
+    assert (b"the request took longer than 0.5 s" in b"".join(sent)) == reads_again
+
+
+def test_a_body_that_does_not_arrive_is_timed_out(tiny_engine_folder: Path) -> None:
+    with running_server(tiny_engine_folder, limits=Limits(timeout_s=0.5)) as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as slow:
+            slow.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 50\r\n\r\n{"prompt": '
+            )
+            answer = b"".join(iter(lambda: slow.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"the body did not arrive within 0.5 s" in answer
+        assert running.metric('pipeline_requests_total{outcome="timed_out"}') == 1
