@@ -1,8 +1,10 @@
 """The model that is served: loaded from a folder or the registry, and replaced by its next version while it runs."""
 
 import logging
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import requests
+from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -23,6 +26,9 @@ from pipeline.serving.worker import OnTokens, Worker
 from pipeline.tracking import store
 from pipeline.tracking.registry import RUN_TAG, fetch_model, resolve
 
+COPIES, COPY_LOCK = "pipeline-served-", "in-use.lock"
+"""The prefix of the folders that hold copies of versions, and the file in each that its server locks."""
+NEW_SECONDS = 3600
 WATCH_SECONDS = 10.0
 MOST_DOUBLINGS = 4
 UNREACHABLE = (MlflowException, requests.RequestException, OSError)
@@ -76,6 +82,7 @@ class RegistrySource:
     """A registered model: `models:/NAME@ALIAS`, whose alias may move, or `models:/NAME/VERSION`."""
 
     def __init__(self, client: MlflowClient, uri: str, ui_url: str) -> None:
+        _remove_leftovers()
         self.name = resolve(client, uri).name
         self._client = client
         self._uri = uri
@@ -87,7 +94,7 @@ class RegistrySource:
     def fetch(self, version: str | None) -> Files:
         found = self._client.get_model_version(self.name, str(version))
         with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pipeline-served-")))
+            folder = stack.enter_context(_own_folder())
             engine, decoding = fetch_model(f"models:/{self.name}/{version}", folder)
             lineage = self._lineage(found)
             return Files(engine, decoding, lineage, stack.pop_all().close)
@@ -113,6 +120,35 @@ class RegistrySource:
             base=base,
             registered=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         )
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """Yield a folder for a copy of a version, which is removed at the end, or by the next server if this one is killed.
+
+    Its lock says that a process uses it: the system opens it again when the process ends in whatever way.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix=COPIES, ignore_cleanup_errors=True) as name,
+        # The thread that removes the copy is not the one that made it.
+        FileLock(Path(name) / COPY_LOCK, thread_local=False),
+    ):
+        yield Path(name)
+
+
+def _remove_leftovers() -> None:
+    """Remove the copies of servers that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{COPIES}*"):
+        try:
+            if not (folder / COPY_LOCK).exists() and time.time() - folder.stat().st_mtime < NEW_SECONDS:
+                # Another server is about to lock it.
+                continue
+            with FileLock(folder / COPY_LOCK, timeout=0):
+                shutil.rmtree(folder)
+        except (Timeout, OSError):
+            # It is used, or belongs to somebody else.
+            continue
+        logger.info("removed %s, which a killed server had left", folder)
 
 
 def _lineage(**values: str | None) -> dict[str, str | None]:
@@ -279,6 +315,7 @@ class Served:
             return
         except UserError as error:
             self._warn_once(f"{error}; {self.current.fingerprint} stays")
+            self._failures += _may_pass(error)
             return
         self._warning, self._failures = None, 0
         with self._lock:
@@ -297,10 +334,9 @@ class Served:
         """Load a version, on the provider of the one that it replaces. Raises `UserError` if it cannot be served."""
         try:
             files = self._source.fetch(version)
-        except UNREACHABLE:
-            raise
         except Exception as error:
-            self._refuse(version, error)
+            if not _may_pass(error):
+                self._refuse(version, error)
             raise
         try:
             worker = self._start(files.engine, provider)
@@ -347,6 +383,11 @@ class Served:
                 except Exception:
                     # Without the watcher no later version would ever be served.
                     logger.exception("the look for a new version failed; %s stays", self.current.fingerprint)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error of the source is one of its store or of the network, and not of a version."""
+    return isinstance(error, UNREACHABLE) or isinstance(error.__cause__, UNREACHABLE)
 
 
 def source_of(model: str, decoding: ModelDecoding | None, ui_url: str) -> Source:

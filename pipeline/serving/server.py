@@ -36,6 +36,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._served.draining = True
+        # Uvicorn does so for SIGINT alone.
+        self.force_exit = self.should_exit
         super().handle_exit(sig, frame)
 
 

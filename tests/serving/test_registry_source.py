@@ -1,6 +1,10 @@
 """Versions from a real registry: what is fetched of them, and an alias that moves while a server runs."""
 
 import logging
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,3 +137,33 @@ def test_what_the_registry_does_not_hold_is_refused(uri: str, client: MlflowClie
 def test_what_names_no_version_is_refused(uri: str, client: MlflowClient) -> None:
     with pytest.raises(UserError, match="is not a registry URI; write models:/NAME@ALIAS"):
         resolve(client, uri)
+
+
+def test_copies_of_killed_servers_are_removed(
+    client: MlflowClient, versions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    move(client, versions[0])
+    code = f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nfrom pipeline.serving.served import _own_folder\n"
+    code += "with _own_folder() as folder: print(folder, flush=True); input()"
+    servers = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    killed, alive = (Path(str(server.stdout and server.stdout.readline()).strip()) for server in servers)
+    (killed / "weights").write_text("")
+    servers[0].kill()
+    servers[0].wait()
+    old, new = tmp_path / "pipeline-served-old", tmp_path / "pipeline-served-new"
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    source = RegistrySource(client, URI, "")
+    assert sorted(tmp_path.iterdir()) == sorted([alive, new])
+    copy = source.fetch(versions[0])
+    assert copy.engine.is_dir()
+    RegistrySource(client, URI, "")
+    assert copy.engine.is_dir()
+    copy.remove()
+    servers[1].communicate("\n", timeout=PATIENCE_S)
+    assert list(tmp_path.iterdir()) == [new]

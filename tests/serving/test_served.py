@@ -175,9 +175,14 @@ def test_a_version_that_cannot_be_read_is_refused_once_and_the_watch_goes_on(
     assert versions.fetched.count("2") == 1
 
 
-def test_a_copy_that_fails_on_the_way_is_tried_again(versions: Versions, caplog: Any) -> None:
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_copy_that_fails_on_the_way_is_tried_again(is_told: bool, versions: Versions) -> None:
     versions.folders["2"] = versions.folders["1"]
     versions.damaged["2"] = ConnectionError("reset by peer")
+    if is_told:
+        told = UserError("models:/tales/2: the registry does not hold it")
+        told.__cause__ = versions.damaged["2"]
+        versions.damaged["2"] = told
     with running_server(versions.folders["1"], source=versions) as running:
         versions.wanted = "2"
         wait_for(lambda: versions.fetched.count("2") > 1)

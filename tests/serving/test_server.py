@@ -19,6 +19,13 @@ from served_model import PATIENCE_S, wait_for
 ROOT = Path(__file__).parents[2]
 
 
+def accepts(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/ready", timeout=PATIENCE_S).status_code == 200
+    except requests.ConnectionError:
+        return False
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pipeline", "serve", *arguments]
 
@@ -78,6 +85,18 @@ def test_a_signal_ends_an_idle_server(process: tuple[subprocess.Popen[str], str]
     assert requests.get(f"{url}/ready", timeout=PATIENCE_S).status_code == 200
     started.send_signal(signal.SIGINT)
     wait_for(lambda: started.poll() is not None)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(second: signal.Signals, process: tuple[subprocess.Popen[str], str]) -> None:
+    started, url = process
+    body = {"prompt": "a", "max_tokens": 10**8, "context_overflow": "slide", "ignore_eos": True, "stream": True}
+    with requests.post(f"{url}/v1/completions", json=body, stream=True, timeout=PATIENCE_S) as response:
+        next(response.iter_lines())
+        started.send_signal(signal.SIGTERM)
+        wait_for(lambda: not accepts(url))
+        started.send_signal(second)
+        wait_for(lambda: started.poll() is not None)
 
 
 @pytest.mark.parametrize(
