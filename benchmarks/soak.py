@@ -202,7 +202,7 @@ def _body(target: Target, draw: random.Random) -> dict[str, Any]:
 
 def _request(body: dict[str, Any]) -> bytes:
     text = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
     return f"{head}\r\n\r\n".encode() + text
 
 
