@@ -202,8 +202,8 @@ def _body(target: Target, draw: random.Random) -> dict[str, Any]:
 
 def _request(body: dict[str, Any]) -> bytes:
     text = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
-    return f"{head}\r\n\r\n".encode() + text
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+    return f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + text
 
 
 def _post(port: int, body: dict[str, Any] | bytes) -> tuple[int, bytes]:
