@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens per continuation (default: %(default)s)")
     arguments = parser.parse_args()
     with report_errors():
-        generator = TextGenerator.load(
-            arguments.engine, precision=arguments.precision, provider="cpu", threads=1, slots=8
-        )
+        generator = TextGenerator.load(arguments.engine, precision=arguments.precision, provider="cpu", threads=1)
         measure(generator, rounds=arguments.rounds, requests=arguments.requests, tokens=arguments.tokens)
 
 

@@ -132,8 +132,14 @@ def test_settings_are_compared_with_none(tiny_checkpoint: Path, tmp_path: Path) 
     done = run([*command, "--rounds", "2", "--requests", "2", "--tokens", "6"])
     assert done.returncode == 0, done.stderr
     names = [line.split("  ")[0].split(" +")[0].split(" -")[0] for line in done.stdout.splitlines()[2:]]
-    assert names[0] == "none again"
-    assert {"max_verbatim_tokens 4", "top_n_sigma 3", "eta_cutoff 0.0005", "best_of 4"} <= set(names)
+    assert names == [
+        "none again",
+        *(f"max_verbatim_tokens {limit}" for limit in (4, 8, 15, 30)),
+        *("min_p 0.08", "top_n_sigma 3", "eta_cutoff 0.0005"),
+        *("no filter", "top_n_sigma 3 alone", "eta_cutoff 0.0005 alone"),
+        "repetition_penalty 1.1",
+        *(f"best_of {candidates}" for candidates in (2, 4, 8)),
+    ]
 
 
 def test_figures_are_tried_on_corrupted_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:

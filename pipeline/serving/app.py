@@ -250,11 +250,12 @@ class BodyLimit:
                     message = await receive()
             except TimeoutError:
                 late = f"the body did not arrive within {self._timeout_s:g} s"
-                raise HTTPException(408, late, headers={"Connection": "close"}) from None
+                headers = {"Connection": "close"}
+                raise ApiError(408, late, code="timeout", outcome="timed_out", headers=headers) from None
             is_whole = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self._most_bytes:
-                raise HTTPException(413, text)
+                raise ApiError(413, text)
             return message
 
         await self._app(scope, receive_within_limit, send)
@@ -320,22 +321,15 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, ApiError):
+            # FastAPI replaces what is raised while it reads a body.
+            return respond(request, error.__cause__)
         if error.status_code == 400:
             # FastAPI's answer to a body that raises anything but a JSON error.
             return respond(request, unreadable_body(await request.body(), request.headers))
         texts = {404: "no such path; /docs lists them", 405: "this path takes another method"}
         text = texts.get(error.status_code, str(error.detail))
-        is_late = error.status_code == 408
-        return respond(
-            request,
-            ApiError(
-                error.status_code,
-                text,
-                code="timeout" if is_late else None,
-                outcome="timed_out" if is_late else "refused",
-                headers=dict(error.headers or {}),
-            ),
-        )
+        return respond(request, ApiError(error.status_code, text, headers=dict(error.headers or {})))
 
 
 def _is_completions(scope: Scope) -> bool:

@@ -82,10 +82,11 @@ class Access:
             name = urlsplit(f"//{header}").hostname or ""
         except ValueError:
             return False
-        return _is_local(name) or _is_address(name) or name in {host.lower() for host in self.hosts}
+        return _is_local(name) or _is_address(name) or name in self.hosts
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origins", tuple(normalize_origin(origin) for origin in self.origins))
+        object.__setattr__(self, "hosts", tuple(host.lower() for host in self.hosts))
 
 
 def _is_local(name: str) -> bool:

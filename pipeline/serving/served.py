@@ -347,7 +347,10 @@ class Served:
         return ServedModel(self._source.name, version, files, worker)
 
     def _refuse(self, version: str | None, error: Exception) -> None:
-        """Remember a version that cannot be served: to fetch it again may take minutes, and changes nothing."""
+        """Remember a version that cannot be served: to fetch it again may take minutes, and changes nothing.
+
+        Raises `UserError` if `error` is another: a file that no library could read, say.
+        """
         self._refused = version
         self.refusals += 1
         if not isinstance(error, UserError):

@@ -190,7 +190,7 @@ def test_a_preset_is_described(running: Running) -> None:
     schemas = requests.get(f"{running.url}/openapi.json", timeout=PATIENCE_S).json()["components"]["schemas"]
     preset = schemas["CompletionRequest"]["properties"]["preset"]
     assert "/v1/models lists" in preset["description"]
-    assert "string" in [kind["type"] for kind in preset["anyOf"]]
+    assert {"type": "string", "maxLength": 1000} in preset["anyOf"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
