@@ -61,7 +61,11 @@ def main() -> None:
 
 
 def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path, *, name: str) -> None:
-    """Write `version.json` to `out`: the version that contains these files, registered now or found in the registry."""
+    """Register the version that contains these files, unless the registry holds it, and write `version.json` to `out`.
+
+    That file has the name and the fingerprint by which the version is found, but not its number, which depends on what
+    else is in the registry: whoever runs a commit must get the same outputs.
+    """
     details = read_json(evaluate / "details.json")
     score = registry.Score(
         test_split_sha256=registry.digest_texts(test),
@@ -107,10 +111,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
             # Last: a version without its alias, because it was interrupted, is not found and made again.
             client.set_model_version_tag(name, version.version, registry.FINGERPRINT_TAG, fingerprint)
             print(f"registered {name} version {version.version} as {alias}")
-    write_json(
-        out / "version.json",
-        {"name": name, "version": int(version.version), "fingerprint": fingerprint},
-    )
+    write_json(out / "version.json", {"name": name, "fingerprint": fingerprint})
 
 
 def pack_code(folder: Path) -> Path:

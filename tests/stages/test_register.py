@@ -81,7 +81,16 @@ def evaluated(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def version(project: Project, evaluated: Path) -> dict[str, Any]:
     """What `register` wrote of the first version."""
     project.run(stage, "out/export", str(evaluated), "out/finetune", "out/prepare/test.jsonl", "out/register")
-    return dict(read_json(project.out / "register" / "version.json"))
+    with project.entered():
+        return noted(project)
+
+
+def noted(project: Project) -> dict[str, Any]:
+    """Return what `register` wrote, with the number under which the registry holds it."""
+    written = read_json(project.out / "register" / "version.json")
+    found = registry.find_version(store.connect(), **written)
+    assert found is not None
+    return {**written, "version": int(found.version)}
 
 
 @pytest.fixture
@@ -119,7 +128,7 @@ def register_files(project: Project) -> dict[str, Any]:
         out / "register",
         name=project.params.register_.name,
     )
-    return dict(read_json(out / "register" / "version.json"))
+    return noted(project)
 
 
 def store_environment(project: Project) -> dict[str, str]:
