@@ -17,8 +17,8 @@ EDGE = 1e-6
 """A uniform this near an edge of the CDF may fall to either side."""
 
 STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
-    "temperature": st.sampled_from([0.0, 1e-300, 0.3, 0.8, 1.0, 1.7, 50.0]),
-    "top_k": st.sampled_from([0, 0, 1, 5, 40, 300, 699, 700, 2000]),
+    "temperature": st.sampled_from([0.0, 1e-300, 0.3, 0.8, 1.0, 1.7, 50.0, 1e39, 1e308]),
+    "top_k": st.sampled_from([0, 0, 1, 5, 40, 300, 699, 700, 2000, 2**63]),
     "top_p": st.sampled_from([1.0, 1e-9, 0.3, 0.9, 0.95, 0.9999]),
     "min_p": st.sampled_from([0.0, 0.0, 0.02, 0.5, 1.0]),
     "typical_p": st.sampled_from([1.0, 1.0, 1.0, 0.5]),

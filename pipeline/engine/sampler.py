@@ -18,7 +18,7 @@ that, or the whole row if no earlier filter is on.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -67,23 +67,25 @@ class LogitChanges:
     The factor divides a positive logit and multiplies others. A bias of -inf or an offset of inf removes the token.
     """
 
-    def __init__(self, vocabulary_size: int) -> None:
+    def __init__(self, vocabulary_size: int, biases: Mapping[int, float]) -> None:
         self.is_changed = np.zeros(vocabulary_size, np.bool_)
         """Whether each token of the vocabulary is changed, `[vocabulary]`."""
-        self._places: dict[int, int] = {}
-        self._ids = np.zeros(min(vocabulary_size, LEAST_CHANGES), np.int64)
+        used = len(biases)
+        self._places = dict(zip(biases, range(used), strict=True))
+        self._ids = np.zeros(min(vocabulary_size, used + LEAST_CHANGES), np.int64)
         self._bias, self._factor, self._offset = (np.zeros(len(self._ids), np.float32) for _ in range(3))
-        self._has_bias = self._has_factors = self._has_offsets = False
+        # A request may bias the whole vocabulary.
+        self._ids[:used] = list(biases)
+        self._bias[:used] = list(biases.values())
+        self._factor[:used] = 1
+        self.is_changed[self._ids[:used]] = True
+        self._has_bias = used > 0
+        self._has_factors = self._has_offsets = False
 
     @property
     def ids(self) -> TokenIds:
         """The changed tokens, in the order in which they were first changed."""
         return self._ids[: len(self._places)]
-
-    def set_bias(self, token_id: int, bias: float) -> None:
-        place = self._place(token_id)
-        self._has_bias = True
-        self._bias[place] = bias
 
     def set_factor(self, token_id: int, factor: np.float32) -> None:
         place = self._place(token_id)
@@ -166,11 +168,8 @@ class Continuation:
         self._counts: Counter[int] = Counter()
         self._removed: set[int] = set()
         self._penalty = None if params.repetition_penalty == 1 else filters.penalty_factor(params.repetition_penalty)
-        self._changes = LogitChanges(vocabulary_size)
-        for token_id, bias in params.logit_bias.items():
-            self._changes.set_bias(token_id, bias)
-        for token_id in params.banned_token_ids:
-            self._changes.set_bias(token_id, -np.inf)
+        banned = dict.fromkeys(params.banned_token_ids, -np.inf)
+        self._changes = LogitChanges(vocabulary_size, {**params.logit_bias, **banned})
         for token_id in prompt_ids:
             self._see(token_id)
         self._update_removed()
@@ -394,8 +393,7 @@ def _draw_rising(ids: TokenIds, logits: Logits, params: SamplingParams, u: float
     """Draw by the filters from top-n-sigma on among all tokens that the earlier ones left, in rising order."""
     logits = filters.apply_top_n_sigma(logits, params.top_n_sigma)
     logits = filters.apply_eta_cutoff(logits, params.eta_cutoff)
-    cdf = np.exp(logits, dtype=np.float64).cumsum()
-    return int(ids[cdf.searchsorted(u * cdf[-1], side="right")])
+    return int(ids[filters.place_in(np.exp(logits, dtype=np.float64).cumsum(), u)])
 
 
 def _least(params: SamplingParams) -> np.float32:
@@ -425,8 +423,7 @@ def _draw_from_all(logits: Logits, params: SamplingParams, u: float) -> int:
     weights = np.exp(logits)
     if params.min_p:
         weights[logits < _least(params)] = 0
-    cdf = np.cumsum(weights, dtype=np.float64)
-    return int(np.searchsorted(cdf, u * cdf[-1], side="right"))
+    return filters.place_in(np.cumsum(weights, dtype=np.float64), u)
 
 
 def _candidates(logits: Logits, peaks: Logits, peak: np.float32, count: int) -> TokenIds:

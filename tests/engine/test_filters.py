@@ -46,7 +46,9 @@ from pipeline.engine.filters import (
     check_token_ids,
     draw,
     filter_logits,
+    log_normalizers,
     log_softmax,
+    place_in,
     sample,
     softmax,
     token_logprobs,
@@ -188,8 +190,11 @@ def test_tiny_temperature_is_the_argmax(temperature: float) -> None:
     np.testing.assert_array_equal(softmax(apply_temperature(row(3e38, 500, -500, -INF), temperature)), [1, 0, 0, 0])
 
 
-def test_huge_temperature_is_nearly_uniform() -> None:
-    np.testing.assert_allclose(softmax(apply_temperature(row(3, -3, 0, -INF), 1e9)), [1 / 3, 1 / 3, 1 / 3, 0])
+@pytest.mark.parametrize("temperature", [1e9, 1e39, 1e308])
+def test_huge_temperature_is_nearly_uniform(temperature: float) -> None:
+    np.testing.assert_allclose(
+        softmax(apply_temperature(row(3, -3, 0, -INF), temperature)), [1 / 3, 1 / 3, 1 / 3, 0], rtol=1e-5
+    )
 
 
 def test_temperature_0_keeps_the_lowest_id_of_the_likeliest() -> None:
@@ -686,3 +691,16 @@ def test_token_id_outside_the_vocabulary_names_the_field(name: str) -> None:
     check_token_ids(params(49), 50)
     with pytest.raises(UserError, match=rf"^{name}: no token has the id 50, give ids below the vocabulary size \(50\)"):
         check_token_ids(params(50), 50)
+
+
+@pytest.mark.parametrize("last", [np.nan, 0.0, np.inf])
+def test_weights_without_a_sum_are_an_error_and_no_token(last: float) -> None:
+    with pytest.raises(ArithmeticError, match="the weights of the tokens sum to"):
+        place_in(np.array([0.0, 0.0, last]), 0.5)
+
+
+def test_normalizers_are_those_of_float64() -> None:
+    logits = np.random.default_rng(0).normal(0, 4, (5, 50_257)).astype(np.float32)
+    expected = logits[:, 0] - log_softmax(logits)[:, 0]
+    np.testing.assert_allclose(log_normalizers(logits), expected, rtol=0, atol=1e-7)
+    assert log_normalizers(logits[0]) == log_normalizers(logits)[0]

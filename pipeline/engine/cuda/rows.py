@@ -27,8 +27,11 @@ ASKS_HOST, STEP_BITS, TAG_BITS = (1 << 24) - 1, 24, 40
 """An entry of the log holds the token, or `ASKS_HOST` if the host must draw it; from bit `STEP_BITS` on, the number of
 the draw since the row joined; and from bit `TAG_BITS` on, a tag, which grows each time that a row joins. So a reader
 can distinguish the token that it waits for from an older one in the same place."""
+TAGS = 1 << (63 - TAG_BITS)
+"""The number of tags that an entry has room for, after which they begin again. By then the log, which is emptied when a
+row joins, has long forgotten the first."""
 NEVER = -1
-"""An ending id that no token has."""
+"""What no token has as its id, and no entry of the log as its value."""
 
 
 def round_up_rows(rows: int) -> int:
@@ -100,7 +103,7 @@ def can_be_drawn(continuation: Continuation) -> bool:
 def row_of(
     continuation: Continuation, token_id: int, position: int, left: int, tag: int, context_length: int
 ) -> dict[str, NDArray[Any]]:
-    """Return the row of each field of `STATE` except the log.
+    """Return the row of each field of `STATE`, with an empty log.
 
     `token_id` is fed next, at `position`, and up to `left` tokens are drawn; `tag` is added to the entries of the log.
     """
@@ -114,7 +117,7 @@ def row_of(
         "frequency_penalty": params.frequency_penalty,
         "temperature": 1 if greedy else filters.temperature_divisor(params.temperature),
         # Greedy takes the likeliest token, the first of several: the smallest uniform draws it from the top-1.
-        "top_k": 1 if greedy else params.top_k,
+        "top_k": 1 if greedy else min(params.top_k, len(bias)),
         "top_p": 1 if greedy else params.top_p,
         "log_min_p": filters.LOWEST if greedy or params.min_p == 0 else math.log(params.min_p),
         "top_n_sigma": 0 if greedy else params.top_n_sigma,
@@ -133,5 +136,6 @@ def row_of(
         "ending_ids": endings + [NEVER] * (ENDING_IDS - len(endings)),
         "uniforms": np.zeros(context_length) if greedy else continuation.uniforms(context_length),
         "last_positions": position,
+        "log": [NEVER] * LOGGED,
     }
     return {name: np.asarray(row[name], STATE[name].dtype) for name in row}
