@@ -161,6 +161,12 @@ def _add_serve(commands: Any) -> None:
         help="continuations that may wait (default: %(default)s)",
     )
     parser.add_argument(
+        "--max-slots-per-client",
+        type=int,
+        metavar="SLOTS",
+        help="slots that one key or address may hold, with the same share of the queue (default: all)",
+    )
+    parser.add_argument(
         "--max-tokens", type=int, help="the longest continuation that a request may ask for (default: as long as fits)"
     )
     parser.add_argument(
@@ -207,6 +213,7 @@ def _serve(arguments: argparse.Namespace) -> None:
                 threads=arguments.threads,
                 slots=arguments.slots,
                 max_queue=arguments.max_queue,
+                slots_per_client=arguments.max_slots_per_client,
             ),
             limits=Limits(max_tokens=arguments.max_tokens, timeout_s=arguments.timeout_s),
             access=Access(

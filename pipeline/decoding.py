@@ -14,6 +14,8 @@ from pipeline.files import read_json
 
 LONGEST_LOOP_TOKENS = 1024
 """The longest run, in tokens, that `repetition_detection` may look for. The worst cost of a step grows with it."""
+MOST_CHOICES = 1024
+"""The most continuations of one prompt."""
 CONTEXT_OVERFLOWS = ("end", "slide")
 
 
@@ -26,7 +28,7 @@ class SamplingParams:
     """
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the argmax. At least 0."""
+    """Divides the logits; 0 takes the argmax. At least 0; above a million it is a million."""
     top_k: int = 0
     """Keep the k likeliest tokens and ties with the last. At least 0; 0 is off."""
     top_p: float = 1.0
@@ -64,7 +66,8 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()
     """If any are given, only these, end-of-text and the stop ids are drawn."""
     min_new_tokens: int = 0
-    """End-of-text and stop ids are not drawn before this many tokens. At least 0."""
+    """End-of-text and stop ids are not drawn before this many tokens, and a stop text counts only if it is complete
+    after them. At least 0."""
     max_new_tokens: int | None = None
     """The most tokens that are generated. At least 1; null continues to the end of the context."""
     context_overflow: str = "end"
@@ -79,10 +82,10 @@ class SamplingParams:
     seed: int | None = None
     """The key of the random numbers, in [0, 2**63); null takes a fresh one."""
     n: int = 1
-    """Independent continuations per prompt. At least 1."""
+    """Independent continuations per prompt. In [1, 1024]."""
     best_of: int = 1
-    """Draw this many continuations per prompt and return the `n` with the fewest faults (`pipeline.engine.best`). At
-    least `n`; 1 is off. Needs an engine with a lexicon. A stream gets each text whole."""
+    """Draw this many continuations per prompt and return the `n` with the fewest faults (`pipeline.engine.best`). In
+    [`n`, 1024]; 1 is off. Needs an engine with a lexicon. A stream gets each text whole."""
     logprobs: int | None = None
     """Report the log-probabilities of each drawn token and of this many likeliest ones. At least 0; null is off."""
 
@@ -104,6 +107,7 @@ class SamplingParams:
             _check_integer(name, getattr(self, name), minimum=0)
         for name in ("n", "best_of"):
             _check_integer(name, getattr(self, name), minimum=1)
+            _check_range(name, getattr(self, name), getattr(self, name) <= MOST_CHOICES, f"at most {MOST_CHOICES}")
         _check_range("best_of", self.best_of, self.best_of == 1 or self.best_of >= self.n,
                      f"at least n ({self.n}), or 1, which is off")  # fmt: skip
         for name, minimum in (("max_new_tokens", 1), ("seed", 0), ("logprobs", 0)):

@@ -90,7 +90,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"prompt: its character {error.start} is not valid Unicode; give the text as UTF-8") from error
-    return [end_of_text_id(tokenizer), *tokenizer.encode(prompt).ids]
+    # Unlike `encode`, this lets other threads run: a server may be sent megabytes.
+    (encoding,) = tokenizer.encode_batch_fast([prompt])
+    return [end_of_text_id(tokenizer), *encoding.ids]
 
 
 @dataclass(frozen=True, slots=True)

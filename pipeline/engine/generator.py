@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,9 @@ from pipeline.errors import UserError
 
 SLOTS = 8
 """The default number of continuations that run at once. The memory of a slot is taken when it is first used."""
-SCORING_CHUNK_TOKENS = 256
-"""The number of tokens scored at a time: their logits over GPT-2's vocabulary take 51 MB."""
+SCORING_CHUNK_TOKENS = 128
+"""The most tokens scored at a time: their logits over GPT-2's vocabulary take 26 MB."""
+_LOADING = Lock()
 
 
 @dataclass(slots=True)
@@ -72,8 +74,10 @@ class Engine:
         """
         if slots < 1:
             raise UserError(f"slots: {slots} is out of range, must be at least 1")
-        session = load_session(Path(folder), precision=precision, provider=provider, threads=threads, slots=slots)
-        return cls(session)
+        # One at a time, because on a GPU each captures graphs.
+        with _LOADING:
+            session = load_session(Path(folder), precision=precision, provider=provider, threads=threads, slots=slots)
+            return cls(session)
 
     @property
     def end_of_text_id(self) -> int:
@@ -123,6 +127,7 @@ class Engine:
         """
         if params.n != 1:
             raise UserError(f"n: a stream is one continuation, got {params.n}")
+        self._check_params(params)
         # Checked now, but queued only when it is read: an iterator that is never started cannot clean up.
         return self._stream(self._context(prompt, params), params)
 
@@ -130,11 +135,21 @@ class Engine:
         """Queue the continuations of a prompt; `scheduler.step` runs them. Raises `UserError` as `generate` does."""
         return self.submit_all([(prompt, params)])
 
-    def submit_all(self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
-        """Queue the continuations of prompts in their order. If one prompt is refused, none is queued."""
-        checked = [(self._context(prompt, params), params) for prompt, params in prompts]
+    def submit_all(
+        self, prompts: Iterable[tuple[Sequence[int], SamplingParams]], client: str | None = None
+    ) -> list[Request]:
+        """Queue the continuations of prompts in their order. If one prompt is refused, none is queued.
+
+        `client` is as in `Scheduler.submit`.
+        """
+        each = list(prompts)
+        for params in {id(params): params for _, params in each}.values():
+            self._check_params(params)
+        checked = [(self._context(prompt, params), params) for prompt, params in each]
         return [
-            request for context, params in checked for request in self.scheduler.submit(context, params, _seed(params))
+            request
+            for context, params in checked
+            for request in self.scheduler.submit(context, params, _seed(params), client)
         ]
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
@@ -157,23 +172,28 @@ class Engine:
             readings.append(Reading(np.concatenate(logprobs), total / len(ids)))
         return readings
 
-    def echo_chunks(self, text: Sequence[int], top_count: int) -> Iterator[list[Token]]:
-        """Yield the tokens of a text in parts, each token with its log-probability and the `top_count` likeliest.
+    def echo(self, text: Sequence[int], start: int, end: int, top_count: int) -> list[Token]:
+        """Return tokens of a text that `check_text` takes, each with its log-probability and the `top_count` likeliest.
 
-        The first token has neither, as nothing precedes it. Other requests may run between the parts, but only one text
-        is scored at a time. Raises `UserError` as `score` does.
+        The first has neither, as nothing precedes it. A text is read in parts, from the first on; other requests may
+        run between them, but only one text is read at a time.
         """
-        self.check_text(text)
-        yield [Token(text[0])]
-        for logits, _, followers in self._read_chunks(text):
-            yield [
-                Token(token_id, *token_logprobs(row, token_id, top_count))
-                for row, token_id in zip(logits, followers, strict=False)
-            ]
+        first = [Token(text[0])] if start == 0 else []
+        fed = text[max(0, start - 1) : min(end, len(text)) - 1]
+        if not fed:
+            return first
+        with self.session.memory.held():
+            logits, _ = self.session.read(fed, max(0, start - 1))
+        return first + [
+            Token(token_id, *token_logprobs(row, token_id, top_count))
+            for row, token_id in zip(logits, text[max(1, start) : end], strict=True)
+        ]
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def check(self, prompts: Iterable[Sequence[int]], params: SamplingParams) -> None:
         """Raise `UserError` if `submit` would refuse a prompt. Safe to call from any thread."""
-        self._context(prompt, params)
+        self._check_params(params)
+        for prompt in prompts:
+            self._context(prompt, params)
 
     def check_text(self, text: Sequence[int], name: str = "text") -> None:
         """Raise `UserError` if `score` would refuse a text. Safe to call from any thread."""
@@ -183,7 +203,7 @@ class Engine:
         if len(text) > self.context_length:
             raise UserError(f"{name}: {len(text)} tokens do not fit in the context of {self.context_length}")
 
-    def _stream(self, context: Sequence[int], params: SamplingParams) -> Iterator[Token]:
+    def _stream(self, context: list[int], params: SamplingParams) -> Iterator[Token]:
         (request,) = self.scheduler.submit(context, params, _seed(params))
         try:
             while request.finish_reason is None or request.tokens:
@@ -205,11 +225,12 @@ class Engine:
         """
         for start in range(0, len(ids), SCORING_CHUNK_TOKENS):
             end = start + SCORING_CHUNK_TOKENS
-            yield *self.session.read(ids[start:end], start, states=states), ids[start + 1 : end + 1]
+            with self.session.memory.held():
+                read = self.session.read(ids[start:end], start, states=states)
+            yield *read, ids[start + 1 : end + 1]
 
-    def _context(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
-        """Return the context of a prompt. Raises `UserError` if the prompt or its parameters do not fit."""
-        self.check_ids("prompt", prompt)
+    def _check_params(self, params: SamplingParams) -> None:
+        """Raise `UserError` if parameters do not fit this engine."""
         check_token_ids(params, self.manifest.vocabulary_size)
         if params.stop:
             raise UserError("stop: holds texts, but the engine reads token ids; use pipeline.engine.text")
@@ -220,6 +241,10 @@ class Engine:
                 "max_verbatim_tokens: this engine holds no index of its training text; export it again with "
                 "export.verbatim_index set to true, or by `python -m pipeline export` with --verbatim-index"
             )
+
+    def _context(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+        """Return the context of a prompt. Raises `UserError` if the prompt does not fit."""
+        self.check_ids("prompt", prompt)
         context = list(prompt) or [self.end_of_text_id]
         if len(context) < self.context_length:
             return context
@@ -232,9 +257,10 @@ class Engine:
 
     def check_ids(self, name: str, ids: Sequence[int]) -> None:
         """Raise `UserError` if a token id is outside the vocabulary. Safe to call from any thread."""
-        for token_id in ids:
-            if not 0 <= token_id < self.manifest.vocabulary_size:
-                raise UserError(f"{name}: token id {token_id} is not in [0, {self.manifest.vocabulary_size})")
+        size = self.manifest.vocabulary_size
+        if len(ids) > 0 and (min(ids) < 0 or max(ids) >= size):
+            wrong = next(token_id for token_id in ids if not 0 <= token_id < size)
+            raise UserError(f"{name}: token id {wrong} is not in [0, {size})")
 
 
 def _seed(params: SamplingParams) -> int:

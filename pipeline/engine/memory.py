@@ -7,7 +7,9 @@ the host does not wait for it.
 import ctypes
 import weakref
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,6 +51,12 @@ class Buffer:
 class Memory(Protocol):
     """A device's memory."""
 
+    def held(self) -> AbstractContextManager[object]:
+        """Keep other threads from the device for a block.
+
+        ONNX Runtime captures graphs in CUDA's global mode, in which work of any other thread spoils the capture.
+        """
+
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
         """Allocate memory that holds zeros; it lives as long as this object."""
 
@@ -70,6 +78,9 @@ class Memory(Protocol):
 
 class HostMemory:
     """The memory of the processor. Zeros take up memory only once they are written to."""
+
+    def held(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
         array = np.zeros(shape, dtype)
@@ -94,6 +105,8 @@ class HostMemory:
 class CudaMemory:
     """The memory of the first GPU, through CUDA's runtime, which must be loaded."""
 
+    _DEVICE = RLock()
+
     def __init__(self) -> None:
         self._runtime = ctypes.CDLL(RUNTIME)
         self._runtime.cudaGetErrorString.restype = ctypes.c_char_p
@@ -104,6 +117,9 @@ class CudaMemory:
         """The address of the stream on which everything runs, in the order in which it is queued."""
         # A peek must not wait for what is queued.
         self._peeking = self._new_stream()
+
+    def held(self) -> AbstractContextManager[object]:
+        return self._DEVICE
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize

@@ -1,14 +1,16 @@
 """Continuous batching: requests join and leave the running batch at any step, each with its own parameters and seed.
 
 A running request has a slot of the session's cache. A step first gives free slots to waiting requests, then reads a
-part of the prompts that are not read yet, then feeds every other running request one token and draws its next. What is
-drawn for a request depends on its neighbours only through rounding.
+part of the prompts that are not read yet, in the order of their arrival, then feeds every other running request one
+token and draws its next. What is drawn for a request depends on its neighbours only through rounding, and an error in
+its draw ends it alone.
 """
 
 import math
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from pipeline.decoding import SamplingParams
@@ -17,7 +19,6 @@ from pipeline.engine.cuda.rows import ASKS_HOST, can_be_drawn, round_up_rows
 from pipeline.engine.filters import token_logprobs
 from pipeline.engine.sampler import Continuation
 from pipeline.engine.session import Session
-from pipeline.errors import UserError
 
 PREFILL_CHUNK_TOKENS = {"cpu": 32, "cuda": 128}
 """The number of prompt tokens read per step while others decode. On two cores 32 take the time of two steps, and longer
@@ -43,12 +44,21 @@ class Token:
 class Request:
     """One continuation, from the moment it is submitted; `tokens` fills as it runs."""
 
-    continuation: Continuation
+    params: SamplingParams
+    begin: Callable[[], Continuation]
+    """Makes `continuation`."""
     context: list[int]
-    """The tokens that the model has been fed or will be, the newest last; never empty."""
-    group: int | None
-    """The requests of a group continue the same prompt; None once the cache no longer begins with it."""
+    """The tokens that the model has been fed or will be, the newest last; never empty. Requests that wait share that of
+    their group, and copy it when they get a slot."""
+    group: int
+    """The number of the prompt in the order of arrival; the requests of a group continue the same one."""
     prompt_tokens: int
+    client: str | None = None
+    """Whose request it is, if clients are limited."""
+    continuation: Continuation = field(init=False)
+    """Made when it gets a slot, because thousands may wait."""
+    holds_prompt: bool = True
+    """Whether its cache begins with the prompt, as far as that is read."""
     cached: int = 0
     """The number of tokens of `context` that its slot holds."""
     slot: int | None = None
@@ -59,10 +69,6 @@ class Request:
     """The error that ended it, if the finish reason is `error`."""
 
     @property
-    def params(self) -> SamplingParams:
-        return self.continuation.params
-
-    @property
     def unread(self) -> int:
         """The number of context tokens that are not in the cache: decoding feeds one, prefill reads more."""
         return len(self.context) - self.cached
@@ -70,6 +76,9 @@ class Request:
 
 class Scheduler:
     """The requests that wait and run on one session."""
+
+    slots_per_client: float = math.inf
+    """The most slots that the requests of one client hold."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -89,20 +98,32 @@ class Scheduler:
         """The number of requests that have no slot yet."""
         return len(self._waiting)
 
-    def submit(self, context: Sequence[int], params: SamplingParams, seed: int) -> list[Request]:
-        """Queue the `n` continuations of a prompt, which has at least one token and leaves room in the context."""
+    def submit(self, context: list[int], params: SamplingParams, seed: int, client: str | None = None) -> list[Request]:
+        """Queue the `n` continuations of a prompt, which has at least one token and leaves room in the context.
+
+        `client` says whose they are, for `slots_per_client`; those of nobody are not limited.
+        """
         manifest = self._session.manifest
         end_of_text = manifest.end_of_text_id
-        prompt = list(context[1:] if context[0] == end_of_text else context)
+        prompt = context[1:] if context[0] == end_of_text else context
         self._groups += 1
         requests = [
             Request(
-                Continuation(
-                    params, seed, choice, prompt, end_of_text, manifest.vocabulary_size, self._session.followers
+                params,
+                partial(
+                    Continuation,
+                    params,
+                    seed,
+                    choice,
+                    prompt,
+                    end_of_text,
+                    manifest.vocabulary_size,
+                    self._session.followers,
                 ),
-                list(context),
+                context,
                 group=self._groups,
                 prompt_tokens=len(context),
+                client=client,
             )
             for choice in range(params.n)
         ]
@@ -112,7 +133,8 @@ class Scheduler:
     def cancel(self, request: Request) -> None:
         """End a request and free its slot at once; do nothing if it has ended."""
         if request.finish_reason is None:
-            self._finish(request, "cancelled")
+            with self._session.memory.held():
+                self._finish(request, "cancelled")
 
     def step(self, prefill_tokens: float | None = None) -> None:
         """Continue every running request by a token.
@@ -120,32 +142,51 @@ class Scheduler:
         While others decode, at most `prefill_tokens` of prompts are read, or all if it is infinite. The default is
         `PREFILL_CHUNK_TOKENS` of this provider.
         """
-        self._admit()
-        self._close_gaps()
-        self._prefill(PREFILL_CHUNK_TOKENS[self._session.provider] if prefill_tokens is None else prefill_tokens)
-        self._decode()
+        with self._session.memory.held():
+            self._admit()
+            self._close_gaps()
+            self._prefill(PREFILL_CHUNK_TOKENS[self._session.provider] if prefill_tokens is None else prefill_tokens)
+            self._decode()
 
     def _admit(self) -> None:
         """Give free slots to waiting requests."""
         for slot, occupant in enumerate(self._running):
-            if occupant is not None:
-                continue
             if not self._waiting:
                 return
-            request = self._waiting[0]
+            if occupant is not None or (request := self._take_waiting()) is None:
+                continue
             # The last token of a prompt is fed again: the first draw needs its logits.
             shared = request.prompt_tokens - 1
-            relatives = [other for other in self._active() if other.group == request.group] if shared else []
-            source = next((other.slot for other in relatives if other.cached >= shared), None)
-            if relatives and source is None:
-                # The prompt is being read for another choice; this one will copy it from there.
-                return
-            self._waiting.popleft()
+            source = next((other.slot for other in self._relatives(request) if other.cached >= shared), None)
             self._running[slot] = request
             request.slot = slot
+            request.context = list(request.context)
             if source is not None:
                 self._session.copy(source, slot, shared)
                 request.cached = shared
+
+    def _take_waiting(self) -> Request | None:
+        """Return the first waiting request that may have a slot now; None if all must wait."""
+        held = Counter(request.client for request in self._active())
+        for request in list(self._waiting):
+            if request.client is not None and held[request.client] >= self.slots_per_client:
+                continue
+            relatives = self._relatives(request)
+            if relatives and all(other.cached < request.prompt_tokens - 1 for other in relatives):
+                # The prompt is being read for another choice; this one will copy it from there.
+                continue
+            try:
+                request.continuation = request.begin()
+            except Exception as error:  # noqa: BLE001
+                self._fail(request, error)
+                continue
+            self._waiting.remove(request)
+            return request
+        return None
+
+    def _relatives(self, request: Request) -> list[Request]:
+        """Return the other running requests whose cache begins with the same prompt."""
+        return [other for other in self._active() if other.group == request.group and other.holds_prompt]
 
     def _close_gaps(self) -> None:
         """Move the last running request into a free slot below it, because every row up to the last one is computed.
@@ -169,7 +210,7 @@ class Scheduler:
     def _prefill(self, prefill_tokens: float) -> None:
         """Read prompts, and draw the first token of each that is read to its end."""
         room = prefill_tokens if any(request.unread == 1 for request in self._active()) else math.inf
-        for request in list(self._active()):
+        for request in sorted(self._active(), key=lambda one: one.group):
             if request.unread == 1 or request.slot is None:
                 continue
             if room == 0:
@@ -179,7 +220,7 @@ class Scheduler:
             room -= end - request.cached
             request.cached = end
             if request.unread == 0:
-                self._draw(request, request.slot)
+                self._continue(request, request.slot, ASKS_HOST)
                 # This request decodes now, so the rest of this step reads fewer prompt tokens.
                 room = min(room, prefill_tokens)
 
@@ -229,51 +270,55 @@ class Scheduler:
             if request is None:
                 raise ValueError(f"slot {slot} has no request")
             request.cached += 1
-            if token_id == ASKS_HOST:
-                self._draw(request, slot)
-            else:
-                self._append(request, slot, token_id)
+            self._continue(request, slot, token_id)
 
-    def _draw(self, request: Request, slot: int) -> None:
-        """Draw the token that follows what the slot was fed last."""
-        session = self._session
+    def _continue(self, request: Request, slot: int, token_id: int) -> None:
+        """Continue a request by a token; for `ASKS_HOST` it is drawn from what the slot was fed last.
+
+        Whatever goes wrong, as when no token is left or the model gave NaN, ends this request, and the others go on.
+        """
+        session, context_length = self._session, self._session.manifest.context_length
         try:
-            token_id = request.continuation.draw(session.logits[slot], session.top_logits[slot], session.top_ids[slot])
-        except (UserError, ArithmeticError) as error:
-            # No token is left, or the model gave NaN: this request ends, the others continue.
-            request.error = error
-            self._finish(request, "error")
-        else:
-            self._append(request, slot, token_id)
+            if token_id == ASKS_HOST:
+                token_id = request.continuation.draw(
+                    session.logits[slot], session.top_logits[slot], session.top_ids[slot]
+                )
+            token = self._append(request, slot, token_id)
+        except Exception as error:  # noqa: BLE001
+            self._fail(request, error)
+            return
+        if token.finish_reason is not None:
+            self._finish(request, token.finish_reason, token)
+            return
+        request.tokens.append(token)
+        if len(request.context) == context_length:
+            # The newest half is read again, from position 0.
+            request.context = list(request.context[-(context_length // 2) :])
+            request.cached = 0
+            request.holds_prompt = False
+            self._rest(slot)
 
-    def _append(self, request: Request, slot: int, token_id: int) -> None:
-        """Append the token that was drawn, or end the request."""
+    def _append(self, request: Request, slot: int, token_id: int) -> Token:
+        """Append a token that was drawn, unless it ends the request, and return the step."""
         params, continuation = request.params, request.continuation
         if token_id in continuation.ending_ids:
-            self._finish(request, "stop")
-            return
+            return Token(None, finish_reason="stop")
         logprob, top = None, None
         if params.logprobs is not None:
             logprob, top = token_logprobs(self._session.logits[slot], token_id, params.logprobs)
         continuation.append(token_id)
         request.context.append(token_id)
-        full = len(request.context) == self._session.manifest.context_length
+        is_full = len(request.context) == self._session.manifest.context_length
         reason: FinishReason | None = None
-        if len(continuation.output_ids) == params.max_new_tokens or (full and params.context_overflow == "end"):
+        if len(continuation.output_ids) == params.max_new_tokens or (is_full and params.context_overflow == "end"):
             reason = "length"
         elif continuation.is_looping:
             reason = "repetition"
-        token = Token(token_id, logprob, top, reason)
-        if reason is not None:
-            self._finish(request, reason, token)
-            return
-        request.tokens.append(token)
-        if full:
-            # The newest half is read again, from position 0.
-            request.context = request.context[-(len(request.context) // 2) :]
-            request.cached = 0
-            request.group = None
-            self._rest(slot)
+        return Token(token_id, logprob, top, reason)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.error = error
+        self._finish(request, "error")
 
     def _finish(self, request: Request, reason: FinishReason, token: Token | None = None) -> None:
         """End a request with its last token, if it has one, and free its slot."""

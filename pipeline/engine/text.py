@@ -1,10 +1,12 @@
 """Text around the engine, which knows only token ids: prompts, continuations, stop texts, and whole characters."""
 
+from codecs import getincrementaldecoder
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -20,6 +22,8 @@ from pipeline.tokens import load_tokenizer, prompt_ids
 
 BYTES = "bytes:"
 """The prefix of a token's text if the token is not made of whole characters: its bytes follow, spelled out."""
+MOST_CHARACTER_BYTES = 4
+"""The most bytes of a character in UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Piece:
     tokens: list[TokenText] = field(default_factory=list)
     """The tokens that the text completes; empty if no log-probabilities were asked for."""
     finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    """The error that ended the choice, if the finish reason is `error`."""
 
     @property
     def token_count(self) -> int:
@@ -116,40 +122,49 @@ class TextGenerator:
         self.engine.run(list(choices), advance)
         return [_completion(own) for own in pieces]
 
-    def begin(self, asked: Sequence["Asked"]) -> list["Choice"]:
+    def begin(self, asked: Sequence["Asked"], client: str | None = None) -> list["Choice"]:
         """Queue the continuations of prompts, and return them in order: `candidates` per prompt.
 
-        Choice j of prompt i has the index `i * n + j`; so have the pieces that `Choice.sift` returns. Raises
-        `UserError` as `check` does, and then queues none of them.
+        Choice j of prompt i has the index `i * n + j`; so have the pieces that `Choice.sift` returns. `client` is as in
+        `Scheduler.submit`. Raises `UserError` as `check` does, and then queues none of them.
         """
-        for own in asked:
-            self._check_lexicon(own.params)
-        requests = iter(self.engine.submit_all((own.ids, _for_engine(own.params)) for own in asked))
+        # Those of one client's prompts are the same object, which may name the whole vocabulary.
+        of_engine = {id(own.params): self._for_engine(own.params) for own in asked}
+        requests = iter(self.engine.submit_all([(own.ids, of_engine[id(own.params)]) for own in asked], client))
         choices: list[Choice] = []
         first = 0
         for own in asked:
             group = _Candidates(own, first, self.lexicon) if own.params.best_of > 1 else None
             texts = self.token_texts if own.params.logprobs is not None else None
+            tail = open_character(self.tokenizer, own.ids)
             choices += [
                 Choice(
-                    first + index, request, self.tokenizer, own.params.stop, texts=texts, begin=own.begin, group=group
+                    first + index,
+                    request,
+                    Detokenizer(self.tokenizer, own.params.stop, min_tokens=own.params.min_new_tokens, tail=tail),
+                    texts=texts,
+                    begin=own.begin,
+                    group=group,
                 )
                 for index, request in enumerate(islice(requests, own.params.candidates))
             ]
             first += own.params.n
         return choices
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def check(self, prompts: Iterable[Sequence[int]], params: SamplingParams) -> None:
         """Raise `UserError` if a prompt does not fit, or needs what the engine lacks. Safe to call from any thread."""
-        self._check_lexicon(params)
-        self.engine.check(prompt, _for_engine(params))
+        self.engine.check(prompts, self._for_engine(params))
 
-    def _check_lexicon(self, params: SamplingParams) -> None:
+    def _for_engine(self, params: SamplingParams) -> SamplingParams:
+        """Return the parameters without stop texts and `best_of`, as the engine reads only ids."""
         if params.best_of > 1 and not self.lexicon:
             raise UserError(
                 "best_of: this engine holds no lexicon to judge texts by; export the checkpoint again, with "
                 "export.verbatim_index set to true or a base that has a lexicon"
             )
+        if params.best_of > 1:
+            params = replace(params, n=params.best_of, best_of=1, logprobs=params.logprobs or 0)
+        return replace(params, stop=()) if params.stop else params
 
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[str]:
         """Continue a prompt, and yield pieces of whole characters as they come, up to a stop text.
@@ -158,13 +173,12 @@ class TextGenerator:
         """
         if params.best_of > 1:
             return iter([completion.text for completion in self.complete([prompt], [params])])
-        tokens = self.engine.stream(prompt_ids(self.tokenizer, prompt), _for_engine(params))
-        return detokenize(tokens, self.tokenizer, params.stop)
+        tokens = self.engine.stream(prompt_ids(self.tokenizer, prompt), self._for_engine(params))
+        return detokenize(tokens, Detokenizer(self.tokenizer, params.stop, min_tokens=params.min_new_tokens))
 
 
-def detokenize(tokens: Iterator[Token], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
+def detokenize(tokens: Iterator[Token], detokenizer: "Detokenizer") -> Iterator[str]:
     """Yield the text of tokens in pieces of whole characters, up to the stop text that is complete first."""
-    detokenizer = Detokenizer(tokenizer, stop)
     for token in tokens:
         if token.token_id is None:
             break
@@ -176,25 +190,83 @@ def detokenize(tokens: Iterator[Token], tokenizer: Tokenizer, stop: Sequence[str
         yield rest
 
 
+class OpenCharacter(NamedTuple):
+    """The end of a prompt that ends inside a character, as one of token ids may."""
+
+    ids: Sequence[int] = ()
+    """The tokens that hold its first bytes; none if the prompt ends with a whole character."""
+    text: str = ""
+    """The whole characters that these tokens begin with."""
+
+
+WHOLE = OpenCharacter()
+
+
+def open_character(tokenizer: Tokenizer, ids: Sequence[int]) -> OpenCharacter:
+    """Return the character at the end of a prompt that is left to its continuation to complete.
+
+    If there is one, the text of the prompt ends in a mark for it.
+    """
+    spelled: list[bytes] = []
+    for token_id in reversed(ids[-MOST_CHARACTER_BYTES:]):
+        own = _spell(tokenizer, token_id)
+        if own is None:
+            break
+        spelled.insert(0, own)
+    decoder = getincrementaldecoder("utf-8")("replace")
+    decoder.decode(b"".join(spelled))
+    begun = len(decoder.getstate()[0])
+    count = held = 0
+    while held < begun:
+        count += 1
+        held += len(spelled[-count])
+    text = b"".join(spelled[len(spelled) - count :])[: held - begun]
+    return OpenCharacter(ids[len(ids) - count :], text.decode(errors="replace"))
+
+
 class Detokenizer:
     """Token ids to text in pieces of whole characters, up to a stop text; text that may begin one is held back."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        tail: OpenCharacter = WHOLE,
+    ) -> None:
+        """Read the tokens that follow a prompt with this `tail`.
+
+        A stop text counts if it is complete only after the first `min_tokens`, as in vLLM.
+        """
         self._tokenizer = tokenizer
         self._stop = stop
+        self._unstoppable_tokens = min_tokens
+        self._unstoppable = 0
+        """The number of characters held back that came with those tokens."""
         self._decoder = DecodeStream(skip_special_tokens=False)
+        for token_id in tail.ids:
+            self._decoder.step(tokenizer, token_id)
+        self._given = tail.text
+        """What comes first, but belongs to the prompt."""
         self._held = ""
         self.stopped = False
         """Whether a stop text is complete; no text comes after it."""
 
     def feed(self, token_id: int) -> str:
         """Return the text that this token completes: often a word, sometimes nothing."""
-        self._held += self._decoder.step(self._tokenizer, token_id) or ""
-        end = _first_stop(self._held, self._stop)
+        if text := self._decoder.step(self._tokenizer, token_id):
+            self._held += text[len(self._given) :]
+            self._given = ""
+        if self._unstoppable_tokens > 0:
+            self._unstoppable_tokens -= 1
+            self._unstoppable = len(self._held)
+        end = _first_stop(self._held, self._stop, self._unstoppable)
         self.stopped = end is not None
         if end is None:
             end = len(self._held) - _possible_stop(self._held, self._stop)
         piece, self._held = self._held[:end], self._held[end:]
+        self._unstoppable = max(0, self._unstoppable - end)
         return piece
 
     @property
@@ -236,13 +308,10 @@ class TokenTexts:
         return TokenText(text, offset, token.logprob, None if top is None else {self[i]: p for i, p in top.items()})
 
     def _text_of(self, token_id: int) -> str:
-        written = self._tokenizer.id_to_token(token_id)
-        if written is None:
+        spelled = _spell(self._tokenizer, token_id)
+        if spelled is None:
             # An embedding may have more rows than the tokenizer has tokens.
-            return ""
-        if not all(character in _BYTES for character in written):
-            return str(written)
-        spelled = bytes(_BYTES[character] for character in written)
+            return str(self._tokenizer.id_to_token(token_id) or "")
         try:
             return spelled.decode()
         except UnicodeDecodeError:
@@ -256,8 +325,7 @@ class Choice:
         self,
         index: int,
         request: Request,
-        tokenizer: Tokenizer,
-        stop: Sequence[str],
+        detokenizer: Detokenizer,
         *,
         texts: TokenTexts | None = None,
         begin: int = 0,
@@ -271,7 +339,7 @@ class Choice:
         self.request = request
         self.finish_reason: FinishReason | None = None
         """Why it has ended; a stop text ends it, but not the request that draws its tokens."""
-        self._detokenizer = Detokenizer(tokenizer, stop)
+        self._detokenizer = detokenizer
         self.logprob = 0.0
         """The natural log-probability of what has been drawn, if it was asked for."""
         self._texts = texts
@@ -302,7 +370,8 @@ class Choice:
         if not text and not token_ids and self.finish_reason is None:
             return None
         self._length += len(text)
-        return Piece(self.index, text, token_ids, self._complete_tokens(), self.finish_reason)
+        error = self.request.error if self.finish_reason == "error" else None
+        return Piece(self.index, text, token_ids, self._complete_tokens(), self.finish_reason, error)
 
     def sift(self, piece: Piece | None) -> list[Piece]:
         """Return what the caller reads once this piece is taken.
@@ -338,7 +407,7 @@ class _Candidates:
         if len(self._pieces) < params.candidates or any(own.finish_reason is None for own in self._pieces):
             return []
         drawn = sorted(self._pieces, key=lambda own: own.index)
-        whole = [_join(self._pieces[own]) for own in drawn]
+        whole = [join_pieces(self._pieces[own]) for own in drawn]
         candidates = [
             Candidate(
                 piece.text,
@@ -348,32 +417,29 @@ class _Candidates:
             )
             for own, piece in zip(drawn, whole, strict=True)
         ]
-        best = best_first(self._asked.text, candidates, self._lexicon)[: params.n]
-        return [replace(whole[index], index=self._first + rank) for rank, index in enumerate(best)]
+        best = best_first(self._asked.text, candidates, self._lexicon)
+        # Those that an error ended come last.
+        best.sort(key=lambda index: whole[index].error is not None)
+        return [replace(whole[index], index=self._first + rank) for rank, index in enumerate(best[: params.n])]
 
 
-def _join(pieces: Sequence[Piece]) -> Piece:
+def join_pieces(pieces: Sequence[Piece]) -> Piece:
+    """Return the pieces of one choice as a single one."""
     return Piece(
         pieces[-1].index,
         "".join(piece.text for piece in pieces),
         [token_id for piece in pieces for token_id in piece.token_ids],
         [token for piece in pieces for token in piece.tokens],
         pieces[-1].finish_reason,
+        pieces[-1].error,
     )
 
 
 def _completion(pieces: Sequence[Piece]) -> TextCompletion:
-    whole = _join(pieces)
+    whole = join_pieces(pieces)
     if whole.finish_reason is None:
         raise ValueError("the request has not ended")
     return TextCompletion(whole.text, whole.token_ids, whole.finish_reason)
-
-
-def _for_engine(params: SamplingParams) -> SamplingParams:
-    """Return the parameters without stop texts and `best_of`, as the engine reads only ids."""
-    if params.best_of > 1:
-        params = replace(params, n=params.best_of, best_of=1, logprobs=params.logprobs or 0)
-    return replace(params, stop=())
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -386,20 +452,30 @@ def _byte_of_character() -> dict[str, int]:
 _BYTES = _byte_of_character()
 
 
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the stop text that is complete first begins, which does not depend on how tokens cut the text."""
-    complete = [(index + len(entry), index) for entry in stop if (index := text.find(entry)) >= 0]
+def _spell(tokenizer: Tokenizer, token_id: int) -> bytes | None:
+    """Return the bytes of a token; None for one that is not written in bytes, or that the tokenizer does not have."""
+    written = tokenizer.id_to_token(token_id)
+    if written is None or not all(character in _BYTES for character in written):
+        return None
+    return bytes(_BYTES[character] for character in written)
+
+
+def _first_stop(text: str, stop: Sequence[str], unstoppable: int) -> int | None:
+    """Return where the stop text that is complete first begins, which does not depend on how tokens cut the text.
+
+    One that ends within the first `unstoppable` characters does not count.
+    """
+    starts = [(text.find(entry, max(0, unstoppable + 1 - len(entry))), entry) for entry in stop]
+    complete = [(start + len(entry), start) for start, entry in starts if start >= 0]
     return min(complete)[1] if complete else None
 
 
 def _possible_stop(text: str, stop: Sequence[str]) -> int:
     """Return how many characters at the end of `text` may be the beginning of a stop text."""
-    longest = max((len(entry) for entry in stop), default=1) - 1
-    return next(
-        (
-            count
-            for count in range(min(longest, len(text)), 0, -1)
-            if any(entry.startswith(text[len(text) - count :]) for entry in stop)
-        ),
-        0,
-    )
+    return max((_overlap(text, entry) for entry in stop), default=0)
+
+
+def _overlap(text: str, entry: str) -> int:
+    """Return the length of the longest beginning of `entry`, but not all of it, that `text` ends with."""
+    counts = range(min(len(entry) - 1, len(text)), 0, -1)
+    return next((count for count in counts if text.endswith(entry[:count])), 0)

@@ -111,7 +111,7 @@ def human_samples(
     for row in islice(read_jsonl(documents), samples):
         prompt = leading_words(row["text"], prompt_words)
         prompt_tokens = prompt_ids(generator.tokenizer, prompt)
-        generator.check(prompt_tokens, decoding)
+        generator.check([prompt_tokens], decoding)
         budget = decoding.max_new_tokens or generator.engine.context_length
         if decoding.context_overflow == "end":
             budget = min(budget, generator.engine.context_length - len(prompt_tokens))

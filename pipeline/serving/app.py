@@ -95,7 +95,8 @@ def create_app(
     @app.post(COMPLETIONS, dependencies=with_key, tags=["completions"], response_model=None)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         """Continue each prompt; with `stream`, answer as server-sent events."""
-        call = await begin_call(asked, served, metrics, limits, arrived=time.perf_counter())
+        client = client_of(request, access)
+        call = await begin_call(asked, served, metrics, limits, client=client, arrived=time.perf_counter())
         request.scope[BEGUN] = True
         return EventStream(call) if asked.stream else await answer_whole(call, request)
 
@@ -116,7 +117,8 @@ def create_app(
         """Return the token ids of a text, without the end-of-text that a prompt begins with."""
         with served.lease() as current:
             check_name(asked.model, current)
-            ids = (await asyncio.to_thread(current.generator.tokenizer.encode, asked.prompt)).ids
+            (encoding,) = await asyncio.to_thread(current.generator.tokenizer.encode_batch_fast, [asked.prompt])
+            ids = encoding.ids
             return {"tokens": ids, "count": len(ids), "max_model_len": current.generator.engine.context_length}
 
     @app.post("/detokenize", dependencies=with_key, tags=["tokens"])
@@ -128,8 +130,9 @@ def create_app(
                 current.generator.engine.check_ids("tokens", asked.tokens)
             except UserError as error:
                 raise to_api_error(error) from error
-            decode = current.generator.tokenizer.decode
-            return {"prompt": await asyncio.to_thread(decode, asked.tokens, skip_special_tokens=False)}
+            decode = current.generator.tokenizer.decode_batch
+            (text,) = await asyncio.to_thread(decode, [asked.tokens], skip_special_tokens=False)
+            return {"prompt": text}
 
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
@@ -275,6 +278,13 @@ def playground() -> tuple[str, str]:
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page, policy
+
+
+def client_of(request: Request, access: Access) -> str:
+    """Return whose request it is, for the limit of each client: its key, if the server asks for one, or its address."""
+    if access.keys:
+        return hashlib.sha256(request.headers["authorization"].encode()).hexdigest()
+    return "" if request.client is None else request.client.host
 
 
 def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:

@@ -15,17 +15,19 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from pipeline.engine.text import Piece, TokenText
+from pipeline.engine.text import Piece, join_pieces
 from pipeline.errors import UserError
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.openai import ApiError, CompletionRequest, Outcome, StreamOptions, to_api_error
 from pipeline.serving.options import Limits
 from pipeline.serving.served import Served, ServedModel
 from pipeline.serving.shapes import shorten
-from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worker, text_prompt
+from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worker, ids_prompt, text_prompt
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers that keep proxies from holding a stream back."""
+JSON = "application/json"
+LARGE_EVENT_BYTES = 10_000
 LAST_EVENT_SECONDS = 1.0
 """How long a client that has timed out may take to read why."""
 
@@ -49,6 +51,8 @@ class Call:
         self.asked = asked
         self.job = job
         self.completion_tokens = 0
+        self.errors: list[ApiError] = []
+        """The errors of the choices that failed."""
         self._model = model
         self._deliveries = deliveries
         self._metrics = metrics
@@ -75,8 +79,13 @@ class Call:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
 
+    @property
+    def outcome(self) -> Outcome:
+        """How a call has ended that was answered to its end."""
+        return self.errors[0].outcome if self.errors else "completed"
+
     async def deliveries(self) -> AsyncIterator[Delivery]:
-        """Yield what each step gives until the last choice has ended. Raises `ApiError`."""
+        """Yield what each step gives until the last choice has ended. Raises `ApiError`, as when every choice fails."""
         is_last = False
         while not is_last:
             try:
@@ -88,6 +97,9 @@ class Call:
             if isinstance(delivery, Exception):
                 raise _engine_error(delivery)
             self.completion_tokens += sum(piece.token_count for piece in delivery.pieces)
+            self.errors += [_engine_error(piece.error) for piece in delivery.pieces if piece.error is not None]
+            if len(self.errors) == self.job.choices:
+                raise self.errors[0]
             yield delivery
             is_last = delivery.is_last
 
@@ -110,9 +122,9 @@ class Call:
 
 
 async def begin_call(
-    asked: CompletionRequest, served: Served, metrics: Metrics, limits: Limits, *, arrived: float
+    asked: CompletionRequest, served: Served, metrics: Metrics, limits: Limits, *, client: str, arrived: float
 ) -> Call:
-    """Check a request that arrived at `arrived` (`time.perf_counter`) and submit it. Raises `ApiError`."""
+    """Check a request of `client` that arrived at `arrived` (`time.perf_counter`) and submit it. Raises `ApiError`."""
     if not served.ready:
         raise ApiError(503, "the server is shutting down", outcome="rejected", headers={"Retry-After": "5"})
     with ExitStack() as on_error:
@@ -130,11 +142,10 @@ async def begin_call(
                 for entry in asked.prompts():
                     _check_length(entry, model, can_slide=not scores)
             prompts = [await _read_prompt(entry, model) for entry in asked.prompts()]
-            for prompt in prompts:
-                if draws:
-                    model.generator.check(prompt.ids, params)
-                if scores:
-                    model.generator.engine.check_text(prompt.ids, "prompt")
+            if draws:
+                model.generator.check([prompt.ids for prompt in prompts], params)
+            for prompt in prompts if scores else ():
+                model.generator.engine.check_text(prompt.ids, "prompt")
         except UserError as error:
             raise to_api_error(error) from error
         loop = asyncio.get_running_loop()
@@ -143,7 +154,7 @@ async def begin_call(
         def deliver(delivery: Delivery | Exception) -> None:
             loop.call_soon_threadsafe(deliveries.put_nowait, delivery)
 
-        job = Job(prompts, params, deliver, echo=bool(asked.echo), draws=draws, began=arrived)
+        job = Job(prompts, params, deliver, echo=bool(asked.echo), draws=draws, client=client, began=arrived)
         call = Call(asked, model, job, deliveries, metrics=metrics, timeout_s=limits.timeout_s, release=release)
         _submit(model.worker, job)
         # From here on the call releases the model when it is closed.
@@ -170,9 +181,9 @@ async def answer_whole(call: Call, request: Request) -> Response:
             # Nobody reads this response.
             outcome = "cancelled"
             return Response(status_code=499)
-        body = collecting.result()
-        outcome = "completed"
-        return json_response(body)
+        answer = collecting.result()
+        outcome = call.outcome
+        return answer
     except ApiError as error:
         outcome = error.outcome
         return error_response(error)
@@ -185,23 +196,19 @@ async def answer_whole(call: Call, request: Request) -> Response:
         call.close(outcome)
 
 
-async def _collect(call: Call) -> dict[str, Any]:
-    """Return the body of the whole answer. Raises `ApiError`."""
+async def _collect(call: Call) -> Response:
+    """Return the whole answer. Raises `ApiError`."""
     gained: list[list[Piece]] = [[] for _ in range(call.job.choices)]
     async for delivery in call.deliveries():
         for piece in delivery.pieces:
             gained[piece.index].append(piece)
-    choices = [
-        _choice_body(
-            index,
-            "".join(piece.text for piece in own),
-            [token for piece in own for token in piece.tokens],
-            own[-1].finish_reason,
-            reports=call.asked.logprobs is not None,
-        )
-        for index, own in enumerate(gained)
-    ]
-    return call.body(choices, call.usage)
+    choices = []
+    for own in gained:
+        # A choice may have a thousand tokens of twenty log-probabilities each: between two, others are answered.
+        await asyncio.sleep(0)
+        choices.append(json.dumps(_choice_body(join_pieces(own), reports=call.asked.logprobs is not None)))
+    body = json.dumps(call.body([], call.usage))
+    return Response(body.replace('"choices": []', f'"choices": [{", ".join(choices)}]', 1), media_type=JSON)
 
 
 class EventStream(StreamingResponse):
@@ -237,10 +244,13 @@ class EventStream(StreamingResponse):
                 ]
                 events = []
                 for piece in pieces:
-                    choice = _choice_body(piece.index, piece.text, piece.tokens, piece.finish_reason, reports=reports)
                     ends_job = delivery.is_last and piece is pieces[-1]
                     has_usage = ends_job or options.continuous_usage_stats
+                    choice = _choice_body(piece, reports=reports)
                     events.append(_event(call.body([choice], call.usage if has_usage else None)))
+                    if len(events[-1]) > LARGE_EVENT_BYTES:
+                        # Between two that take long to write, others are answered.
+                        await asyncio.sleep(0)
                 if events:
                     yield b"".join(events)
         except ApiError as error:
@@ -250,7 +260,7 @@ class EventStream(StreamingResponse):
         if options.include_usage:
             yield _event(call.body([], call.usage))
         yield b"data: [DONE]\n\n"
-        self._outcome = "completed"
+        self._outcome = call.outcome
 
 
 def error_response(error: ApiError) -> Response:
@@ -259,22 +269,21 @@ def error_response(error: ApiError) -> Response:
 
 def json_response(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
     # In ASCII: an error may quote half of a surrogate pair.
-    return Response(json.dumps(body), status, headers, media_type="application/json")
+    return Response(json.dumps(body), status, headers, media_type=JSON)
 
 
-def _choice_body(
-    index: int, text: str, tokens: list[TokenText], finish_reason: str | None, *, reports: bool
-) -> dict[str, Any]:
-    """Return a choice, or a piece of one, in the shape of OpenAI's API."""
+def _choice_body(piece: Piece, *, reports: bool) -> dict[str, Any]:
+    """Return a choice, or a piece of one, in the shape of OpenAI's API; one that failed has an `error`, too."""
     logprobs = None
     if reports:
         logprobs = {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [token.top_logprobs for token in tokens],
-            "text_offset": [token.offset for token in tokens],
+            "tokens": [token.text for token in piece.tokens],
+            "token_logprobs": [token.logprob for token in piece.tokens],
+            "top_logprobs": [token.top_logprobs for token in piece.tokens],
+            "text_offset": [token.offset for token in piece.tokens],
         }
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    body = {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+    return body if piece.error is None else {**body, **_shown_error(piece.error).body()}
 
 
 def _event(body: dict[str, Any]) -> bytes:
@@ -285,9 +294,7 @@ async def _read_prompt(entry: str | list[int], model: ServedModel) -> Prompt:
     """Return a prompt in tokens: a text begins a document, token ids are taken as they are. Raises `UserError`."""
     if isinstance(entry, str):
         return await asyncio.to_thread(text_prompt, model.generator, entry)
-    model.generator.engine.check_ids("prompt", entry)
-    text = model.generator.tokenizer.decode(entry, skip_special_tokens=False)
-    return Prompt(entry, text, has_context=False)
+    return await asyncio.to_thread(ids_prompt, model.generator, entry)
 
 
 def _check_length(entry: str | list[int], model: ServedModel, *, can_slide: bool) -> None:
@@ -314,9 +321,15 @@ def _submit(worker: Worker, job: Job) -> None:
 
 def _engine_error(error: Exception) -> ApiError:
     """Return what a client reads of an error of the engine, and log one that is not the client's."""
+    if not isinstance(error, UserError):
+        logger.error("a request failed: %s", error, exc_info=error)
+    return _shown_error(error)
+
+
+def _shown_error(error: Exception) -> ApiError:
+    """Return what a client reads of an error of the engine."""
     if isinstance(error, UserError):
         return to_api_error(error)
-    logger.error("a request failed: %s", error)
     return ApiError(500, "the engine failed; the server's log says why", outcome="failed")
 
 

@@ -46,6 +46,8 @@ class EngineOptions:
     """The continuations that run at once."""
     max_queue: int = 64
     """The continuations that may wait."""
+    slots_per_client: int | None = None
+    """The slots that one client may hold, and with them the same share of the queue; None for all."""
 
 
 @dataclass(frozen=True)

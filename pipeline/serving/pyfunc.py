@@ -26,6 +26,7 @@ refuse_foreign(Path(__file__).parent / "code" / "pipeline")
 
 import logging
 import os
+import weakref
 from collections.abc import Iterator
 from threading import Lock
 from typing import Any
@@ -39,7 +40,10 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from pipeline.decoding import SamplingParams, merge_decoding, read_decoding
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
-from pipeline.serving.worker import Prompt, Worker, run_job, text_prompt
+from pipeline.serving.worker import Worker, run_job, text_prompt
+
+CONTINUATIONS_AT_ONCE = 1024
+"""The continuations that `predict` submits at a time."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +83,8 @@ class TextModel(PythonModel):
                 worker = Worker(self._load)
                 worker.start()
                 self._workers[process] = worker
+                # Its thread would keep it, and the weights, for as long as the process lives.
+                weakref.finalize(self, worker.abandon).atexit = False
             return self._workers[process]
 
     def predict(
@@ -89,10 +95,17 @@ class TextModel(PythonModel):
         Raises `MlflowException` (HTTP 400 behind `mlflow models serve`) naming field, value and range.
         """
         try:
-            prompts, decoding = self._prompts(model_input.iloc[:, 0].tolist()), self._decoding(params or {})
-            texts = [""] * (len(prompts) * decoding.n)
-            for piece in run_job(self._worker, prompts, decoding):
-                texts[piece.index] += piece.text
+            rows, decoding = model_input.iloc[:, 0].tolist(), self._decoding(params or {})
+            _check_rows(rows)
+            # As many at a time as keep every slot busy: a million rows must not wait in memory.
+            rows_at_once = max(1, CONTINUATIONS_AT_ONCE // decoding.candidates)
+            texts: list[str] = []
+            for start in range(0, len(rows), rows_at_once):
+                prompts = [text_prompt(self._worker.generator, row) for row in rows[start : start + rows_at_once]]
+                first = len(texts)
+                texts += [""] * (len(prompts) * decoding.n)
+                for piece in run_job(self._worker, prompts, decoding):
+                    texts[first + piece.index] += piece.text
             return texts
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
@@ -105,17 +118,12 @@ class TextModel(PythonModel):
             decoding = self._decoding(params or {})
             if decoding.n != 1:
                 raise UserError(f"n: a stream is one continuation, got {decoding.n}")
-            for piece in run_job(self._worker, self._prompts([model_input]), decoding):
+            _check_rows([model_input])
+            for piece in run_job(self._worker, [text_prompt(self._worker.generator, model_input)], decoding):
                 if piece.text:
                     yield piece.text
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-
-    def _prompts(self, prompts: list[Any]) -> list[Prompt]:
-        for row, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise UserError(f"row {row}: expected a text to continue, got {prompt!r}; '' starts from nothing")
-        return [text_prompt(self._worker.generator, prompt) for prompt in prompts]
 
     def _decoding(self, params: dict[str, Any]) -> SamplingParams:
         # MLflow casts to NumPy's types, not to Python's.
@@ -125,6 +133,12 @@ class TextModel(PythonModel):
         if ids or biases:
             values["logit_bias"] = read_logit_bias(ids, biases)
         return merge_decoding(own, values)
+
+
+def _check_rows(rows: list[Any]) -> None:
+    for index, row in enumerate(rows):
+        if not isinstance(row, str):
+            raise UserError(f"row {index}: expected a text to continue, got {row!r}; '' starts from nothing")
 
 
 def read_logit_bias(ids: list[int], values: list[float]) -> dict[int, float]:

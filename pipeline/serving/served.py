@@ -31,6 +31,7 @@ COPIES, COPY_LOCK = "pipeline-served-", "in-use.lock"
 NEW_SECONDS = 3600
 WATCH_SECONDS = 10.0
 MOST_DOUBLINGS = 4
+JOIN_SECONDS = 0.1
 UNREACHABLE = (MlflowException, requests.RequestException, OSError)
 
 logger = logging.getLogger(__name__)
@@ -221,6 +222,7 @@ class Served:
         load: Load,
         *,
         max_queue: int,
+        slots_per_client: int | None = None,
         on_tokens: OnTokens = lambda count, seconds, is_first: None,
         on_death: Callable[[], None] = lambda: None,
         watch_seconds: float = WATCH_SECONDS,
@@ -228,6 +230,7 @@ class Served:
         self._source = source
         self._load = load
         self._max_queue = max_queue
+        self._slots_per_client = slots_per_client
         self._on_tokens = on_tokens
         self._on_death = on_death
         self._watch_seconds = watch_seconds
@@ -243,6 +246,8 @@ class Served:
         """How often in a row the source did not answer."""
         self._wake = threading.Event()
         self._closing = False
+        self._fetching = False
+        """Whether the watcher copies a version, which may take as long as the network does."""
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self.current: ServedModel
         self.started = False
@@ -261,11 +266,14 @@ class Served:
         self._watcher.start()
 
     def close(self) -> None:
-        """End every engine; requests that still run end with an error."""
+        """End every engine; requests that still run end with an error.
+
+        A version that is being copied is not waited for: its copy is removed when the process ends.
+        """
         self._closing = True
         self._wake.set()
-        if self._watcher.is_alive():
-            self._watcher.join()
+        while self._watcher.is_alive() and not self._fetching:
+            self._watcher.join(JOIN_SECONDS)
         if self.started:
             for model in (self.current, *self._retired):
                 model.close()
@@ -332,12 +340,18 @@ class Served:
 
     def _open(self, version: str | None, provider: str | None = None) -> ServedModel:
         """Load a version, on the provider of the one that it replaces. Raises `UserError` if it cannot be served."""
+        self._fetching = True
         try:
             files = self._source.fetch(version)
         except Exception as error:
             if not _may_pass(error):
                 self._refuse(version, error)
             raise
+        finally:
+            self._fetching = False
+        if self._closing:
+            files.remove()
+            raise UserError(f"version {version} came while the server was closing")
         try:
             worker = self._start(files.engine, provider)
         except Exception as error:
@@ -361,6 +375,7 @@ class Served:
         worker = Worker(
             lambda: self._load(engine, provider),
             max_queue=self._max_queue,
+            slots_per_client=self._slots_per_client,
             on_tokens=self._on_tokens,
             on_death=self._on_death,
         )

@@ -55,8 +55,12 @@ def serve(
 
     Raises `UserError` if the model cannot be served or an option is out of range, and if the engine breaks.
     """
-    for name, value, least in (("--max-queue", engine.max_queue, 0), ("--max-tokens", limits.max_tokens or 1, 1)):
-        if value < least:
+    for name, value, least in (
+        ("--max-queue", engine.max_queue, 0),
+        ("--max-slots-per-client", engine.slots_per_client, 1),
+        ("--max-tokens", limits.max_tokens, 1),
+    ):
+        if value is not None and value < least:
             raise UserError(f"{name}: {value} is out of range, must be at least {least}")
     if limits.timeout_s <= 0:
         raise UserError(f"--timeout-s: {limits.timeout_s:g} is out of range, must be above 0")
@@ -82,7 +86,14 @@ def serve(
         )
 
     source = source_of(model, decoding, mlflow_url)
-    served = Served(source, load, max_queue=engine.max_queue, on_tokens=metrics.on_tokens, on_death=on_death)
+    served = Served(
+        source,
+        load,
+        max_queue=engine.max_queue,
+        slots_per_client=engine.slots_per_client,
+        on_tokens=metrics.on_tokens,
+        on_death=on_death,
+    )
     checks_host = address.is_loopback and not access.keys
     app = create_app(served, metrics, limits, access, root_path=address.root_path, checks_host=checks_host)
     config = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False)

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 from pydantic import WrapValidator
 from pydantic_core import PydanticCustomError
 
+MOST_PROMPTS = 4096
+"""Far more than a server takes at a time, which depends on its slots and its queue."""
 MOST_STOPS = 64
 MOST_STOP_CHARACTERS = 1024
 """The most characters in all stop texts together. Every one may have to be looked for at each token."""
@@ -57,6 +59,8 @@ def check_prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
         raise _refuse(f"expected a text, token ids, or a list of either, got {_show(value)}")
     if not value:
         raise _refuse("the list is empty; give a prompt, '' to start from nothing")
+    if isinstance(value[0], str | list):
+        _check_count(value, MOST_PROMPTS, "prompts")
     match value[0]:
         case str():
             return [check_text(one, f"[{index}]") for index, one in enumerate(value)]

@@ -1,8 +1,8 @@
 """The engine in a thread of its own: jobs come from any thread, and what they gain is delivered step by step.
 
 A job is one request of a client: prompts, each continued `n` times, optionally after its own tokens are scored
-(`echo`). The thread's loop handles new messages, scores a chunk of a text, lets every running continuation draw a
-token, and delivers. Nothing else touches the engine.
+(`echo`). The thread's loop handles new messages, scores a part of a text, lets every running continuation draw a token,
+and delivers. Nothing else touches the engine. What goes wrong with a job ends that job, and the loop goes on.
 """
 
 import math
@@ -14,11 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine import Engine, Token
-from pipeline.engine.text import Asked, Choice, Detokenizer, Piece, TextGenerator, TokenText
+from pipeline.engine import Engine
+from pipeline.engine.generator import SCORING_CHUNK_TOKENS
+from pipeline.engine.scheduler import PREFILL_CHUNK_TOKENS
+from pipeline.engine.text import Asked, Choice, Detokenizer, Piece, TextGenerator, TokenText, open_character
 from pipeline.errors import UserError
 from pipeline.tokens import prompt_ids
 
@@ -29,13 +32,14 @@ WARM_UP_TOKENS = 4
 MEMORY_OF_DURATIONS = 0.9
 """The share of the mean duration of continuations that is kept when another one ends."""
 LONGEST_RETRY_SECONDS = 60
+_OF_PARENTS: list["Worker"] = []
 
 
 class QueueFullError(Exception):
-    """The queue is full; a client should try again after `retry_after_seconds`."""
+    """The queue, or a client's share of it, is full; a client should try again after `retry_after_seconds`."""
 
-    def __init__(self, retry_after_seconds: int) -> None:
-        super().__init__(f"the queue is full; try again in {retry_after_seconds} s")
+    def __init__(self, full: str, retry_after_seconds: int) -> None:
+        super().__init__(f"{full} is full; try again in {retry_after_seconds} s")
         self.retry_after_seconds = retry_after_seconds
 
 
@@ -70,6 +74,8 @@ class Job:
     echo: bool = False
     draws: bool = True
     """Whether tokens are drawn; if not, the prompts are only echoed or scored."""
+    client: str | None = None
+    """Whose job it is, for the limit of each client."""
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -98,24 +104,30 @@ class _Stop:
 
 
 class Worker:
-    """An engine's thread. Jobs wait for free slots, at most `max_queue` continuations of them."""
+    """An engine's thread. Jobs wait for free slots, at most `max_queue` continuations of them.
+
+    With `slots_per_client`, one client has at most that many slots, and the same share of the queue.
+    """
 
     def __init__(
         self,
         load: Callable[[], TextGenerator],
         *,
         max_queue: int = sys.maxsize,
+        slots_per_client: int | None = None,
         on_tokens: OnTokens = lambda count, seconds, is_first: None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._load = load
         self._max_queue = max_queue
+        self._slots_per_client = slots_per_client
         self._on_tokens = on_tokens
         self._on_death = on_death
         self._messages: queue.SimpleQueue[_Begin | _Cancel | _Stop] = queue.SimpleQueue()
         self._loading: Future[TextGenerator] = Future()
         self._lock = threading.Lock()
-        self._open = 0
+        self._open: dict[Job, int] = {}
+        """The number of continuations of each job that have not ended."""
         self._mean_seconds = 1.0
         self._scoring: deque[_Scoring] = deque()
         self._running: dict[Job, dict[Choice, float | None]] = {}
@@ -138,6 +150,16 @@ class Worker:
         self._messages.put(_Stop())
         self._thread.join()
 
+    def abandon(self) -> None:
+        """Stop a worker that nobody uses any more, without waiting for it: this may run in any thread.
+
+        In a forked process it stays in memory: to destroy its engine would wait for threads that this process lacks.
+        """
+        if os.getpid() == self._process:
+            self._messages.put(_Stop())
+        else:
+            _OF_PARENTS.append(self)
+
     @property
     def generator(self) -> TextGenerator:
         """The engine with its tokenizer, once `start` has loaded it."""
@@ -155,22 +177,31 @@ class Worker:
     @property
     def waiting(self) -> int:
         """The continuations and the texts to score that wait for their turn."""
-        return max(0, self._open - self.running)
+        with self._lock:
+            return max(0, sum(self._open.values()) - self.running)
 
     @property
     def most(self) -> int:
         """The most continuations that may run and wait together."""
         return self.slots + self._max_queue
 
+    @property
+    def most_per_client(self) -> int:
+        """The most of them that may be one client's."""
+        if self._slots_per_client is None:
+            return self.most
+        return self._slots_per_client + self._max_queue * self._slots_per_client // self.slots
+
     def check(self, prompts: int, params: SamplingParams) -> None:
         """Raise `UserError`, naming the field, if a job has more continuations than could ever be taken."""
-        if prompts > self.most:
-            raise UserError(f"prompt: {prompts} prompts are more than the {self.most} that the server takes at a time")
-        if prompts * params.candidates > self.most:
+        most = self.most_per_client
+        if prompts > most:
+            raise UserError(f"prompt: {prompts} prompts are more than the {most} that the server takes at a time")
+        if prompts * params.candidates > most:
             name = "best_of" if params.best_of > params.n else "n"
             raise UserError(
-                f"{name}: {prompts * params.candidates} continuations are more than the {self.most} that the server "
-                "takes at a time"
+                f"{name}: {prompts * params.candidates} continuations are more than the {most} that the server takes "
+                "at a time"
             )
 
     def check_process(self) -> None:
@@ -185,11 +216,14 @@ class Worker:
         with self._lock:
             if self.ended:
                 raise RuntimeError("the engine has ended")
-            if self._open + job.continuations > self.most:
-                rounds = 1 + (self._open - self.slots) / self.slots
-                seconds = math.ceil(max(1.0, rounds * self._mean_seconds))
-                raise QueueFullError(min(seconds, LONGEST_RETRY_SECONDS))
-            self._open += job.continuations
+            taken = sum(self._open.values())
+            own = sum(count for other, count in self._open.items() if other.client == job.client)
+            is_over_share = self._slots_per_client is not None and own + job.continuations > self.most_per_client
+            if is_over_share or taken + job.continuations > self.most:
+                seconds = math.ceil(max(1.0, taken / self.slots * self._mean_seconds))
+                full = "this client's share of the queue" if is_over_share else "the queue"
+                raise QueueFullError(full, min(seconds, LONGEST_RETRY_SECONDS))
+            self._open[job] = job.continuations
             self._messages.put(_Begin(job))
 
     def cancel(self, job: Job) -> None:
@@ -199,6 +233,8 @@ class Worker:
     def _run(self) -> None:
         try:
             generator = self._load()
+            if self._slots_per_client is not None:
+                generator.engine.scheduler.slots_per_client = self._slots_per_client
             _warm_up(generator.engine)
             self._loading.set_result(generator)
         except (UserError, OSError) as error:
@@ -240,26 +276,27 @@ class Worker:
                     return False
 
     def _begin(self, job: Job) -> None:
-        wants_scores = job.echo and job.params.logprobs is not None
-        if wants_scores:
-            self._scoring.append(_Scoring(self.generator, job))
-            return
-        self._draw(job, [Piece(0, prompt.text) for prompt in job.prompts] if job.echo else [])
+        with self._ending_at_error(job):
+            if job.echo and job.params.logprobs is not None:
+                self._scoring.append(_Scoring(self.generator, job))
+            else:
+                self._draw(job, [Piece(0, prompt.text) for prompt in job.prompts] if job.echo else [])
 
     def _score(self) -> None:
-        """Score the next chunk of the first waiting text."""
+        """Score the next part of a text, a short one if continuations wait for it. The texts of jobs take turns."""
         if not self._scoring:
             return
         scoring = self._scoring[0]
-        try:
-            done = scoring.advance()
-        except UserError as error:
+        provider = self.generator.engine.session.provider
+        with self._ending_at_error(scoring.job):
+            if not scoring.advance(PREFILL_CHUNK_TOKENS[provider] if self._running else SCORING_CHUNK_TOKENS):
+                return
+            # The engine reads one text at a time, and this one is done.
             self._scoring.popleft()
-            self._end(scoring.job, error)
-            return
-        if done:
-            self._scoring.popleft()
-            self._draw(scoring.job, scoring.pieces)
+            if scoring.is_done:
+                self._draw(scoring.job, scoring.pieces)
+            else:
+                self._scoring.append(scoring)
 
     def _draw(self, job: Job, echoed: list[Piece]) -> None:
         """Deliver the echo of a job, a piece per prompt if it has one, and submit its continuations."""
@@ -269,21 +306,16 @@ class Worker:
         if not job.draws:
             ends = [Piece(index, finish_reason="length") for index in range(job.choices)]
             job.deliver(Delivery(heads + ends, is_last=True))
-            self._close(job.continuations)
+            self._close(job)
             return
+        asked = [
+            Asked(prompt.ids, prompt.text, job.params, length)
+            for prompt, length in zip(job.prompts, lengths, strict=True)
+        ]
+        choices = self.generator.begin(asked, job.client)
+        self._running[job] = dict.fromkeys(choices)
         if heads:
             job.deliver(Delivery(heads, is_last=False))
-        try:
-            choices = self.generator.begin(
-                [
-                    Asked(prompt.ids, prompt.text, job.params, length)
-                    for prompt, length in zip(job.prompts, lengths, strict=True)
-                ]
-            )
-        except UserError as error:
-            self._end(job, error)
-            return
-        self._running[job] = dict.fromkeys(choices)
 
     def _step(self) -> None:
         """Draw a token for every running continuation, and deliver what each job has gained."""
@@ -292,18 +324,14 @@ class Worker:
         self.generator.engine.scheduler.step()
         now = time.perf_counter()
         for job, choices in list(self._running.items()):
-            error = next((choice.request.error for choice in choices if choice.request.error is not None), None)
-            if error is not None:
-                self._cancel(job)
-                job.deliver(error)
-                continue
-            pieces = [
-                piece for choice in list(choices) for piece in choice.sift(self._advance(job, choices, choice, now))
-            ]
+            with self._ending_at_error(job):
+                pieces = [
+                    piece for choice in list(choices) for piece in choice.sift(self._advance(job, choices, choice, now))
+                ]
+                if pieces or not choices:
+                    job.deliver(Delivery(pieces, is_last=not choices))
             if not choices:
-                del self._running[job]
-            if pieces or not choices:
-                job.deliver(Delivery(pieces, is_last=not choices))
+                self._running.pop(job, None)
 
     def _advance(self, job: Job, choices: dict[Choice, float | None], choice: Choice, now: float) -> Piece | None:
         """Take what a choice has gained, and remove it from `choices` if it has ended."""
@@ -318,34 +346,37 @@ class Worker:
             # A stop text ends the text, but not yet the request that draws it.
             self.generator.engine.scheduler.cancel(choice.request)
             del choices[choice]
-            self._close(1, now - job.began)
+            self._close(job, 1)
+            self._mean_seconds += (1 - MEMORY_OF_DURATIONS) * (now - job.began - self._mean_seconds)
         return piece
 
+    @contextmanager
+    def _ending_at_error(self, job: Job) -> Iterator[None]:
+        """End a job by whatever goes wrong with it in a block: other jobs must not end by it."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self._cancel(job)
+            job.deliver(error)
+
     def _cancel(self, job: Job) -> None:
-        for scoring in [scoring for scoring in self._scoring if scoring.job is job]:
-            self._scoring.remove(scoring)
-            self._close(job.continuations)
+        """Free what a job holds; does nothing if it has ended."""
+        self._scoring = deque(scoring for scoring in self._scoring if scoring.job is not job)
         for choice in self._running.pop(job, {}):
             self.generator.engine.scheduler.cancel(choice.request)
-            self._close(1)
+        self._close(job)
 
-    def _end(self, job: Job, error: Exception) -> None:
-        job.deliver(error)
-        self._close(job.continuations)
-
-    def _close(self, count: int, seconds: float | None = None) -> None:
+    def _close(self, job: Job, count: int | None = None) -> None:
+        """Take note that continuations of a job have ended, by default all that were left."""
         with self._lock:
-            self._open -= count
-            if seconds is not None:
-                self._mean_seconds += (1 - MEMORY_OF_DURATIONS) * (seconds - self._mean_seconds)
+            left = self._open.pop(job, 0)
+            if count is not None and left > count:
+                self._open[job] = left - count
 
     def _fail(self, error: Exception) -> None:
         """End every open job with an error, as nobody will continue it."""
-        jobs = [*self._running, *(scoring.job for scoring in self._scoring)]
-        while not self._messages.empty():
-            message = self._messages.get()
-            if isinstance(message, _Begin):
-                jobs.append(message.job)
+        with self._lock:
+            jobs = list(self._open)
         for job in jobs:
             job.deliver(error)
 
@@ -370,7 +401,10 @@ def run_job(worker: Worker, prompts: list[Prompt], params: SamplingParams) -> It
             delivery = deliveries.get()
             if isinstance(delivery, Exception):
                 raise delivery
-            yield from delivery.pieces
+            for piece in delivery.pieces:
+                if piece.error is not None:
+                    raise piece.error
+                yield piece
             is_last = delivery.is_last
     finally:
         worker.cancel(job)
@@ -381,6 +415,17 @@ def text_prompt(generator: TextGenerator, text: str) -> Prompt:
     return Prompt(prompt_ids(generator.tokenizer, text), text, has_context=True)
 
 
+def ids_prompt(generator: TextGenerator, ids: list[int]) -> Prompt:
+    """Return token ids, taken as they are. Raises `UserError` for one outside the vocabulary.
+
+    A character that they leave incomplete is part of the continuation, which completes it.
+    """
+    generator.engine.check_ids("prompt", ids)
+    # Unlike `decode`, this lets other threads run.
+    (text,) = generator.tokenizer.decode_batch([ids], skip_special_tokens=False)
+    return Prompt(ids, text[:-1] if open_character(generator.tokenizer, ids).ids else text, has_context=False)
+
+
 class _Scoring:
     """A job whose prompts are being scored."""
 
@@ -388,34 +433,33 @@ class _Scoring:
         self.job = job
         self.pieces: list[Piece] = []
         """The pieces of the prompts that are done."""
-        self._texts = generator.token_texts
-        self._engine = generator.engine
-        self._tokenizer = generator.tokenizer
-        self._tokens: list[Token] = []
-        self._chunks = self._begin()
+        self._generator = generator
+        self._read = 0
+        """The tokens of the next prompt that are scored; what they gave is below."""
+        self._tokens: list[TokenText] = []
+        self._length = 0
+        self._detokenizer = Detokenizer(generator.tokenizer)
 
-    def advance(self) -> bool:
-        """Score a chunk. Return whether all prompts are done. Raises `UserError` for a prompt that does not fit."""
-        chunk = next(self._chunks, None)
-        if chunk is not None:
-            self._tokens += chunk
-            return False
-        prompt = self.job.prompts[len(self.pieces)]
-        detokenizer = Detokenizer(self._tokenizer, ())
-        tokens: list[TokenText] = []
-        length = 0
-        for token in self._tokens[1:] if prompt.has_context else self._tokens:
-            begin = length
+    @property
+    def is_done(self) -> bool:
+        """Whether all prompts are done."""
+        return len(self.pieces) == len(self.job.prompts)
+
+    def advance(self, tokens: int) -> bool:
+        """Score the next tokens of a prompt. Return whether it is done. Raises `UserError` if it does not fit."""
+        prompt, engine = self.job.prompts[len(self.pieces)], self._generator.engine
+        if self._read == 0:
+            engine.check_text(prompt.ids, "prompt")
+        scored = engine.echo(prompt.ids, self._read, self._read + tokens, self.job.params.logprobs or 0)
+        for token in scored[1:] if prompt.has_context and self._read == 0 else scored:
+            begin = self._length
             if token.token_id is not None:
-                length += len(detokenizer.feed(token.token_id))
-            tokens.append(self._texts.describe(token, begin, length))
-        self.pieces.append(Piece(0, prompt.text, tokens=tokens))
-        self._tokens = []
-        if len(self.pieces) == len(self.job.prompts):
-            return True
-        self._chunks = self._begin()
-        return False
-
-    def _begin(self) -> Iterator[list[Token]]:
-        prompt = self.job.prompts[len(self.pieces)]
-        return self._engine.echo_chunks(prompt.ids, self.job.params.logprobs or 0)
+                self._length += len(self._detokenizer.feed(token.token_id))
+            self._tokens.append(self._generator.token_texts.describe(token, begin, self._length))
+        self._read += tokens
+        if self._read < len(prompt.ids):
+            return False
+        self.pieces.append(Piece(0, prompt.text, tokens=self._tokens))
+        self._read, self._tokens, self._length = 0, [], 0
+        self._detokenizer = Detokenizer(self._generator.tokenizer)
+        return True

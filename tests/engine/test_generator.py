@@ -1,7 +1,7 @@
 """The engine against the same checkpoint in PyTorch, without padding and without a cache."""
 
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -382,7 +382,7 @@ def test_score_of_a_continuation_is_its_logprobs(tiny_engine: Engine, prompts: l
 
 
 def test_echo_gives_each_token_its_probability(tiny_engine: Engine, prompts: list[list[int]]) -> None:
-    tokens = list(chain.from_iterable(tiny_engine.echo_chunks(prompts[1], 2)))
+    tokens = tiny_engine.echo(prompts[1], 0, len(prompts[1]), 2)
     assert [token.token_id for token in tokens] == prompts[1]
     assert (tokens[0].logprob, tokens[0].top_logprobs) == (None, None)
     assert [token.logprob for token in tokens[1:]] == pytest.approx(tiny_engine.score([prompts[1]])[0].tolist())

@@ -2,11 +2,13 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.engine import Engine, SamplingParams
+from pipeline.engine.sampler import Continuation
 from pipeline.engine.scheduler import Request
 from pipeline.errors import UserError
 
@@ -146,6 +148,97 @@ def test_a_request_without_a_token_left_ends_alone(engine: Engine) -> None:
     assert drawn(good) == engine.generate([[50]], params(1))[0].token_ids
     with pytest.raises(UserError, match="leave no token to draw"):
         engine.generate([[60]], params(1, banned_token_ids=list(range(300))))
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_any_temperature_draws_a_token_of_the_vocabulary(precision: str, tiny_engine_folder: Path) -> None:
+    engine = Engine.load(tiny_engine_folder, precision=precision, provider="cpu", threads=1)
+    for temperature in (1e39, 1e308):
+        hot = params(1, temperature=temperature, ignore_eos=False, min_new_tokens=8, no_repeat_ngram_size=2)
+        (done,) = engine.generate([[50]], hot)
+        assert len(done.token_ids) >= 8
+        assert set(done.token_ids) <= set(range(1, engine.manifest.vocabulary_size))
+
+
+@pytest.mark.parametrize("place", ["draw", "append", "__init__"])
+def test_an_error_that_nobody_foresaw_ends_its_request_alone(
+    place: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = engine.generate([[50]], params(1))[0].token_ids
+    own = getattr(Continuation, place)
+
+    def fail(self: Continuation, *arguments: Any) -> Any:
+        of = arguments[0] if place == "__init__" else self.params
+        if of.seed == 2 and (place == "__init__" or len(self.output_ids) == 1):
+            raise IndexError("no such place")
+        return own(self, *arguments)
+
+    monkeypatch.setattr(Continuation, place, fail)
+    (good,) = engine.submit([50], params(1))
+    (bad,) = engine.submit([60], params(2))
+    (next_one,) = engine.submit([50], params(1))
+    while engine.scheduler.running or engine.scheduler.waiting:
+        engine.scheduler.step()
+    assert (bad.finish_reason, repr(bad.error)) == ("error", "IndexError('no such place')")
+    assert drawn(bad) == drawn(bad)[: 0 if place == "__init__" else 1]
+    assert drawn(good) == drawn(next_one) == whole
+
+
+def test_prompts_are_read_in_the_order_of_their_arrival(engine: Engine) -> None:
+    """A stream of new requests that get lower slots must not keep an older one from being read."""
+    long_prompt = [index % 300 for index in range(50)]
+    (first,) = engine.submit([50], params(1, max_new_tokens=2))
+    (running,) = engine.submit([51], params(9, max_new_tokens=40))
+    (old,) = engine.submit(long_prompt, params(2, max_new_tokens=3))
+    while not drawn(old):
+        engine.scheduler.step(prefill_tokens=4)
+        # Each takes the lowest slot, and has a prompt that fills a part.
+        if engine.scheduler.running < 3:
+            engine.submit([7] * 5, params(1, max_new_tokens=1))
+        assert len(drawn(running)) < 20
+    assert first.finish_reason == "length"
+
+
+def test_choices_that_wait_for_their_prompt_leave_free_slots_to_others(engine: Engine) -> None:
+    (running,) = engine.submit([51], params(9, max_new_tokens=40))
+    engine.scheduler.step(prefill_tokens=4)
+    choices = engine.submit([index % 300 for index in range(50)], params(3, n=3, max_new_tokens=4))
+    (other,) = engine.submit([50], params(1, max_new_tokens=3))
+    for _ in range(5):
+        engine.scheduler.step(prefill_tokens=4)
+    assert other.finish_reason == "length"
+    assert not any(drawn(choice) for choice in choices)
+    while engine.scheduler.running or engine.scheduler.waiting:
+        engine.scheduler.step(prefill_tokens=4)
+    expected = engine.generate([choices[0].context[:50]], params(3, n=3, max_new_tokens=4))
+    assert [drawn(choice) for choice in choices] == [done.token_ids for done in expected]
+    assert drawn(running) == engine.generate([[51]], params(9, max_new_tokens=40))[0].token_ids
+
+
+def test_a_client_has_its_slots_and_no_more(engine: Engine) -> None:
+    engine.scheduler.slots_per_client = 2
+    one = engine.submit_all([([50 + index], params(4)) for index in range(4)], "one")
+    other = engine.submit_all([([60], params(1))], "other")
+    nobodys = engine.submit_all([([61], params(1))])
+    engine.scheduler.step()
+    assert [request.slot is not None for request in (*one, *other, *nobodys)] == [True, True, False, False, True, False]
+    for request in one:
+        engine.scheduler.cancel(request)
+    engine.scheduler.step()
+    assert [request.slot is not None for request in (*other, *nobodys)] == [True, True]
+    for request in (*other, *nobodys):
+        engine.scheduler.cancel(request)
+
+
+def test_requests_that_wait_take_little_memory(engine: Engine) -> None:
+    """What the sampler keeps, as wide as the vocabulary, is made only for those that run."""
+    biases = dict.fromkeys(range(300), 1.0)
+    waiting = engine.submit([50], params(1, n=1000, logit_bias=biases))
+    engine.scheduler.step()
+    assert sum(hasattr(request, "continuation") for request in waiting) == 3
+    assert len({id(request.context) for request in waiting[3:]}) == 1
+    for request in waiting:
+        engine.scheduler.cancel(request)
 
 
 def test_streams_may_be_read_in_turn(engine: Engine) -> None:

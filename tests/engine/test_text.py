@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_gpt2 import write_tokenizer
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Token
-from pipeline.engine.text import TextGenerator, detokenize
+from pipeline.engine.text import Detokenizer, TextGenerator, detokenize, open_character
 from pipeline.errors import UserError
 from pipeline.tokens import load_tokenizer
 
@@ -36,7 +38,7 @@ class PiecesOf:
         self.tokenizer = tokenizer
 
     def ids(self, token_ids: Iterable[int], stop: Sequence[str] = ()) -> list[str]:
-        return list(detokenize((Token(token_id) for token_id in token_ids), self.tokenizer, stop))
+        return list(detokenize((Token(token_id) for token_id in token_ids), Detokenizer(self.tokenizer, stop)))
 
     def text(self, text: str, stop: Sequence[str] = ()) -> list[str]:
         return self.ids(self.tokenizer.encode(text).ids, stop)
@@ -187,3 +189,80 @@ def test_a_text_that_is_held_back_comes_once_while_others_run(generator: TextGen
     held = replace(ended, stop=(alone.text[-1] + "\0",))
     together = generator.complete(["The", "The"], [held, replace(ended, max_new_tokens=20)])
     assert together[0].text == alone.text
+
+
+@pytest.mark.parametrize("text", ["a€", "über 🙂", "日", "xyé", "🙂"])
+def test_a_prompt_that_ends_inside_a_character_is_completed(text: str, pieces_only: PiecesOf) -> None:
+    """Whatever the last bytes are cut off, the continuation that brings them begins with the whole character."""
+    tokenizer = pieces_only.tokenizer
+    ids = tokenizer.encode(text).ids
+    prompts = [ids[:count] for count in range(1, len(ids)) if tokenizer.decode(ids[:count]).endswith("�")]
+    assert prompts
+    for prompt in prompts:
+        tail = open_character(tokenizer, prompt)
+        read = tokenizer.decode(prompt)[:-1]
+        tokens = [Token(token_id) for token_id in (*ids[len(prompt) :], *tokenizer.encode("!").ids)]
+        pieces = list(detokenize(iter(tokens), Detokenizer(tokenizer, tail=tail)))
+        assert read + "".join(pieces) == text + "!"
+        assert pieces[0][0] == text[len(read)]
+
+
+def test_a_prompt_that_nothing_completes_leaves_a_mark_to_its_continuation(pieces_only: PiecesOf) -> None:
+    tokenizer = pieces_only.tokenizer
+    ids = tokenizer.encode("€").ids[:2]
+    tokens = iter([Token(token_id) for token_id in tokenizer.encode("abc").ids])
+    assert "".join(detokenize(tokens, Detokenizer(tokenizer, tail=open_character(tokenizer, ids)))) == "�abc"
+
+
+@given(st.text(), st.integers(0, 8))
+def test_a_prompt_and_its_continuation_are_one_text_wherever_it_is_cut(
+    pieces_only: PiecesOf, text: str, back: int
+) -> None:
+    tokenizer = pieces_only.tokenizer
+    # The mark itself cannot be told from the mark for bytes that are not a character.
+    ids = tokenizer.encode(text.replace("�", "")).ids
+    prompt, rest = ids[: max(0, len(ids) - back)], ids[max(0, len(ids) - back) :]
+    tail = open_character(tokenizer, prompt)
+    read = tokenizer.decode(prompt, skip_special_tokens=False)
+    assert bool(tail.ids) == read.endswith("�")
+    pieces = detokenize((Token(token_id) for token_id in rest), Detokenizer(tokenizer, tail=tail))
+    assert (read[:-1] if tail.ids else read) + "".join(pieces) == text.replace("�", "")
+
+
+def test_a_token_with_whole_characters_before_the_open_one_gives_only_what_is_new() -> None:
+    tokenizer = Tokenizer(BPE({"Ġcaf": 0, "Ã": 1, "ĠcafÃ": 2, "©": 3, "!": 4}, [("Ġcaf", "Ã")]))
+    tokenizer.decoder = ByteLevel()
+    tail = open_character(tokenizer, [4, 2])
+    assert tail == ([2], " caf")
+    assert list(detokenize(iter([Token(3), Token(4)]), Detokenizer(tokenizer, tail=tail))) == ["é", "!"]
+    # Bytes that are no beginning of a character are not its business.
+    assert open_character(tokenizer, [3]).ids == open_character(tokenizer, [2, 3]).ids == []
+
+
+def test_a_stop_text_counts_only_once_the_least_tokens_are_there(pieces_only: PiecesOf) -> None:
+    """As in vLLM: one that is complete within them is text, one that ends after them may begin among them."""
+    ids = [pieces_only.tokenizer.encode(character).ids[0] for character in "ababxaby"]
+
+    def read(stop: Sequence[str], min_tokens: int) -> str:
+        detokenizer = Detokenizer(pieces_only.tokenizer, stop, min_tokens=min_tokens)
+        return "".join(detokenize((Token(token_id) for token_id in ids), detokenizer))
+
+    assert read(["ab"], 0) == ""
+    assert read(["ab"], 1) == ""
+    assert read(["ab"], 2) == read(["ab"], 3) == "ab"
+    assert read(["ab"], 4) == read(["ab"], 6) == "ababx"
+    assert read(["ab"], 7) == read(["ab"], 8) == "ababxaby"
+    # The first "b" is held back, because "bab" may follow, but does not stop the text when that came too early.
+    assert read(["b", "bab"], 3) == "a"
+    assert read(["b", "babxa"], 4) == "a"
+    assert read(["bx", "abxaby"], 5) == "ab"
+
+
+@pytest.mark.parametrize("min_tokens", [0, 3, 6])
+def test_a_whole_text_and_a_stream_stop_at_the_same_place(min_tokens: int, generator: TextGenerator) -> None:
+    free = SamplingParams(max_new_tokens=20, seed=5, ignore_eos=True)
+    (text,) = (done.text for done in generator.complete(["The lamp"], [free]))
+    stopping = replace(free, stop=(text[1],), min_new_tokens=min_tokens)
+    (done,) = generator.complete(["The lamp"], [stopping])
+    assert "".join(generator.stream("The lamp", stopping)) == done.text
+    assert len(done.token_ids) > min_tokens

@@ -2,7 +2,6 @@
 
 import queue
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,9 @@ class Client:
             if isinstance(got, Exception):
                 raise got
             pieces += got.pieces
+            for piece in got.pieces:
+                if piece.error is not None:
+                    raise piece.error
             ended = sum(piece.finish_reason is not None for piece in pieces)
             assert got.is_last == (ended == self.job.choices)
             if got.is_last:
@@ -89,7 +91,7 @@ def test_an_echo_is_scored_as_the_engine_scores(worker: Worker, tiny_engine_fold
     own = TextGenerator.load(tiny_engine_folder, precision="float32", provider="cpu", threads=1)
     prompt = "The lamp on Gull Rock went out."
     ids = prompt_ids(own.tokenizer, prompt)
-    expected = list(chain.from_iterable(own.engine.echo_chunks(ids, 1)))[1:]
+    expected = own.engine.echo(ids, 0, len(ids), 1)[1:]
     for draws in (False, True):
         params = SamplingParams(max_new_tokens=1, seed=1, logprobs=1, n=2)
         pieces = Client(worker, prompt, params, echo=True, draws=draws).pieces()

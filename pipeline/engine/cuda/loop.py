@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pipeline.engine.cuda.kernel import rows_of
-from pipeline.engine.cuda.rows import ASKS_HOST, LOGGED, STATE, STEP_BITS, TAG_BITS, round_up_rows, row_of, widths
+from pipeline.engine.cuda.rows import ASKS_HOST, LOGGED, STATE, STEP_BITS, TAG_BITS, TAGS, round_up_rows, row_of, widths
 from pipeline.engine.memory import Buffer
 from pipeline.engine.sampler import Continuation
 from pipeline.engine.session import Draw, Session, bind, place
@@ -66,12 +66,13 @@ class DeviceLoop:
         )
         self._bindings: dict[int, tuple[ort.IOBinding, ort.RunOptions]] = {}
         self._drawing: dict[int, _Drawing] = {}
-        self._tag = 0
+        self._joins = 0
         if session.provider == "cuda":
             # The first run of a step captures it, in this thread, and runs it several times: now every row rests.
-            for power in range(session.slots.bit_length()):
-                self.step(1 << power)
-            self._memory.read(self._logits, 0, 1)
+            with self._memory.held():
+                for power in range(session.slots.bit_length()):
+                    self.step(1 << power)
+                self._memory.read(self._logits, 0, 1)
 
     def is_drawing(self, slot: int) -> bool:
         """Return whether the device draws for this row."""
@@ -79,12 +80,13 @@ class DeviceLoop:
 
     def join(self, slot: int, continuation: Continuation, token_id: int, position: int, left: int) -> None:
         """Let a row draw up to `left` tokens after it is fed `token_id` at `position`."""
-        self._tag += 1 << TAG_BITS
+        self._joins += 1
+        tag = self._joins % TAGS << TAG_BITS
         context_length = self._session.manifest.context_length
-        row = row_of(continuation, token_id, position, left, self._tag, context_length)
+        row = row_of(continuation, token_id, position, left, tag, context_length)
         for name, values in row.items():
             self._write(slot, name, values)
-        self._drawing[slot] = _Drawing(self._tag)
+        self._drawing[slot] = _Drawing(tag)
 
     def rest(self, slot: int) -> None:
         """Stop a row's drawing, and drop its tokens that were not taken."""

@@ -2,8 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, RLock
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -12,12 +16,14 @@ from numpy.typing import NDArray
 
 from pipeline.engine import Completion, Engine, SamplingParams
 from pipeline.engine.cuda.kernel import Rows
-from pipeline.engine.cuda.rows import DEVICE_FIELDS
+from pipeline.engine.cuda.loop import DeviceLoop
+from pipeline.engine.cuda.rows import DEVICE_FIELDS, TAGS
 from pipeline.engine.memory import Buffer, HostMemory
 from pipeline.engine.scheduler import Scheduler
 
 PROMPTS = [[5, 6, 7], [], [11] * 20, [40, 41], [9, 8, 7, 6, 5, 4], [12], [13, 14], [250, 3], [77] * 40, [1, 2]]
 LAG = 3
+PATIENCE_S = 30
 THREADS = 2
 
 Launch = Callable[[Rows, int, int], None]
@@ -129,6 +135,18 @@ def test_each_its_own_parameters_and_some_that_the_host_must_draw(
 
 
 @pytest.mark.parametrize("which", ["by_device", "late"])
+def test_tags_begin_again_once_an_entry_has_no_room_for_more(
+    which: str, by_host: Engine, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Engine = request.getfixturevalue(which)
+    monkeypatch.setattr(engine.scheduler._loop, "_joins", TAGS - 3)
+    params = SamplingParams(seed=3, top_k=2**63, temperature=1e39, max_new_tokens=12, ignore_eos=True)
+    assert engine.generate(PROMPTS, params) == by_host.generate(PROMPTS, params)
+    assert engine.scheduler._loop is not None
+    assert engine.scheduler._loop._joins > TAGS
+
+
+@pytest.mark.parametrize("which", ["by_device", "late"])
 def test_streams_join_and_leave(which: str, by_host: Engine, request: pytest.FixtureRequest) -> None:
     engine: Engine = request.getfixturevalue(which)
     params = SamplingParams(seed=21, top_k=50, max_new_tokens=20, ignore_eos=True)
@@ -172,3 +190,46 @@ def test_scoring_beside_a_running_row(by_device: Engine) -> None:
 
 def tokens_of(done: Completion) -> list[int]:
     return done.token_ids
+
+
+class HeldMemory(HostMemory):
+    """Memory of a device that a thread can hold."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+
+    def held(self) -> AbstractContextManager[object]:
+        return self.lock
+
+
+def test_nothing_runs_while_another_thread_captures(
+    tiny_engine_folder: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture holds the device of all engines of the process, as ONNX Runtime captures in CUDA's global mode."""
+    memory = HeldMemory()
+    serving = load(tiny_engine_folder, launch, memory)
+    (request,) = serving.submit([5], SamplingParams(seed=1, max_new_tokens=30, ignore_eos=True))
+    serving.scheduler.step()
+    coming = load(tiny_engine_folder, launch, memory)
+    capturing, captured = Event(), Event()
+
+    def capture(self: DeviceLoop, slots: int) -> None:
+        capturing.set()
+        assert captured.wait(PATIENCE_S)
+
+    monkeypatch.setattr(coming.session, "provider", "cuda")
+    monkeypatch.setattr(DeviceLoop, "step", capture)
+    with ThreadPoolExecutor(2) as pool:
+        loading = pool.submit(Scheduler, coming.session)
+        assert capturing.wait(PATIENCE_S)
+        monkeypatch.undo()
+        steps = [pool.submit(serving.score, [[5, 6, 7]]), pool.submit(serving.scheduler.step)]
+        for work in (lambda: serving.scheduler.cancel(request), serving.scheduler.step):
+            assert not memory.lock.acquire(blocking=False)
+            steps.append(pool.submit(work))
+        sleep(0.1)
+        assert not any(step.done() for step in steps)
+        captured.set()
+        for step in (loading, *steps):
+            step.result(PATIENCE_S)
+    assert request.finish_reason == "cancelled"
