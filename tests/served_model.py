@@ -49,7 +49,9 @@ class Running:
         return float(value)
 
 
-def served_folder(folder: Path, *, source: Source | None = None, max_queue: int = 8) -> tuple[Served, Metrics]:
+def served_folder(
+    folder: Path, *, source: Source | None = None, max_queue: int = 8, slots_per_client: int | None = None
+) -> tuple[Served, Metrics]:
     """Return an engine folder in float32 on one core, ready to be served."""
     metrics = Metrics()
 
@@ -57,7 +59,15 @@ def served_folder(folder: Path, *, source: Source | None = None, max_queue: int 
         return TextGenerator.load(engine, precision="float32", provider=provider or "cpu", threads=1, slots=SLOTS)
 
     source = source or FolderSource(folder, DECODING)
-    return Served(source, load, max_queue=max_queue, on_tokens=metrics.on_tokens, watch_seconds=0.05), metrics
+    served = Served(
+        source,
+        load,
+        max_queue=max_queue,
+        slots_per_client=slots_per_client,
+        on_tokens=metrics.on_tokens,
+        watch_seconds=0.05,
+    )
+    return served, metrics
 
 
 @contextmanager
@@ -66,12 +76,13 @@ def running_server(
     *,
     source: Source | None = None,
     max_queue: int = 8,
+    slots_per_client: int | None = None,
     limits: Limits | None = None,
     access: Access | None = None,
     root_path: str = "",
     checks_host: bool = False,
 ) -> Iterator[Running]:
-    served, metrics = served_folder(folder, source=source, max_queue=max_queue)
+    served, metrics = served_folder(folder, source=source, max_queue=max_queue, slots_per_client=slots_per_client)
     app = create_app(
         served, metrics, limits or Limits(), access or Access(), root_path=root_path, checks_host=checks_host
     )

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tiny_gpt2 import TINY_LEXICON
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
+from pipeline.engine.sampler import Continuation
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
 from pipeline.serving.app import BodyLimit, create_app, playground
@@ -388,6 +390,98 @@ def test_no_token_left_fails_alone_and_says_so(running: Running) -> None:
     assert "leave no token to draw" in found.json()["error"]["message"]
     lines = running.post(**body, stream=True).text
     assert "leave no token to draw" in json.loads(lines.removeprefix("data: "))["error"]["message"]
+
+
+def test_a_choice_that_fails_leaves_the_others_and_says_why(running: Running) -> None:
+    """Both allowed tokens stand in the first prompt, and no token may come again."""
+    refused = 'pipeline_requests_total{outcome="refused"}'
+    before = running.metric(refused)
+    asked = {
+        **{"prompt": [[5, 6], [7]], "allowed_token_ids": [5, 6], "no_repeat_ngram_size": 1},
+        **{"min_tokens": 2, "max_tokens": 2, "seed": 1},
+    }
+    found = running.post(**asked)
+    assert found.status_code == 200
+    failed, whole = found.json()["choices"]
+    assert (failed["finish_reason"], whole["finish_reason"]) == ("error", "length")
+    assert failed["error"]["message"].startswith("the decoding parameters leave no token to draw")
+    assert "error" not in whole
+    assert len(whole["text"]) > 0
+    assert found.json()["usage"]["completion_tokens"] == 2
+    chunks = [event["choices"][0] for event in events(running.post(**asked, stream=True))]
+    assert [chunk["error"] for chunk in chunks if chunk["finish_reason"] == "error"] == [failed["error"]]
+    assert "".join(chunk["text"] for chunk in chunks if chunk["index"] == 1) == whole["text"]
+    assert running.metric(refused) == before + 2
+
+
+def test_a_fault_of_the_engine_in_one_request_is_counted_and_ends_no_other(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed, append = 'pipeline_requests_total{outcome="failed"}', Continuation.append
+    before = running.metric(failed)
+
+    def fail(self: Continuation, token_id: int) -> None:
+        if self.params.seed == 77:
+            raise IndexError("a bug")
+        append(self, token_id)
+
+    monkeypatch.setattr(Continuation, "append", fail)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(running.post, prompt="The lamp", **ENDLESS)
+        found = running.post(prompt="a", seed=77, n=2)
+        assert (found.status_code, found.json()["error"]["type"]) == (500, "server_error")
+        assert other.result().json()["usage"]["completion_tokens"] > 20
+    assert running.metric(failed) == before + 1
+    assert "IndexError: a bug" in caplog.text
+    assert running.post(prompt="a").status_code == 200
+
+
+@pytest.mark.parametrize("temperature", [1e39, 1e308])
+def test_any_temperature_is_answered(temperature: float, running: Running) -> None:
+    found = running.post(prompt="a", temperature=temperature, min_tokens=5, max_tokens=8, no_repeat_ngram_size=2)
+    assert found.status_code == 200
+    assert found.json()["usage"]["completion_tokens"] >= 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_character_that_token_ids_begin_is_completed(
+    stream: bool, running: Running, generator: TextGenerator
+) -> None:
+    ids = generator.tokenizer.encode("a€").ids
+    last = ids[-1]
+    asked = {"prompt": ids[:-1], "logit_bias": {str(last): 100}, "max_tokens": 1, "echo": True, "stream": stream}
+    for echo, expected in ((True, "a€"), (False, "€")):
+        found = running.post(**{**asked, "echo": echo})
+        chunks = [event["choices"][0] for event in events(found)] if stream else found.json()["choices"]
+        assert "".join(chunk["text"] for chunk in chunks) == expected
+
+
+def test_a_client_has_its_share(tiny_engine_folder: Path) -> None:
+    """A client is its key."""
+    access = Access(keys=("one", "two"))
+    with running_server(tiny_engine_folder, max_queue=4, slots_per_client=1, access=access) as running:
+
+        def ask(key: str, **body: object) -> requests.Response:
+            headers = {"Authorization": f"Bearer {key}"}
+            return requests.post(f"{running.url}/v1/completions", json=body, headers=headers, timeout=PATIENCE_S)
+
+        endless = {**ENDLESS, "max_tokens": 100_000, "context_overflow": "slide", "stream": True, "prompt": "a"}
+        held = [
+            requests.post(
+                f"{running.url}/v1/completions",
+                json=endless,
+                headers={"Authorization": "Bearer one"},
+                stream=True,
+                timeout=PATIENCE_S,
+            )
+            for _ in range(2)
+        ]
+        found = ask("one", prompt="a")
+        assert (found.status_code, found.json()["error"]["code"]) == (429, "queue_full")
+        assert found.json()["error"]["message"].startswith("this client's share of the queue is full")
+        assert ask("two", prompt="a", max_tokens=5).status_code == 200
+        for one in held:
+            one.close()
 
 
 def test_a_body_that_is_too_large_is_refused(running: Running) -> None:

@@ -1,9 +1,11 @@
 """The model class as MLflow saves and loads it from code; `tests/stages/test_register.py` tests it in the registry."""
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
+from served_model import wait_for
 from tiny_gpt2 import TINY_LEXICON
 from tokenizers import Tokenizer
 
@@ -148,12 +151,50 @@ def test_a_loop_ends_the_text(model: Any) -> None:
         ({"top_p": 1.5}, r"top_p: 1\.5 is out of range, must be in \(0, 1\]"),
         ({"logit_bias_ids": [3]}, "logit_bias_values: 0 values for 1 ids"),
         ({"banned_token_ids": [300]}, "banned_token_ids: no token has the id 300"),
+        ({"n": 1025}, "n: 1025 is out of range, must be at most 1024"),
+        ({"best_of": 10**9}, "best_of: 1000000000 is out of range, must be at most 1024"),
     ],
 )
 def test_a_wrong_value_is_the_callers_error(model: Any, params: dict[str, Any], message: str) -> None:
     with pytest.raises(MlflowException, match=message) as raised:
         model.predict(["N"], params=params)
     assert raised.value.get_http_status_code() == 400  # type: ignore[no-untyped-call]
+
+
+def test_any_number_of_rows_is_drawn_in_turns(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [f"The {word}" for word in ("lamp", "cat", "rope", "tide", "gull", "")]
+    params = {**SEEDED, "n": 2}
+    expected = model.predict(rows, params=params)
+    own = type(model.unwrap_python_model())._worker.fget.__globals__
+    asked: list[int] = []
+    run_job = own["run_job"]
+
+    def noted(worker: Any, prompts: list[Any], decoding: SamplingParams) -> Any:
+        asked.append(len(prompts))
+        return run_job(worker, prompts, decoding)
+
+    monkeypatch.setitem(own, "run_job", noted)
+    monkeypatch.setitem(own, "CONTINUATIONS_AT_ONCE", 8)
+    assert model.predict(rows, params=params) == expected
+    assert asked == [4, 2]
+    monkeypatch.setitem(own, "CONTINUATIONS_AT_ONCE", 1)
+    assert model.predict(rows, params=params) == expected
+
+
+def test_a_model_that_is_dropped_gives_its_memory_back(saved: Path) -> None:
+    dropped = mlflow.pyfunc.load_model(str(saved), model_config={"provider": "cpu"})
+    assert dropped.predict(["The lamp"], params=SEEDED)
+    engine = weakref.ref(dropped.unwrap_python_model()._worker.generator)
+    del dropped
+    # MLflow keeps what was loaded last.
+    other = mlflow.pyfunc.load_model(str(saved), model_config={"provider": "cpu"})
+
+    def is_gone() -> bool:
+        gc.collect()
+        return engine() is None
+
+    wait_for(is_gone)
+    assert other.predict(["The lamp"], params=SEEDED)
 
 
 def test_a_prompt_that_is_no_text_is_the_callers_error(model: Any) -> None:

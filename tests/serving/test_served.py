@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import requests
-from served_model import DECODING, PATIENCE_S, Running, running_server, wait_for
+from served_model import DECODING, PATIENCE_S, Running, running_server, served_folder, wait_for
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
@@ -224,3 +224,31 @@ def test_a_version_replaces_another_on_the_same_provider(versions: Versions, mon
         versions.wanted = "2"
         wait_for(lambda: running.served.current.version == "2")
     assert providers == ["cpu"]
+
+
+def test_a_shutdown_does_not_wait_for_a_version_that_is_copied(
+    versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions.folders["2"] = versions.folders["1"]
+    copying, copied = threading.Event(), threading.Event()
+    fetch = versions.fetch
+
+    def slow(version: str | None) -> Files:
+        if version == "2":
+            copying.set()
+            assert copied.wait(2 * PATIENCE_S)
+        return fetch(version)
+
+    monkeypatch.setattr(versions, "fetch", slow)
+    served, _ = served_folder(versions.folders["1"], source=versions)
+    served.start()
+    versions.wanted = "2"
+    assert copying.wait(PATIENCE_S)
+    closing = threading.Thread(target=served.close)
+    closing.start()
+    closing.join(PATIENCE_S)
+    assert not closing.is_alive()
+    copied.set()
+    # Nobody needs it any more.
+    wait_for(lambda: versions.removed == ["1", "2"])
+    assert served.current.version == "1"

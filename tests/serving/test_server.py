@@ -105,6 +105,7 @@ def test_a_second_signal_ends_it_at_once(second: signal.Signals, process: tuple[
         (["--model", "nowhere"], "nowhere: holds no engine"),
         (["--slots", "0"], "slots: 0 is out of range"),
         (["--max-queue", "-1"], "--max-queue: -1 is out of range"),
+        (["--max-slots-per-client", "0"], "--max-slots-per-client: 0 is out of range"),
         (["--timeout-s", "0"], "--timeout-s: 0 is out of range"),
         (["--model", "models:/x@y"], "there is no tracking store here"),
     ],

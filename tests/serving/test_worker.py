@@ -1,7 +1,9 @@
 """The engine's thread: what jobs gain, and what happens to jobs that end early."""
 
 import queue
+import threading
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import pytest
 from served_model import PATIENCE_S, SLOTS, wait_for
 
 from pipeline.decoding import SamplingParams
-from pipeline.engine.text import Piece, TextGenerator
+from pipeline.engine import Token
+from pipeline.engine.generator import SCORING_CHUNK_TOKENS
+from pipeline.engine.scheduler import PREFILL_CHUNK_TOKENS
+from pipeline.engine.text import Choice, Piece, TextGenerator
 from pipeline.errors import UserError
-from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worker
+from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worker, run_job
 from pipeline.tokens import prompt_ids
 
 SEEDED = SamplingParams(max_new_tokens=16, seed=3, ignore_eos=True)
@@ -139,6 +144,146 @@ def test_a_job_without_a_token_to_draw_fails_alone(worker: Worker) -> None:
         Client(worker, "A cat", SamplingParams(max_new_tokens=4, banned_token_ids=tuple(range(300)))).pieces()
     assert other.text()
     wait_for(lambda: worker.running == 0 and worker.waiting == 0)
+
+
+def test_a_choice_that_fails_leaves_the_others(worker: Worker) -> None:
+    """Both allowed tokens stand in the first prompt, and no n-gram of one token may come again."""
+    params = SamplingParams(
+        allowed_token_ids=(5, 6), no_repeat_ngram_size=1, min_new_tokens=2, max_new_tokens=2, seed=1, n=2
+    )
+    got: queue.SimpleQueue[Delivery | Exception] = queue.SimpleQueue()
+    worker.submit(Job([Prompt(ids, "", has_context=False) for ids in ([5, 6], [7])], params, got.put))
+    pieces: list[Piece] = []
+    is_last = False
+    while not is_last:
+        delivery = got.get(timeout=PATIENCE_S)
+        assert isinstance(delivery, Delivery)
+        pieces += delivery.pieces
+        is_last = delivery.is_last
+    ends = {piece.index: piece for piece in pieces if piece.finish_reason is not None}
+    assert [ends[index].finish_reason for index in range(4)] == ["error", "error", "length", "length"]
+    assert [isinstance(ends[index].error, UserError) for index in range(4)] == [True, True, False, False]
+    for index in (2, 3):
+        drawn = [token_id for piece in pieces if piece.index == index for token_id in piece.token_ids]
+        assert sorted(drawn) == [5, 6]
+    wait_for(lambda: worker.running == 0 and worker.waiting == 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "logprobs"),
+    [
+        ("begin", {}, None),
+        ("begin", {"echo": True}, None),
+        ("begin", {"echo": True}, 1),
+        ("engine.echo", {"echo": True}, 1),
+        ("engine.check_text", {"echo": True, "draws": False}, 1),
+    ],
+)
+def test_an_error_that_nobody_foresaw_ends_its_job_alone(
+    place: str, options: dict[str, Any], logprobs: int | None, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Client(worker, "The lamp", SamplingParams(max_new_tokens=40, seed=3, ignore_eos=True))
+    other.got.get(timeout=PATIENCE_S)
+    path, _, name = f"generator.{place}".rpartition(".")
+
+    def fail(*_: object) -> None:
+        raise LookupError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attrgetter(path)(worker), name, fail)
+        with pytest.raises(LookupError, match="a bug"):
+            Client(worker, "A cat", SamplingParams(max_new_tokens=4, logprobs=logprobs), **options).pieces()
+        if not options:
+            with pytest.raises(LookupError, match="a bug"):
+                list(run_job(worker, [Prompt([5], "", has_context=False)], SEEDED))
+    assert other.text()
+    assert Client(worker, "A cat", SEEDED).text()
+    wait_for(lambda: worker.running == 0 and worker.waiting == 0)
+
+
+def test_an_error_while_a_text_is_read_ends_its_job_alone(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Choice.take
+
+    def fail(self: Choice) -> Piece | None:
+        if self.request.params.seed == 8:
+            raise LookupError("a bug")
+        return take(self)
+
+    monkeypatch.setattr(Choice, "take", fail)
+    other = Client(worker, "The lamp", SEEDED)
+    with pytest.raises(LookupError, match="a bug"):
+        Client(worker, "A cat", SamplingParams(max_new_tokens=40, seed=8, n=2)).pieces()
+    assert other.text()
+    wait_for(lambda: worker.running == 0 and worker.waiting == 0)
+
+
+def test_a_text_is_scored_in_small_parts_while_others_run(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = worker.generator.engine
+    parts: list[int] = []
+    echo = engine.echo
+
+    def noted(text: list[int], start: int, end: int, top_count: int) -> list[Token]:
+        parts.append(end - start)
+        return echo(text, start, end, top_count)
+
+    monkeypatch.setattr(engine, "echo", noted)
+    scored = SamplingParams(max_new_tokens=1, logprobs=2)
+    text = "The lamp on Gull Rock went out, and it was dark. " * 2
+    alone = Client(worker, text, scored, echo=True, draws=False).pieces()[0].tokens
+    running = Client(worker, "The lamp", ENDLESS)
+    running.got.get(timeout=PATIENCE_S)
+    beside = Client(worker, text, scored, echo=True, draws=False).pieces()[0].tokens
+    worker.cancel(running.job)
+    assert parts == [SCORING_CHUNK_TOKENS] + [PREFILL_CHUNK_TOKENS["cpu"]] * (len(parts) - 1)
+    assert len(parts) > 2
+    assert [(token.text, token.offset) for token in beside] == [(token.text, token.offset) for token in alone]
+    for one, other in zip(beside[1:], alone[1:], strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_the_texts_of_jobs_take_turns(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One job with many texts to score must not keep another from its one."""
+    engine = worker.generator.engine
+    read: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+    check_text = engine.check_text
+
+    def noted(text: list[int], name: str) -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        read.append(text[0])
+        check_text(text, name)
+
+    monkeypatch.setattr(engine, "check_text", noted)
+    done: queue.SimpleQueue[Delivery | Exception] = queue.SimpleQueue()
+    for firsts in ([11, 12, 13], [21]):
+        prompts = [Prompt([first, 7], "", has_context=False) for first in firsts]
+        worker.submit(Job(prompts, SamplingParams(logprobs=0, max_new_tokens=1), done.put, echo=True, draws=False))
+        assert begun.wait(PATIENCE_S)
+    go_on.set()
+    for _ in range(2):
+        assert isinstance(done.get(timeout=PATIENCE_S), Delivery)
+    # The second came when the first had its turn.
+    assert read == [11, 12, 21, 13]
+
+
+def test_a_client_has_its_share_of_slots_and_queue(tiny_engine_folder: Path) -> None:
+    def load() -> TextGenerator:
+        return TextGenerator.load(tiny_engine_folder, precision="float32", provider="cpu", threads=1, slots=SLOTS)
+
+    worker = Worker(load, max_queue=8, slots_per_client=1)
+    worker.start()
+    mine = [Client(worker, "The lamp", ENDLESS, client="me") for _ in range(3)]
+    with pytest.raises(QueueFullError, match=r"^this client's share of the queue is full; try again in \d+ s$"):
+        Client(worker, "A cat", SEEDED, client="me")
+    with pytest.raises(UserError, match=r"^n: 4 continuations are more than the 3 that the server takes at a time$"):
+        Client(worker, "A cat", SamplingParams(n=4, max_new_tokens=2), client="other")
+    assert Client(worker, "A cat", SEEDED, client="other").text()
+    assert worker.running == 1
+    for client in mine:
+        worker.cancel(client.job)
+    wait_for(lambda: worker.running == 0 and worker.waiting == 0)
+    worker.stop()
 
 
 def test_a_folder_without_an_engine_is_refused(tmp_path: Path) -> None:
