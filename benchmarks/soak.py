@@ -1,29 +1,29 @@
-"""Load a server with clients that stream, disconnect and send rubbish, and check that it recovers.
+"""Load a server with honest clients and, beside them, with hostile ones, and check that it holds.
 
-Starts a server on an engine folder, or on an engine with random weights. Every answer must be the right one, memory
-must not grow, and every slot must be free at the end.
+Starts a server on an engine folder, or on an engine with random weights. Honest clients stream: no token may be lost,
+and none may come late. Every answer to a hostile client must be the right one, too. Memory must not grow, every slot
+must be free at the end, and the server must end within its timeout although some clients neither read nor write.
 """
 
 import argparse
-import contextlib
 import http.client
 import json
 import random
 import re
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import psutil
 from conversion import ROOT, export_engine
 from decode import find_checkpoint
+from hostile import JSON, PATIENCE_S, Target, attack, hold_open
 
 from pipeline.errors import UserError, report_errors
 
@@ -31,29 +31,32 @@ SETTLED_SHARE = 0.3
 """The share of the time after which memory should not grow."""
 GROWTH_MIB = 48
 """The growth that is allowed, because allocators fragment memory."""
-PATIENCE_S = 120
-RUBBISH = (
-    b"",
-    b"{",
-    b"[]",
-    b"\x00\xff",
-    b'{"prompt": 5}',
-    b'{"prompt": "a", "temprature": 1}',
-    b'{"prompt": "a", "top_p": 7}',
-    b'{"prompt": "\\ud800"}',
-    b'{"prompt": [999999999]}',
-    b'{"prompt": "a", "max_tokens": 1e99}',
-    b"[" * 10_000,
-)
+TIMEOUT_S = 20
+"""The server's timeout of a request."""
+HEALTH_EVERY_S = 0.1
+RETRY_S = 0.2
+LONGEST_ANSWER = 120
 
 
-@dataclass(frozen=True)
-class Target:
-    """The server under test."""
+@dataclass
+class Record:
+    """What the clients have seen."""
 
-    port: int
-    longest_prompt: int
-    """The length, in tokens, of the longest prompt to send."""
+    outcomes: Counter[str] = field(default_factory=Counter)
+    waits_s: list[float] = field(default_factory=list)
+    """The time between each two events of an honest stream."""
+    health_s: list[float] = field(default_factory=list)
+    """The time to each answer of /health."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, outcome: str, waits_s: list[float] | None = None) -> None:
+        with self.lock:
+            self.outcomes[outcome] += 1
+            self.waits_s += waits_s or []
+
+    @property
+    def faults(self) -> list[str]:
+        return [outcome for outcome in self.outcomes if outcome.startswith("fault")]
 
 
 def main() -> None:
@@ -61,12 +64,21 @@ def main() -> None:
     parser.add_argument("--engine", type=Path, help="an engine folder (default: one of tiny random weights)")
     parser.add_argument("--precision", default="auto", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=600, help="default: %(default)g")
-    parser.add_argument("--clients", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--clients", type=int, default=16, help="honest clients (default: %(default)s)")
+    parser.add_argument("--hostile", type=int, default=4, help="hostile clients (default: %(default)s)")
+    parser.add_argument(
+        "--longest-wait-s", type=float, default=0.5, help="the longest wait for a token (default: %(default)g)"
+    )
     parser.add_argument("--work", type=Path, default=Path("out") / "benchmarks", help="default: %(default)s")
     arguments = parser.parse_args()
     with report_errors():
         engine = arguments.engine or tiny_engine(arguments.work)
-        print(soak(engine, arguments.precision, seconds=arguments.seconds, clients=arguments.clients))
+        report, problems = soak(engine, arguments.precision, arguments.seconds, arguments.clients, arguments.hostile)
+        waits = max(report.waits_s, default=0.0)
+        if waits > arguments.longest_wait_s:
+            problems.append(f"a token came after {waits:.2f} s, the limit is {arguments.longest_wait_s:g} s")
+        if problems:
+            raise UserError(f"the server did not hold: {'; '.join(problems)}")
 
 
 def tiny_engine(work: Path) -> Path:
@@ -76,11 +88,11 @@ def tiny_engine(work: Path) -> Path:
     return folder
 
 
-def soak(engine: Path, precision: str, *, seconds: float, clients: int) -> str:
-    """Run the clients, and return a report. Raises `UserError` if an answer was wrong or the server did not recover."""
+def soak(engine: Path, precision: str, seconds: float, clients: int, hostile: int) -> tuple[Record, list[str]]:
+    """Run the clients, print what they saw, and return it with what was wrong."""
     command = ["-m", "pipeline", "serve", "--model", str(engine.resolve()), "--precision", precision]
     process = subprocess.Popen(
-        [sys.executable, *command, "--provider", "cpu", "--port", "0", "--max-queue", str(clients)],
+        [sys.executable, *command, "--provider", "cpu", "--port", "0", "--timeout-s", str(TIMEOUT_S)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -89,130 +101,120 @@ def soak(engine: Path, precision: str, *, seconds: float, clients: int) -> str:
         found = re.search(r"127\.0\.0\.1:(\d+)/", process.stdout.readline() if process.stdout else "")
         if found is None:
             raise UserError("the server does not start")
-        return _soak(int(found[1]), psutil.Process(process.pid), seconds, clients)
+        (card,) = json.loads(_get(int(found[1]), "/v1/models"))["data"]
+        target = Target(int(found[1]), card["context_length"], card["vocabulary_size"])
+        record, problems = _load(target, psutil.Process(process.pid), seconds, clients, hostile)
+        problems += _end(target, process)
+        return record, problems
     finally:
-        process.terminate()
+        process.kill()
         process.wait()
 
 
-def _soak(port: int, process: psutil.Process, seconds: float, clients: int) -> str:
-    (card,) = json.loads(_get(port, "/v1/models"))["data"]
-    target = Target(port, card["context_length"] // 3)
-    ends = time.monotonic() + seconds
-    counts: Counter[str] = Counter()
-    faults: list[str] = []
-    lock = threading.Lock()
+def _load(
+    target: Target, process: psutil.Process, seconds: float, clients: int, hostile: int
+) -> tuple[Record, list[str]]:
+    ends, record = time.monotonic() + seconds, Record()
 
-    def client(number: int) -> None:
+    def work(act: Callable[[Target, random.Random], tuple[str, list[float]]], number: int) -> None:
         draw = random.Random(number)
-        acts: list[Callable[[Target, random.Random], str]] = [_complete, _stream, _leave, _leave_at_once, _rubbish]
         while time.monotonic() < ends:
-            act = draw.choice(acts)
             try:
-                outcome = act(target, draw)
+                record.add(*act(target, draw))
             except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
-                outcome = f"fault: {act.__name__}: {error!r}"
-            with lock:
-                counts[outcome] += 1
-                if outcome.startswith("fault"):
-                    faults.append(outcome)
+                record.add(f"fault: {act.__name__}: {error!r}")
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    def watch() -> None:
+        while time.monotonic() < ends:
+            began = time.monotonic()
+            _get(target.port, "/health")
+            record.health_s.append(time.monotonic() - began)
+            time.sleep(HEALTH_EVERY_S)
+
+    threads = [threading.Thread(target=work, args=(_stream, number)) for number in range(clients)]
+    threads += [threading.Thread(target=work, args=(_attack, clients + number)) for number in range(hostile)]
+    threads.append(threading.Thread(target=watch))
     for thread in threads:
         thread.start()
-    memory = []
-    began = time.monotonic()
+    memory, began = [], time.monotonic()
     while time.monotonic() < ends:
         time.sleep(min(1.0, seconds / 20))
         memory.append((time.monotonic() - began, process.memory_info().rss / 2**20))
     for thread in threads:
         thread.join()
-    settled = next(mib for at, mib in memory if at >= SETTLED_SHARE * seconds)
-    growth = memory[-1][1] - settled
+    # Parts of requests come and go: the lowest point of each end says what stays.
+    settled = [mib for at, mib in memory if SETTLED_SHARE * seconds <= at < (SETTLED_SHARE + 0.2) * seconds]
+    last = [mib for at, mib in memory if at >= 0.8 * seconds]
+    growth = min(last) - min(settled)
     deadline = time.monotonic() + PATIENCE_S
-    while (busy := {name: value for name, value in _gauges(port).items() if value}) and time.monotonic() < deadline:
+    while (busy := {name: value for name, value in _gauges(target.port).items() if value}) and (
+        time.monotonic() < deadline
+    ):
         time.sleep(0.1)
-    lines = [f"{count:7} {outcome}" for outcome, count in sorted(counts.items())]
-    lines.append(f"memory: {settled:.0f} MiB when settled, {memory[-1][1]:.0f} MiB at the end ({growth:+.0f})")
-    lines.append(f"in use at the end: {busy or 'nothing'}")
-    report = "\n".join(lines)
-    if faults:
-        raise UserError(f"{len(faults)} wrong answers, such as {faults[0]}\n{report}")
-    if busy or growth > GROWTH_MIB:
-        raise UserError(f"the server did not recover\n{report}")
-    return report
+    for outcome, count in sorted(record.outcomes.items()):
+        print(f"{count:7} {outcome}")
+    for name, found in (("tokens of honest streams", record.waits_s), ("/health", record.health_s)):
+        ordered = sorted(found) or [0.0]
+        high, longest = ordered[int(0.99 * len(ordered))], ordered[-1]
+        print(f"waits for {name}: {len(found):,}, 99 % within {1000 * high:.0f} ms, longest {1000 * longest:.0f} ms")
+    most = max(mib for _, mib in memory)
+    print(f"memory: {min(settled):.0f} MiB when settled, {min(last):.0f} MiB at the end, {most:.0f} MiB at most")
+    print(f"in use at the end: {busy or 'nothing'}")
+    problems = [f"{len(record.faults)} kinds of wrong answers, such as {record.faults[0]}"] if record.faults else []
+    problems += [f"{busy} stayed in use"] if busy else []
+    problems += [f"memory grew by {growth:.0f} MiB"] if growth > GROWTH_MIB else []
+    return record, problems
 
 
-def _complete(target: Target, draw: random.Random) -> str:
-    status, body = _post(target.port, _body(target, draw))
-    if status == 200:
-        return "completed" if json.loads(body)["usage"]["completion_tokens"] else "fault: completed nothing"
-    return "queue full" if status == 429 else f"fault: {status} {body!r}"
-
-
-def _stream(target: Target, draw: random.Random) -> str:
-    status, body = _post(target.port, _body(target, draw) | {"stream": True})
-    if status == 200:
-        return "streamed" if body.endswith(b"data: [DONE]\n\n") else f"fault: a stream ended with {body[-200:]!r}"
-    return "queue full" if status == 429 else f"fault: {status} {body!r}"
-
-
-def _leave(target: Target, draw: random.Random) -> str:
-    """Read the beginning of a stream, and disconnect."""
-    with socket.create_connection(("127.0.0.1", target.port), timeout=PATIENCE_S) as connection:
-        connection.sendall(_request(_body(target, draw) | {"stream": True, "max_tokens": 500}))
-        begin = connection.recv(draw.randrange(16, 4000))
-    return "queue full" if b" 429 " in begin else "left" if b" 200 " in begin else f"fault: {begin!r}"
-
-
-def _leave_at_once(target: Target, draw: random.Random) -> str:
-    """Send a request or half of it, and disconnect."""
-    request = _request(_body(target, draw) | {"stream": draw.random() < 0.5, "max_tokens": 500})
-    with socket.create_connection(("127.0.0.1", target.port), timeout=PATIENCE_S) as connection:
-        connection.sendall(request[: draw.choice([len(request), len(request) // 2])])
-        if draw.random() < 0.5:
-            with contextlib.suppress(OSError):
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-    return "left at once"
-
-
-def _rubbish(target: Target, draw: random.Random) -> str:
-    if draw.random() < 0.2:
-        with socket.create_connection(("127.0.0.1", target.port), timeout=PATIENCE_S) as connection:
-            connection.sendall(draw.randbytes(200) + b"\r\n\r\n")
-            connection.recv(100)
-        return "rubbish refused"
-    status, body = _post(target.port, draw.choice(RUBBISH))
-    return "rubbish refused" if status == 400 else f"fault: {status} {body!r} for rubbish"
-
-
-def _body(target: Target, draw: random.Random) -> dict[str, Any]:
-    return {
-        "prompt": [draw.randrange(200) for _ in range(draw.randint(1, target.longest_prompt))],
-        "max_tokens": draw.randrange(1, 120),
-        "n": draw.choice([1, 1, 1, 2]),
-        "temperature": draw.choice([0, 0.7, 1.5]),
-        "repetition_penalty": draw.choice([1, 1.2]),
-        "logprobs": draw.choice([None, None, 0, 3]),
-        "echo": draw.random() < 0.2,
-        "stop": draw.choice([None, "e", [" the", "x"]]),
-        "ignore_eos": True,
-    }
-
-
-def _request(body: dict[str, Any]) -> bytes:
-    text = json.dumps(body).encode()
-    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
-    return f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + text
-
-
-def _post(port: int, body: dict[str, Any] | bytes) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+def _end(target: Target, process: "subprocess.Popen[str]") -> list[str]:
+    """End the server while clients hold connections; return what was wrong."""
+    held = hold_open(target)
+    time.sleep(1)
+    began = time.monotonic()
+    process.terminate()
     try:
-        text = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", "/v1/completions", text, {"Content-Type": "application/json"})
+        process.wait(2 * TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return [f"the server did not end within {2 * TIMEOUT_S} s"]
+    finally:
+        for connection in held:
+            connection.close()
+    print(f"ended {time.monotonic() - began:.1f} s after SIGTERM, with the timeout of a request at {TIMEOUT_S} s")
+    return []
+
+
+def _attack(target: Target, draw: random.Random) -> tuple[str, list[float]]:
+    return attack(target, draw), []
+
+
+def _stream(target: Target, draw: random.Random) -> tuple[str, list[float]]:
+    """Read a stream to its end; return the waits between its events, in seconds."""
+    tokens = draw.randint(1, LONGEST_ANSWER)
+    prompt = [draw.randrange(200) for _ in range(draw.randint(1, target.context_length // 3))]
+    body = {
+        **{"prompt": prompt, "max_tokens": min(tokens, target.context_length // 2), "ignore_eos": True},
+        **{"stream": True, "temperature": draw.choice([0, 0.7, 1.5]), "repetition_penalty": draw.choice([1, 1.2])},
+        "logprobs": draw.choice([None, None, None, 3]),
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=PATIENCE_S)
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body).encode(), JSON)
         response = connection.getresponse()
-        return response.status, response.read()
+        if response.status == 429:
+            time.sleep(RETRY_S)
+            return "honest: queue full", []
+        if response.status != 200:
+            return f"fault: {response.status} {response.read()!r}", []
+        times, usage = [], 0
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            times.append(time.monotonic())
+            usage = json.loads(line[6:]).get("usage", {}).get("completion_tokens", usage)
+            if b'"error"' in line:
+                return f"fault: a stream ended with {line!r}", []
+        waits = [later - earlier for earlier, later in pairwise(times)]
+        return ("honest: streamed" if usage == body["max_tokens"] else f"fault: {usage} tokens of {body}"), waits
     finally:
         connection.close()
 
