@@ -14,6 +14,8 @@ from pipeline.files import read_json
 
 LONGEST_LOOP_TOKENS = 1024
 """The longest run, in tokens, that `repetition_detection` may look for. The worst cost of a step grows with it."""
+LONGEST_NGRAM = 100
+"""The longest n-gram, in tokens, that must not repeat. Every one of a text is kept."""
 MOST_CHOICES = 1024
 """The most continuations of one prompt."""
 CONTEXT_OVERFLOWS = ("end", "slide")
@@ -50,7 +52,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted per occurrence from the logit of each token in the output. In [-2, 2]; 0 is off."""
     no_repeat_ngram_size: int = 0
-    """Never repeat an n-gram of this many tokens in prompt and output. At least 0; 0 is off."""
+    """Never repeat an n-gram of this many tokens in prompt and output. In [0, 100]; 0 is off."""
     max_verbatim_tokens: int = 0
     """Never draw a longer run of tokens of the training text than this. At least 0; 0 is off. Needs an engine with an
     index of that text (`export.verbatim_index`). The prompt does not count. End-of-text and stop ids are never removed.
@@ -105,6 +107,8 @@ class SamplingParams:
         _check_range("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
         for name in ("top_k", "no_repeat_ngram_size", "max_verbatim_tokens", "min_new_tokens"):
             _check_integer(name, getattr(self, name), minimum=0)
+        _check_range("no_repeat_ngram_size", self.no_repeat_ngram_size,
+                     self.no_repeat_ngram_size <= LONGEST_NGRAM, f"at most {LONGEST_NGRAM}")  # fmt: skip
         for name in ("n", "best_of"):
             _check_integer(name, getattr(self, name), minimum=1)
             _check_range(name, getattr(self, name), getattr(self, name) <= MOST_CHOICES, f"at most {MOST_CHOICES}")
@@ -125,8 +129,11 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             raise UserError(f"ignore_eos: expected true or false, got {self.ignore_eos!r}")
         for name in ("banned_token_ids", "allowed_token_ids", "stop_token_ids"):
-            for token_id in _tuple_of(self, name):
-                _check_integer(name, token_id, minimum=0)
+            values = _tuple_of(self, name)
+            # There may be as many as the vocabulary has.
+            if values and (set(map(type, values)) != {int} or min(values) < 0):
+                for token_id in values:
+                    _check_integer(name, token_id, minimum=0)
         _check_repetition_detection(_tuple_of(self, "repetition_detection"))
         for text in _tuple_of(self, "stop"):
             if not isinstance(text, str) or not text:

@@ -30,14 +30,9 @@ class Candidate:
     """The mean natural log-probability of its tokens before any filter."""
 
 
-def best_first(prompt: str, candidates: Sequence[Candidate], lexicon: Lexicon) -> list[int]:
-    """Return the indices of the candidates, the best first; of equal ones, the earlier first."""
-
-    def badness(index: int) -> tuple[float, float]:
-        candidate = candidates[index]
-        return _faults_per_word(prompt, candidate, lexicon), -candidate.mean_logprob
-
-    return sorted(range(len(candidates)), key=badness)
+def badness(prompt: str, candidate: Candidate, lexicon: Lexicon) -> tuple[float, float]:
+    """Return how bad a candidate is, to compare with others: its faults per word, then how unlikely it is."""
+    return _faults_per_word(prompt, candidate, lexicon), -candidate.mean_logprob
 
 
 def _faults_per_word(prompt: str, candidate: Candidate, lexicon: Lexicon) -> float:

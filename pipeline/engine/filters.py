@@ -374,12 +374,15 @@ def token_logprobs(logits: Logits, token_id: int, top_count: int) -> tuple[float
 def log_normalizers(logits: Logits) -> Float64s:
     """Return what the logits exceed the log-probabilities by, over the last axis: float64 `[...]`.
 
-    The exponentials are in float32, which takes a third of the time of float64 and moves a log-probability by 1e-7 at
-    most; their sum is in float64.
+    Raises `ArithmeticError` if the model gave NaN or infinity. The exponentials are in float32, which takes a third of
+    the time of float64 and moves a log-probability by 1e-7 at most; their sum is in float64.
     """
     peaks = logits.max(axis=-1)
-    sums = np.exp(logits - peaks[..., None]).sum(axis=-1, dtype=np.float64)
-    normalizers: Float64s = peaks + np.log(sums)
+    with np.errstate(invalid="ignore"):  # of infinity minus infinity, which the check below finds
+        sums = np.exp(logits - peaks[..., None]).sum(axis=-1, dtype=np.float64)
+        normalizers: Float64s = peaks + np.log(sums)
+    if not np.isfinite(normalizers).all():
+        raise ArithmeticError("the model's logits are not finite")
     return normalizers
 
 

@@ -208,11 +208,12 @@ class Engine:
         try:
             while request.finish_reason is None or request.tokens:
                 while request.tokens:
-                    yield request.tokens.popleft()
+                    token = request.tokens.popleft()
+                    if request.error is not None and token.finish_reason == "error":
+                        raise request.error
+                    yield token
                 if request.finish_reason is None:
                     self.scheduler.step()
-                if request.error is not None:
-                    raise request.error
         finally:
             self.scheduler.cancel(request)
 
@@ -243,17 +244,16 @@ class Engine:
             )
 
     def _context(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
-        """Return the context of a prompt. Raises `UserError` if the prompt does not fit."""
+        """Return what is read of a prompt. Raises `UserError` if that does not fit."""
+        if len(prompt) >= self.context_length:
+            if params.context_overflow != "slide":
+                raise UserError(
+                    f"prompt: {len(prompt)} tokens leave no room in the context of {self.context_length}; shorten it, "
+                    "or set context_overflow to slide"
+                )
+            prompt = prompt[-(self.context_length // 2) :]
         self.check_ids("prompt", prompt)
-        context = list(prompt) or [self.end_of_text_id]
-        if len(context) < self.context_length:
-            return context
-        if params.context_overflow == "slide":
-            return context[-(self.context_length // 2) :]
-        raise UserError(
-            f"prompt: {len(context)} tokens leave no room in the context of {self.context_length}; shorten it, "
-            "or set context_overflow to slide"
-        )
+        return list(prompt) or [self.end_of_text_id]
 
     def check_ids(self, name: str, ids: Sequence[int]) -> None:
         """Raise `UserError` if a token id is outside the vocabulary. Safe to call from any thread."""

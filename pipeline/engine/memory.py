@@ -105,7 +105,7 @@ class HostMemory:
 class CudaMemory:
     """The memory of the first GPU, through CUDA's runtime, which must be loaded."""
 
-    _DEVICE = RLock()
+    DEVICE = RLock()
 
     def __init__(self) -> None:
         self._runtime = ctypes.CDLL(RUNTIME)
@@ -119,13 +119,13 @@ class CudaMemory:
         self._peeking = self._new_stream()
 
     def held(self) -> AbstractContextManager[object]:
-        return self._DEVICE
+        return self.DEVICE
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         address = ctypes.c_void_p()
         self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(size))
-        weakref.finalize(self, self._runtime.cudaFree, address)
+        weakref.finalize(self, _free, self._runtime, address)
         self._call("cudaMemsetAsync", address, 0, ctypes.c_size_t(size), self._handle(self.stream))
         return Buffer("cuda", dtype, shape, address.value or 0, None)
 
@@ -197,6 +197,11 @@ class CudaMemory:
             raise UserError("slots: the GPU's memory does not hold this many; ask for fewer")
         if code:
             raise RuntimeError(f"{name}: {self._runtime.cudaGetErrorString(code).decode()}")
+
+
+def _free(runtime: ctypes.CDLL, address: ctypes.c_void_p) -> None:
+    with CudaMemory.DEVICE:
+        runtime.cudaFree(address)
 
 
 def _array(buffer: Buffer) -> NDArray[Any]:

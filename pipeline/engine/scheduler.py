@@ -151,42 +151,50 @@ class Scheduler:
     def _admit(self) -> None:
         """Give free slots to waiting requests."""
         for slot, occupant in enumerate(self._running):
-            if not self._waiting:
-                return
-            if occupant is not None or (request := self._take_waiting()) is None:
+            if occupant is not None:
                 continue
-            # The last token of a prompt is fed again: the first draw needs its logits.
-            shared = request.prompt_tokens - 1
-            source = next((other.slot for other in self._relatives(request) if other.cached >= shared), None)
+            if (request := self._take_waiting()) is None:
+                return
             self._running[slot] = request
             request.slot = slot
             request.context = list(request.context)
-            if source is not None:
-                self._session.copy(source, slot, shared)
-                request.cached = shared
-
-    def _take_waiting(self) -> Request | None:
-        """Return the first waiting request that may have a slot now; None if all must wait."""
-        held = Counter(request.client for request in self._active())
-        for request in list(self._waiting):
-            if request.client is not None and held[request.client] >= self.slots_per_client:
-                continue
-            relatives = self._relatives(request)
-            if relatives and all(other.cached < request.prompt_tokens - 1 for other in relatives):
-                # The prompt is being read for another choice; this one will copy it from there.
-                continue
             try:
                 request.continuation = request.begin()
             except Exception as error:  # noqa: BLE001
                 self._fail(request, error)
                 continue
-            self._waiting.remove(request)
-            return request
+            # The last token of a prompt is fed again: the first draw needs its logits.
+            shared = request.prompt_tokens - 1
+            source = next((other.slot for other in self._relatives(request) if other.cached >= shared), None)
+            if source is not None:
+                self._session.copy(source, slot, shared)
+                request.cached = shared
+
+    def _take_waiting(self) -> Request | None:
+        """Take the first waiting request that may have a slot now; None if all must wait.
+
+        A choice whose prompt is being read for another one waits, to copy it from there.
+        """
+        if not self._waiting:
+            return None
+        held = Counter(request.client for request in self._active())
+        sharing = [request for request in self._active() if request.holds_prompt]
+        read = {request.group for request in sharing if request.cached >= request.prompt_tokens - 1}
+        reading = {request.group for request in sharing} - read
+        for request in self._waiting:
+            has_room = request.client is None or held[request.client] < self.slots_per_client
+            if has_room and request.group not in reading:
+                self._waiting.remove(request)
+                return request
         return None
 
     def _relatives(self, request: Request) -> list[Request]:
         """Return the other running requests whose cache begins with the same prompt."""
-        return [other for other in self._active() if other.group == request.group and other.holds_prompt]
+        return [
+            other
+            for other in self._active()
+            if other.group == request.group and other.holds_prompt and other is not request
+        ]
 
     def _close_gaps(self) -> None:
         """Move the last running request into a free slot below it, because every row up to the last one is computed.
@@ -220,6 +228,8 @@ class Scheduler:
             room -= end - request.cached
             request.cached = end
             if request.unread == 0:
+                # Before its first token, which may be its last: other choices copy the prompt from it.
+                self._admit()
                 self._continue(request, request.slot, ASKS_HOST)
                 # This request decodes now, so the rest of this step reads fewer prompt tokens.
                 room = min(room, prefill_tokens)
@@ -259,7 +269,10 @@ class Scheduler:
                 left = self._session.manifest.context_length - len(request.context)
                 if request.params.max_new_tokens is not None:
                     left = min(left, request.params.max_new_tokens - len(request.continuation.output_ids))
-                loop.join(slot, request.continuation, request.context[-1], request.cached, left)
+                try:
+                    loop.join(slot, request.continuation, request.context[-1], request.cached, left)
+                except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                    self._fail(request, error)
             else:
                 loop.park(slot, request.cached)
 

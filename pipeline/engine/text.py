@@ -5,15 +5,14 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Token
-from pipeline.engine.best import Candidate, best_first
+from pipeline.engine.best import Candidate, badness
 from pipeline.engine.generator import SLOTS
 from pipeline.engine.scheduler import FinishReason, Request
 from pipeline.errors import UserError
@@ -130,18 +129,18 @@ class TextGenerator:
         """
         # Those of one client's prompts are the same object, which may name the whole vocabulary.
         of_engine = {id(own.params): self._for_engine(own.params) for own in asked}
+        begun = [begun_character(self.tokenizer, own.ids) for own in asked]
         requests = iter(self.engine.submit_all([(own.ids, of_engine[id(own.params)]) for own in asked], client))
         choices: list[Choice] = []
         first = 0
-        for own in asked:
+        for own, own_begun in zip(asked, begun, strict=True):
             group = _Candidates(own, first, self.lexicon) if own.params.best_of > 1 else None
             texts = self.token_texts if own.params.logprobs is not None else None
-            tail = open_character(self.tokenizer, own.ids)
             choices += [
                 Choice(
                     first + index,
                     request,
-                    Detokenizer(self.tokenizer, own.params.stop, min_tokens=own.params.min_new_tokens, tail=tail),
+                    Detokenizer(self.tokenizer, own.params.stop, min_tokens=own.params.min_new_tokens, begun=own_begun),
                     texts=texts,
                     begin=own.begin,
                     group=group,
@@ -190,52 +189,27 @@ def detokenize(tokens: Iterator[Token], detokenizer: "Detokenizer") -> Iterator[
         yield rest
 
 
-class OpenCharacter(NamedTuple):
-    """The end of a prompt that ends inside a character, as one of token ids may."""
+def begun_character(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
+    """Return the bytes of a character that a prompt leaves to its continuation to complete; empty if there is none.
 
-    ids: Sequence[int] = ()
-    """The tokens that hold its first bytes; none if the prompt ends with a whole character."""
-    text: str = ""
-    """The whole characters that these tokens begin with."""
-
-
-WHOLE = OpenCharacter()
-
-
-def open_character(tokenizer: Tokenizer, ids: Sequence[int]) -> OpenCharacter:
-    """Return the character at the end of a prompt that is left to its continuation to complete.
-
-    If there is one, the text of the prompt ends in a mark for it.
+    The text of such a prompt ends in a mark for them.
     """
-    spelled: list[bytes] = []
-    for token_id in reversed(ids[-MOST_CHARACTER_BYTES:]):
-        own = _spell(tokenizer, token_id)
-        if own is None:
-            break
-        spelled.insert(0, own)
     decoder = getincrementaldecoder("utf-8")("replace")
-    decoder.decode(b"".join(spelled))
-    begun = len(decoder.getstate()[0])
-    count = held = 0
-    while held < begun:
-        count += 1
-        held += len(spelled[-count])
-    text = b"".join(spelled[len(spelled) - count :])[: held - begun]
-    return OpenCharacter(ids[len(ids) - count :], text.decode(errors="replace"))
+    decoder.decode(b"".join(_spell(tokenizer, token_id) for token_id in ids[-MOST_CHARACTER_BYTES:]))
+    begun, _ = decoder.getstate()
+    return begun
 
 
 class Detokenizer:
-    """Token ids to text in pieces of whole characters, up to a stop text; text that may begin one is held back."""
+    """Token ids to text in pieces of whole characters, up to a stop text; text that may begin one is held back.
+
+    For the byte-level BPE of GPT-2 (Radford et al. 2019), whose tokens are bytes.
+    """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: Sequence[str] = (),
-        *,
-        min_tokens: int = 0,
-        tail: OpenCharacter = WHOLE,
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0, begun: bytes = b""
     ) -> None:
-        """Read the tokens that follow a prompt with this `tail`.
+        """Read the tokens that follow a prompt, which may have `begun` a character.
 
         A stop text counts if it is complete only after the first `min_tokens`, as in vLLM.
         """
@@ -244,20 +218,15 @@ class Detokenizer:
         self._unstoppable_tokens = min_tokens
         self._unstoppable = 0
         """The number of characters held back that came with those tokens."""
-        self._decoder = DecodeStream(skip_special_tokens=False)
-        for token_id in tail.ids:
-            self._decoder.step(tokenizer, token_id)
-        self._given = tail.text
-        """What comes first, but belongs to the prompt."""
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._decoder.setstate((begun, 0))
         self._held = ""
         self.stopped = False
         """Whether a stop text is complete; no text comes after it."""
 
     def feed(self, token_id: int) -> str:
         """Return the text that this token completes: often a word, sometimes nothing."""
-        if text := self._decoder.step(self._tokenizer, token_id):
-            self._held += text[len(self._given) :]
-            self._given = ""
+        self._held += self._decoder.decode(_spell(self._tokenizer, token_id))
         if self._unstoppable_tokens > 0:
             self._unstoppable_tokens -= 1
             self._unstoppable = len(self._held)
@@ -309,9 +278,6 @@ class TokenTexts:
 
     def _text_of(self, token_id: int) -> str:
         spelled = _spell(self._tokenizer, token_id)
-        if spelled is None:
-            # An embedding may have more rows than the tokenizer has tokens.
-            return str(self._tokenizer.id_to_token(token_id) or "")
         try:
             return spelled.decode()
         except UnicodeDecodeError:
@@ -399,28 +365,29 @@ class _Candidates:
         self._first = first
         self._lexicon = lexicon
         self._pieces: dict[Choice, list[Piece]] = defaultdict(list)
+        self._judged: list[tuple[tuple[bool, float, float], int, Piece]] = []
+        """The candidates that have ended: how bad each is, its index, and all of it."""
 
     def add(self, choice: Choice, piece: Piece) -> list[Piece]:
         """Keep a piece of a candidate; return the best candidates, a piece each, if it was the last of them all."""
         self._pieces[choice].append(piece)
         params = self._asked.params
-        if len(self._pieces) < params.candidates or any(own.finish_reason is None for own in self._pieces):
+        if piece.finish_reason is None:
             return []
-        drawn = sorted(self._pieces, key=lambda own: own.index)
-        whole = [join_pieces(self._pieces[own]) for own in drawn]
-        candidates = [
-            Candidate(
-                piece.text,
-                piece.token_ids,
-                piece.finish_reason == "stop",
-                own.logprob / max(1, piece.token_count),
-            )
-            for own, piece in zip(drawn, whole, strict=True)
-        ]
-        best = best_first(self._asked.text, candidates, self._lexicon)
-        # Those that an error ended come last.
-        best.sort(key=lambda index: whole[index].error is not None)
-        return [replace(whole[index], index=self._first + rank) for rank, index in enumerate(best[: params.n])]
+        # Each when it ends: to judge many at once would hold up the others' tokens.
+        whole = join_pieces(self._pieces.pop(choice))
+        candidate = Candidate(
+            whole.text,
+            whole.token_ids,
+            whole.finish_reason == "stop",
+            choice.logprob / max(1, whole.token_count),
+        )
+        is_failed = whole.error is not None
+        self._judged.append(((is_failed, *badness(self._asked.text, candidate, self._lexicon)), choice.index, whole))
+        if len(self._judged) < params.candidates:
+            return []
+        best = sorted(self._judged, key=itemgetter(0, 1))[: params.n]
+        return [replace(piece, index=self._first + rank) for rank, (_, _, piece) in enumerate(best)]
 
 
 def join_pieces(pieces: Sequence[Piece]) -> Piece:
@@ -452,12 +419,16 @@ def _byte_of_character() -> dict[str, int]:
 _BYTES = _byte_of_character()
 
 
-def _spell(tokenizer: Tokenizer, token_id: int) -> bytes | None:
-    """Return the bytes of a token; None for one that is not written in bytes, or that the tokenizer does not have."""
-    written = tokenizer.id_to_token(token_id)
-    if written is None or not all(character in _BYTES for character in written):
-        return None
-    return bytes(_BYTES[character] for character in written)
+def _spell(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """Return the bytes of a token, as the tokenizer decodes it: a token that is not written in bytes is itself.
+
+    An embedding may have more rows than the tokenizer has tokens; they have no bytes.
+    """
+    written: str = tokenizer.id_to_token(token_id) or ""
+    try:
+        return bytes(_BYTES[character] for character in written)
+    except KeyError:
+        return written.encode()
 
 
 def _first_stop(text: str, stop: Sequence[str], unstoppable: int) -> int | None:

@@ -7,8 +7,9 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,14 +17,25 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import UserError
-from pipeline.serving.completions import EventStream, answer_whole, begin_call, check_name, error_response
+from pipeline.serving.completions import (
+    EventStream,
+    answer_whole,
+    begin_call,
+    check_name,
+    error_response,
+    in_thread,
+    json_answer,
+    json_response,
+)
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.openai import (
     UNKNOWN_FIELD,
@@ -40,8 +52,13 @@ from pipeline.serving.served import Served, ServedModel
 from pipeline.serving.shapes import shorten
 
 COMPLETIONS = "/v1/completions"
+BODY = "pipeline.body"
+"""The key of a request's scope that holds its body once that is read."""
 BEGUN = "pipeline.begun"
 """The key of a request's scope that says that its call has begun, and so is counted where it ends."""
+LARGE_BODY_BYTES = 100_000
+PAUSE_S = 0.005
+"""Long enough for the event loop to take up what has come meanwhile."""
 LONGEST_LENGTH = 18
 """The most digits of a Content-Length; Python refuses to read thousands."""
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -88,6 +105,7 @@ def create_app(
     app.add_middleware(Entrance, root_path=root_path)
     if checks_host:
         app.add_middleware(HostCheck, access=access)
+    app.router.route_class = JsonRoute
     _add_error_handlers(app, metrics)
     _add_gauges(served, metrics)
     with_key = [Depends(_key_check(access.keys))]
@@ -95,7 +113,7 @@ def create_app(
     @app.post(COMPLETIONS, dependencies=with_key, tags=["completions"], response_model=None)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         """Continue each prompt; with `stream`, answer as server-sent events."""
-        client = client_of(request, access)
+        client = client_of(request)
         call = await begin_call(asked, served, metrics, limits, client=client, arrived=time.perf_counter())
         request.scope[BEGUN] = True
         return EventStream(call) if asked.stream else await answer_whole(call, request)
@@ -113,16 +131,18 @@ def create_app(
             return current.card()
 
     @app.post("/tokenize", dependencies=with_key, tags=["tokens"])
-    async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(asked: TokenizeRequest) -> Response:
         """Return the token ids of a text, without the end-of-text that a prompt begins with."""
         with served.lease() as current:
             check_name(asked.model, current)
-            (encoding,) = await asyncio.to_thread(current.generator.tokenizer.encode_batch_fast, [asked.prompt])
+            encode = current.generator.tokenizer.encode_batch_fast
+            (encoding,) = await in_thread(len(asked.prompt), encode, [asked.prompt])
             ids = encoding.ids
-            return {"tokens": ids, "count": len(ids), "max_model_len": current.generator.engine.context_length}
+            length = current.generator.engine.context_length
+            return await json_answer({"tokens": ids, "count": len(ids), "max_model_len": length})
 
     @app.post("/detokenize", dependencies=with_key, tags=["tokens"])
-    async def detokenize(asked: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(asked: DetokenizeRequest) -> Response:
         """Return the text of token ids."""
         with served.lease() as current:
             check_name(asked.model, current)
@@ -131,8 +151,8 @@ def create_app(
             except UserError as error:
                 raise to_api_error(error) from error
             decode = current.generator.tokenizer.decode_batch
-            (text,) = await asyncio.to_thread(decode, [asked.tokens], skip_special_tokens=False)
-            return {"prompt": text}
+            (text,) = await in_thread(len(asked.tokens), partial(decode, skip_special_tokens=False), [asked.tokens])
+            return json_response({"prompt": text})
 
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
@@ -192,6 +212,37 @@ class HostCheck:
             return
         text = f"Host: {shorten(repr(host))} is not a name of this server; allow it with --allowed-host, or set keys"
         await error_response(ApiError(403, text))(scope, receive, send)
+
+
+class JsonRequest(Request):
+    """A request whose JSON is read by Pydantic's parser, which holds others up for half as long as Python's."""
+
+    async def body(self) -> bytes:
+        # The handlers of errors are given another object for this request.
+        body = self.scope[BODY] = await super().body()
+        return body
+
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            values = from_json(body)
+        except ValueError:
+            # Python's reads more: half of a surrogate pair, say, which is then refused in its field.
+            values = await super().json()
+        if len(body) > LARGE_BODY_BYTES:
+            # Others are answered before it is checked, which takes as long as to read it.
+            await asyncio.sleep(PAUSE_S)
+        return values
+
+
+class JsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handle_json
 
 
 class Failures:
@@ -280,11 +331,10 @@ def playground() -> tuple[str, str]:
     return page, policy
 
 
-def client_of(request: Request, access: Access) -> str:
-    """Return whose request it is, for the limit of each client: its key, if the server asks for one, or its address."""
-    if access.keys:
-        return hashlib.sha256(request.headers["authorization"].encode()).hexdigest()
-    return "" if request.client is None else request.client.host
+def client_of(request: Request) -> str:
+    """Return whose request it is, for the limit of each client: its key, if it had to send one, or its address."""
+    host = "" if request.client is None else request.client.host
+    return str(getattr(request.state, "key", host))
 
 
 def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:
@@ -292,7 +342,7 @@ def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:
     digests = [hashlib.sha256(key.encode()).digest() for key in keys]
     scheme = HTTPBearer(auto_error=False, description=f"One of {KEYS_VARIABLE}, if the server has any")
 
-    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
+    async def check(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
         if not digests:
             return
         given_digest = hashlib.sha256(b"" if given is None else given.credentials.encode()).digest()
@@ -305,6 +355,7 @@ def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        request.state.key = given_digest.hex()
 
     return check
 
@@ -326,7 +377,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid" or (first["loc"] == ("body",) and first["type"] != UNKNOWN_FIELD):
-            return respond(request, unreadable_body(await request.body(), request.headers))
+            return respond(request, unreadable_body(request.scope.get(BODY, b""), request.headers))
         return respond(request, validation_to_api_error(first))
 
     @app.exception_handler(HTTPException)
@@ -336,7 +387,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
             return respond(request, error.__cause__)
         if error.status_code == 400:
             # FastAPI's answer to a body that raises anything but a JSON error.
-            return respond(request, unreadable_body(await request.body(), request.headers))
+            return respond(request, unreadable_body(request.scope.get(BODY, b""), request.headers))
         texts = {404: "no such path; /docs lists them", 405: "this path takes another method"}
         text = texts.get(error.status_code, str(error.detail))
         return respond(request, ApiError(error.status_code, text, headers=dict(error.headers or {})))

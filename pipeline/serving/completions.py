@@ -6,9 +6,11 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -27,7 +29,10 @@ from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worke
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers that keep proxies from holding a stream back."""
 JSON = "application/json"
-LARGE_EVENT_BYTES = 10_000
+PART = 500
+"""The number of elements of a list that are written at a time."""
+LARGE_SIZE = 20_000
+_LARGE = ThreadPoolExecutor(1, "large texts")
 LAST_EVENT_SECONDS = 1.0
 """How long a client that has timed out may take to read why."""
 
@@ -141,7 +146,9 @@ async def begin_call(
             if scores or params.context_overflow != "slide":
                 for entry in asked.prompts():
                     _check_length(entry, model, can_slide=not scores)
-            prompts = [await _read_prompt(entry, model) for entry in asked.prompts()]
+            # What slides reads the end of a prompt alone.
+            ends = params.context_overflow == "slide" and not scores
+            prompts = [await _read_prompt(entry, model, end_alone=ends) for entry in asked.prompts()]
             if draws:
                 model.generator.check([prompt.ids for prompt in prompts], params)
             for prompt in prompts if scores else ():
@@ -202,13 +209,8 @@ async def _collect(call: Call) -> Response:
     async for delivery in call.deliveries():
         for piece in delivery.pieces:
             gained[piece.index].append(piece)
-    choices = []
-    for own in gained:
-        # A choice may have a thousand tokens of twenty log-probabilities each: between two, others are answered.
-        await asyncio.sleep(0)
-        choices.append(json.dumps(_choice_body(join_pieces(own), reports=call.asked.logprobs is not None)))
-    body = json.dumps(call.body([], call.usage))
-    return Response(body.replace('"choices": []', f'"choices": [{", ".join(choices)}]', 1), media_type=JSON)
+    choices = [_choice_body(join_pieces(own), reports=call.asked.logprobs is not None) for own in gained]
+    return await json_answer(call.body(choices, call.usage))
 
 
 class EventStream(StreamingResponse):
@@ -247,20 +249,45 @@ class EventStream(StreamingResponse):
                     ends_job = delivery.is_last and piece is pieces[-1]
                     has_usage = ends_job or options.continuous_usage_stats
                     choice = _choice_body(piece, reports=reports)
-                    events.append(_event(call.body([choice], call.usage if has_usage else None)))
-                    if len(events[-1]) > LARGE_EVENT_BYTES:
-                        # Between two that take long to write, others are answered.
-                        await asyncio.sleep(0)
+                    body = call.body([choice], call.usage if has_usage else None)
+                    # The echo of a prompt may be large.
+                    events.append(_event(await to_json(body) if len(piece.tokens) > PART else json.dumps(body)))
                 if events:
                     yield b"".join(events)
         except ApiError as error:
             self._outcome = error.outcome
-            yield _event(error.body())
+            yield _event(json.dumps(error.body()))
             return
         if options.include_usage:
-            yield _event(call.body([], call.usage))
+            yield _event(json.dumps(call.body([], call.usage)))
         yield b"data: [DONE]\n\n"
         self._outcome = call.outcome
+
+
+async def json_answer(body: dict[str, Any]) -> Response:
+    """Answer with a body that may be large, without holding up others."""
+    return Response(await to_json(body), media_type=JSON)
+
+
+async def to_json(value: Any) -> str:
+    """Return a value as JSON, and let others be answered between the parts of its lists."""
+    if isinstance(value, dict):
+        return "{" + ", ".join([f"{json.dumps(name)}: {await to_json(one)}" for name, one in value.items()]) + "}"
+    if not isinstance(value, list) or not value:
+        return json.dumps(value)
+    if isinstance(value[0], dict) and len(value) <= PART:
+        return "[" + ", ".join([await to_json(one) for one in value]) + "]"
+    parts = []
+    for start in range(0, len(value), PART):
+        parts.append(json.dumps(value[start : start + PART])[1:-1])
+        await asyncio.sleep(0)
+    return "[" + ", ".join(parts) + "]"
+
+
+async def in_thread(size: int, work: Callable[[Any], Any], given: Any) -> Any:
+    """Do work on a text or token ids of this size in another thread; large ones take turns, so that small ones pass."""
+    executor = _LARGE if size > LARGE_SIZE else None
+    return await asyncio.get_running_loop().run_in_executor(executor, work, given)
 
 
 def error_response(error: ApiError) -> Response:
@@ -286,15 +313,22 @@ def _choice_body(piece: Piece, *, reports: bool) -> dict[str, Any]:
     return body if piece.error is None else {**body, **_shown_error(piece.error).body()}
 
 
-def _event(body: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(body)}\n\n".encode()
+def _event(body: str) -> bytes:
+    return f"data: {body}\n\n".encode()
 
 
-async def _read_prompt(entry: str | list[int], model: ServedModel) -> Prompt:
-    """Return a prompt in tokens: a text begins a document, token ids are taken as they are. Raises `UserError`."""
-    if isinstance(entry, str):
-        return await asyncio.to_thread(text_prompt, model.generator, entry)
-    return await asyncio.to_thread(ids_prompt, model.generator, entry)
+async def _read_prompt(entry: str | list[int], model: ServedModel, *, end_alone: bool) -> Prompt:
+    """Return a prompt in tokens: a text begins a document, token ids are taken as they are. Raises `UserError`.
+
+    With `end_alone`, a text that is longer than any that fits is encoded from near its end on. Only half of the context
+    is read then, far from where it is cut.
+    """
+    if not isinstance(entry, str):
+        return cast(Prompt, await in_thread(len(entry), partial(ids_prompt, model.generator), entry))
+    most = model.generator.engine.context_length * model.longest_token_characters
+    end = entry[-most:] if end_alone else entry
+    prompt = cast(Prompt, await in_thread(len(end), partial(text_prompt, model.generator), end))
+    return replace(prompt, text=entry)
 
 
 def _check_length(entry: str | list[int], model: ServedModel, *, can_slide: bool) -> None:

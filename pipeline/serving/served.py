@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import requests
 from filelock import FileLock, Timeout
@@ -37,6 +37,7 @@ UNREACHABLE = (MlflowException, requests.RequestException, OSError)
 logger = logging.getLogger(__name__)
 
 
+Answer = TypeVar("Answer")
 Load = Callable[[Path, str | None], TextGenerator]
 """Loads the engine in a folder on a provider, or on the one that the server was given if it is None."""
 
@@ -246,8 +247,8 @@ class Served:
         """How often in a row the source did not answer."""
         self._wake = threading.Event()
         self._closing = False
-        self._fetching = False
-        """Whether the watcher copies a version, which may take as long as the network does."""
+        self._asking = False
+        """Whether the watcher waits for the source, which may take as long as the network does."""
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self.current: ServedModel
         self.started = False
@@ -268,11 +269,11 @@ class Served:
     def close(self) -> None:
         """End every engine; requests that still run end with an error.
 
-        A version that is being copied is not waited for: its copy is removed when the process ends.
+        The source is not waited for: a copy that is not whole is removed with the process, or by the next server.
         """
         self._closing = True
         self._wake.set()
-        while self._watcher.is_alive() and not self._fetching:
+        while self._watcher.is_alive() and not self._asking:
             self._watcher.join(JOIN_SECONDS)
         if self.started:
             for model in (self.current, *self._retired):
@@ -311,7 +312,7 @@ class Served:
         """Replace the current version if the source names another, and close earlier ones that are idle."""
         self._close_idle()
         try:
-            version = self._source.newest()
+            version = self._ask(self._source.newest)
             if version in (self.current.version, self._refused):
                 self._failures = 0
                 return
@@ -340,15 +341,12 @@ class Served:
 
     def _open(self, version: str | None, provider: str | None = None) -> ServedModel:
         """Load a version, on the provider of the one that it replaces. Raises `UserError` if it cannot be served."""
-        self._fetching = True
         try:
-            files = self._source.fetch(version)
+            files = self._ask(partial(self._source.fetch, version))
         except Exception as error:
             if not _may_pass(error):
                 self._refuse(version, error)
             raise
-        finally:
-            self._fetching = False
         if self._closing:
             files.remove()
             raise UserError(f"version {version} came while the server was closing")
@@ -359,6 +357,14 @@ class Served:
             self._refuse(version, error)
             raise
         return ServedModel(self._source.name, version, files, worker)
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
+        """Ask the source, for which `close` does not wait."""
+        self._asking = True
+        try:
+            return question()
+        finally:
+            self._asking = False
 
     def _refuse(self, version: str | None, error: Exception) -> None:
         """Remember a version that cannot be served: to fetch it again may take minutes, and changes nothing.

@@ -17,6 +17,10 @@ from pipeline.serving.metrics import Metrics
 from pipeline.serving.options import KEYS_VARIABLE, Access, Address, EngineOptions, Limits
 from pipeline.serving.served import Served, source_of
 
+COLLECTED_AT_ONCE = (50_000, 50)
+"""The number of new objects after which the garbage collector looks at them, and how often it does so before it looks
+at those that stayed."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -101,10 +105,11 @@ def serve(
     with bind_socket(address) as listener:
         # Before the port is open: nobody is answered until the model is ready, and an error is one line.
         served.start()
-        # What is loaded stays. If the collector looked at it again for every body of many lists, each would hold all
-        # other requests for a second.
+        # What is loaded stays. If the collector looked at it, or at all of a body of many lists, again and again, each
+        # such body would hold all other requests for a second.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*COLLECTED_AT_ONCE)
         server.run(sockets=[listener])
     if died.is_set():
         raise UserError("the engine ended with the error above; start the server again, or report it")

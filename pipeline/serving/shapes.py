@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 
 MOST_PROMPTS = 4096
 """Far more than a server takes at a time, which depends on its slots and its queue."""
+MOST_IDS = 2**16
+"""The most token ids in one list: more than GPT-2's vocabulary, and many times its context."""
 MOST_STOPS = 64
 MOST_STOP_CHARACTERS = 1024
 """The most characters in all stop texts together. Every one may have to be looked for at each token."""
@@ -23,6 +25,7 @@ MOST_BIASES = 1024
 LONGEST_QUOTE = 80
 """The most characters of a value that a message quotes."""
 HIGHEST_ID = 2**31 - 1
+CHECKED_AT_ONCE = 10_000
 
 _ID = re.compile(r"[0-9]{1,10}")
 
@@ -43,9 +46,12 @@ def check_ids(value: Any, place: str = "") -> list[int]:
     """Return a list of token ids, each in [0, 2**31)."""
     if not isinstance(value, list):
         raise _refuse(f"expected token ids, got {_show(value)}", place)
-    if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) > HIGHEST_ID):
-        index = next(i for i, one in enumerate(value) if type(one) is not int or not 0 <= one <= HIGHEST_ID)
-        raise _refuse(f"expected a token id, got {_show(value[index])}", f"{place}[{index}]")
+    for start in range(0, min(len(value), MOST_IDS), CHECKED_AT_ONCE):
+        part = value[start : start + CHECKED_AT_ONCE]
+        if set(map(type, part)) != {int} or min(part) < 0 or max(part) > HIGHEST_ID:
+            index = next(i for i, one in enumerate(part) if type(one) is not int or not 0 <= one <= HIGHEST_ID)
+            raise _refuse(f"expected a token id, got {_show(part[index])}", f"{place}[{start + index}]")
+    _check_count(value, MOST_IDS, "ids", place)
     return value
 
 
@@ -114,9 +120,9 @@ def check_biases(value: Any) -> dict[int, float] | None:
     return biases
 
 
-def _check_count(values: Sequence[Any] | dict[str, Any], most: int, name: str) -> None:
+def _check_count(values: Sequence[Any] | dict[str, Any], most: int, name: str, place: str = "") -> None:
     if len(values) > most:
-        raise _refuse(f"{len(values):,} {name} are more than the {most:,} that are taken")
+        raise _refuse(f"{len(values):,} {name} are more than the {most:,} that are taken", place)
 
 
 def _refuse(message: str, place: str = "") -> PydanticCustomError:

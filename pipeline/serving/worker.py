@@ -5,6 +5,7 @@ A job is one request of a client: prompts, each continued `n` times, optionally 
 and delivers. Nothing else touches the engine. What goes wrong with a job ends that job, and the loop goes on.
 """
 
+import logging
 import math
 import os
 import queue
@@ -14,14 +15,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
 from pipeline.engine.generator import SCORING_CHUNK_TOKENS
 from pipeline.engine.scheduler import PREFILL_CHUNK_TOKENS
-from pipeline.engine.text import Asked, Choice, Detokenizer, Piece, TextGenerator, TokenText, open_character
+from pipeline.engine.text import Asked, Choice, Detokenizer, Piece, TextGenerator, TokenText, begun_character
 from pipeline.errors import UserError
 from pipeline.tokens import prompt_ids
 
@@ -33,6 +34,8 @@ MEMORY_OF_DURATIONS = 0.9
 """The share of the mean duration of continuations that is kept when another one ends."""
 LONGEST_RETRY_SECONDS = 60
 _OF_PARENTS: list["Worker"] = []
+
+logger = logging.getLogger(__name__)
 
 
 class QueueFullError(Exception):
@@ -190,7 +193,7 @@ class Worker:
         """The most of them that may be one client's."""
         if self._slots_per_client is None:
             return self.most
-        return self._slots_per_client + self._max_queue * self._slots_per_client // self.slots
+        return min(self.most, self._slots_per_client + self._max_queue * self._slots_per_client // self.slots)
 
     def check(self, prompts: int, params: SamplingParams) -> None:
         """Raise `UserError`, naming the field, if a job has more continuations than could ever be taken."""
@@ -305,8 +308,8 @@ class Worker:
         heads = [replace(echoed[index // n], index=index) for index in range(job.choices)] if echoed else []
         if not job.draws:
             ends = [Piece(index, finish_reason="length") for index in range(job.choices)]
-            job.deliver(Delivery(heads + ends, is_last=True))
             self._close(job)
+            self._deliver(job, Delivery(heads + ends, is_last=True))
             return
         asked = [
             Asked(prompt.ids, prompt.text, job.params, length)
@@ -315,7 +318,7 @@ class Worker:
         choices = self.generator.begin(asked, job.client)
         self._running[job] = dict.fromkeys(choices)
         if heads:
-            job.deliver(Delivery(heads, is_last=False))
+            self._deliver(job, Delivery(heads, is_last=False))
 
     def _step(self) -> None:
         """Draw a token for every running continuation, and deliver what each job has gained."""
@@ -329,7 +332,7 @@ class Worker:
                     piece for choice in list(choices) for piece in choice.sift(self._advance(job, choices, choice, now))
                 ]
                 if pieces or not choices:
-                    job.deliver(Delivery(pieces, is_last=not choices))
+                    self._deliver(job, Delivery(pieces, is_last=not choices))
             if not choices:
                 self._running.pop(job, None)
 
@@ -357,7 +360,15 @@ class Worker:
             yield
         except Exception as error:  # noqa: BLE001
             self._cancel(job)
-            job.deliver(error)
+            self._deliver(job, error)
+
+    def _deliver(self, job: Job, delivery: Delivery | Exception) -> None:
+        """Deliver to a client, and end its job if it does not take it, as when its event loop is closed."""
+        try:
+            job.deliver(delivery)
+        except Exception:
+            logger.exception("what a job gained could not be delivered")
+            self._cancel(job)
 
     def _cancel(self, job: Job) -> None:
         """Free what a job holds; does nothing if it has ended."""
@@ -378,7 +389,8 @@ class Worker:
         with self._lock:
             jobs = list(self._open)
         for job in jobs:
-            job.deliver(error)
+            with suppress(Exception):
+                job.deliver(error)
 
 
 def _warm_up(engine: Engine) -> None:
@@ -423,7 +435,7 @@ def ids_prompt(generator: TextGenerator, ids: list[int]) -> Prompt:
     generator.engine.check_ids("prompt", ids)
     # Unlike `decode`, this lets other threads run.
     (text,) = generator.tokenizer.decode_batch([ids], skip_special_tokens=False)
-    return Prompt(ids, text[:-1] if open_character(generator.tokenizer, ids).ids else text, has_context=False)
+    return Prompt(ids, text[:-1] if begun_character(generator.tokenizer, ids) else text, has_context=False)
 
 
 class _Scoring:

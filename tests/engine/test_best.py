@@ -1,5 +1,6 @@
 """The best of several candidates: their order, and what each surface returns of them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,9 @@ from tokenizers import Tokenizer
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine
-from pipeline.engine.best import Candidate, best_first
-from pipeline.engine.text import Asked, TextGenerator
+from pipeline.engine.best import Candidate, badness
+from pipeline.engine.sampler import Continuation
+from pipeline.engine.text import Asked, Piece, TextGenerator
 from pipeline.errors import UserError
 from pipeline.quality.lexicon import Lexicon
 from pipeline.tokens import prompt_ids
@@ -19,6 +21,10 @@ PARAMS = SamplingParams(max_new_tokens=12, seed=5, ignore_eos=True)
 
 def candidate(text: str, mean_logprob: float = -1.0, *, finished: bool = True) -> Candidate:
     return Candidate(text, list(range(len(text))), finished, mean_logprob)
+
+
+def best_first(prompt: str, candidates: Sequence[Candidate], lexicon: Lexicon) -> list[int]:
+    return sorted(range(len(candidates)), key=lambda index: badness(prompt, candidates[index], lexicon))
 
 
 def test_fewer_faults_per_word_are_better() -> None:
@@ -100,3 +106,26 @@ def test_fewer_candidates_than_choices_are_refused() -> None:
         SamplingParams(n=3, best_of=2)
     assert SamplingParams(n=3).candidates == 3
     assert SamplingParams(n=2, best_of=5).candidates == 5
+
+
+def test_a_candidate_that_fails_is_the_worst(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = Continuation.append
+
+    def fail(self: Continuation, token_id: int) -> None:
+        if self._choice in failing:
+            raise LookupError("a bug")
+        append(self, token_id)
+
+    monkeypatch.setattr(Continuation, "append", fail)
+    texts: list[list[Piece]] = []
+    failing: set[int] = set()
+    for chosen in ({1, 2}, {0, 1, 2}):
+        failing.update(chosen)
+        choices = generator.begin([Asked([5], "", replace(PARAMS, best_of=3, n=2))])
+        pieces: list[Piece] = []
+        while any(choice.finish_reason is None for choice in choices):
+            generator.engine.scheduler.step()
+            pieces += [piece for choice in choices for piece in choice.sift(choice.take())]
+        texts.append(pieces)
+    assert [[piece.finish_reason for piece in pieces] for pieces in texts] == [["length", "error"], ["error"] * 2]
+    assert [isinstance(piece.error, LookupError) for piece in texts[0]] == [False, True]

@@ -215,6 +215,19 @@ def test_choices_that_wait_for_their_prompt_leave_free_slots_to_others(engine: E
     assert drawn(running) == engine.generate([[51]], params(9, max_new_tokens=40))[0].token_ids
 
 
+def test_choices_share_a_prompt_even_if_the_first_ends_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[int] = []
+    prefill = engine.session.prefill
+    monkeypatch.setattr(
+        engine.session, "prefill", lambda slot, ids, past: (fed.append(len(ids)), prefill(slot, ids, past))
+    )
+    prompt = [index % 300 for index in range(30)]
+    short = engine.generate([prompt], params(3, n=3, max_new_tokens=1))
+    assert fed == [30]
+    longer = engine.generate([prompt], params(3, n=3, max_new_tokens=2))
+    assert [done.token_ids for done in short] == [done.token_ids[:1] for done in longer]
+
+
 def test_a_client_has_its_slots_and_no_more(engine: Engine) -> None:
     engine.scheduler.slots_per_client = 2
     one = engine.submit_all([([50 + index], params(4)) for index in range(4)], "one")

@@ -14,7 +14,8 @@ from tokenizers.models import BPE
 
 from pipeline.decoding import SamplingParams
 from pipeline.engine import Engine, Token
-from pipeline.engine.text import Detokenizer, TextGenerator, detokenize, open_character
+from pipeline.engine.sampler import Continuation
+from pipeline.engine.text import Detokenizer, TextGenerator, begun_character, detokenize
 from pipeline.errors import UserError
 from pipeline.tokens import load_tokenizer
 
@@ -199,10 +200,10 @@ def test_a_prompt_that_ends_inside_a_character_is_completed(text: str, pieces_on
     prompts = [ids[:count] for count in range(1, len(ids)) if tokenizer.decode(ids[:count]).endswith("�")]
     assert prompts
     for prompt in prompts:
-        tail = open_character(tokenizer, prompt)
+        begun = begun_character(tokenizer, prompt)
         read = tokenizer.decode(prompt)[:-1]
         tokens = [Token(token_id) for token_id in (*ids[len(prompt) :], *tokenizer.encode("!").ids)]
-        pieces = list(detokenize(iter(tokens), Detokenizer(tokenizer, tail=tail)))
+        pieces = list(detokenize(iter(tokens), Detokenizer(tokenizer, begun=begun)))
         assert read + "".join(pieces) == text + "!"
         assert pieces[0][0] == text[len(read)]
 
@@ -211,7 +212,8 @@ def test_a_prompt_that_nothing_completes_leaves_a_mark_to_its_continuation(piece
     tokenizer = pieces_only.tokenizer
     ids = tokenizer.encode("€").ids[:2]
     tokens = iter([Token(token_id) for token_id in tokenizer.encode("abc").ids])
-    assert "".join(detokenize(tokens, Detokenizer(tokenizer, tail=open_character(tokenizer, ids)))) == "�abc"
+    begun = begun_character(tokenizer, ids)
+    assert "".join(detokenize(tokens, Detokenizer(tokenizer, begun=begun))) == "�abc"
 
 
 @given(st.text(), st.integers(0, 8))
@@ -222,21 +224,21 @@ def test_a_prompt_and_its_continuation_are_one_text_wherever_it_is_cut(
     # The mark itself cannot be told from the mark for bytes that are not a character.
     ids = tokenizer.encode(text.replace("�", "")).ids
     prompt, rest = ids[: max(0, len(ids) - back)], ids[max(0, len(ids) - back) :]
-    tail = open_character(tokenizer, prompt)
+    begun = begun_character(tokenizer, prompt)
     read = tokenizer.decode(prompt, skip_special_tokens=False)
-    assert bool(tail.ids) == read.endswith("�")
-    pieces = detokenize((Token(token_id) for token_id in rest), Detokenizer(tokenizer, tail=tail))
-    assert (read[:-1] if tail.ids else read) + "".join(pieces) == text.replace("�", "")
+    assert bool(begun) == read.endswith("�")
+    pieces = detokenize((Token(token_id) for token_id in rest), Detokenizer(tokenizer, begun=begun))
+    assert (read[:-1] if begun else read) + "".join(pieces) == text.replace("�", "")
 
 
 def test_a_token_with_whole_characters_before_the_open_one_gives_only_what_is_new() -> None:
     tokenizer = Tokenizer(BPE({"Ġcaf": 0, "Ã": 1, "ĠcafÃ": 2, "©": 3, "!": 4}, [("Ġcaf", "Ã")]))
     tokenizer.decoder = ByteLevel()
-    tail = open_character(tokenizer, [4, 2])
-    assert tail == ([2], " caf")
-    assert list(detokenize(iter([Token(3), Token(4)]), Detokenizer(tokenizer, tail=tail))) == ["é", "!"]
+    begun = begun_character(tokenizer, [4, 2])
+    assert begun == b"\xc3"
+    assert list(detokenize(iter([Token(3), Token(4)]), Detokenizer(tokenizer, begun=begun))) == ["é", "!"]
     # Bytes that are no beginning of a character are not its business.
-    assert open_character(tokenizer, [3]).ids == open_character(tokenizer, [2, 3]).ids == []
+    assert begun_character(tokenizer, [3]) == begun_character(tokenizer, [2, 3]) == b""
 
 
 def test_a_stop_text_counts_only_once_the_least_tokens_are_there(pieces_only: PiecesOf) -> None:
@@ -266,3 +268,38 @@ def test_a_whole_text_and_a_stream_stop_at_the_same_place(min_tokens: int, gener
     (done,) = generator.complete(["The lamp"], [stopping])
     assert "".join(generator.stream("The lamp", stopping)) == done.text
     assert len(done.token_ids) > min_tokens
+
+
+def test_bytes_that_make_no_character_are_read_once(pieces_only: PiecesOf) -> None:
+    """The marks for them come at once, and are those of the tokenizer: nothing is kept to be decoded again."""
+    (lone,) = {token_id for token_id in range(300) if pieces_only.tokenizer.id_to_token(token_id) == "©"}
+    assert pieces_only.ids([lone] * 50) == ["�"] * 50
+    assert "".join(pieces_only.ids([lone] * 50)) == pieces_only.tokenizer.decode([lone] * 50)
+
+
+def test_an_added_token_is_its_text(tiny_tokenizer: Tokenizer) -> None:
+    tokenizer = Tokenizer.from_str(tiny_tokenizer.to_str())
+    tokenizer.add_tokens(["<a b>", "日"])
+    ids = [tokenizer.token_to_id(text) for text in ("<a b>", "日", "<|endoftext|>")]
+    detokenizer = Detokenizer(tokenizer)
+    expected = tokenizer.decode(ids, skip_special_tokens=False)
+    assert "".join(detokenizer.feed(token_id) for token_id in ids) == expected == "<a b>日<|endoftext|>"
+
+
+def test_a_stream_that_fails_during_the_step_of_another_says_so(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Continuation.append
+
+    def fail(self: Continuation, token_id: int) -> None:
+        if self.params.seed == 8 and len(self.output_ids) == 3:
+            raise LookupError("a bug")
+        append(self, token_id)
+
+    monkeypatch.setattr(Continuation, "append", fail)
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    good, bad = (generator.stream("The", replace(params, seed=seed)) for seed in (7, 8))
+    next(bad)
+    assert len("".join(good)) > 0
+    with pytest.raises(LookupError, match="a bug"):
+        list(bad)

@@ -16,6 +16,8 @@ from typing import Any
 import openai
 import pytest
 import requests
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import OpenAI
 from served_model import DECODING, PATIENCE_S, SLOTS, Running, running_server, served_folder, wait_for
 from tiny_gpt2 import TINY_LEXICON
@@ -26,6 +28,7 @@ from pipeline.engine.sampler import Continuation
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
 from pipeline.serving.app import BodyLimit, create_app, playground
+from pipeline.serving.completions import in_thread, to_json
 from pipeline.serving.options import Access, Address, Limits, keys_from_environment
 from pipeline.tokens import prompt_ids
 
@@ -476,12 +479,72 @@ def test_a_client_has_its_share(tiny_engine_folder: Path) -> None:
             )
             for _ in range(2)
         ]
-        found = ask("one", prompt="a")
+        # However it spells the header.
+        body, headers = {"prompt": "a"}, {"Authorization": "bEARER  one"}
+        found = requests.post(f"{running.url}/v1/completions", json=body, headers=headers, timeout=PATIENCE_S)
         assert (found.status_code, found.json()["error"]["code"]) == (429, "queue_full")
         assert found.json()["error"]["message"].startswith("this client's share of the queue is full")
         assert ask("two", prompt="a", max_tokens=5).status_code == 200
         for one in held:
             one.close()
+
+
+def test_large_texts_take_turns_and_small_ones_pass() -> None:
+    begun, end = threading.Semaphore(0), threading.Event()
+
+    def work(size: int) -> int:
+        if size > 10:
+            begun.release()
+            assert end.wait(PATIENCE_S)
+        return size
+
+    async def run() -> None:
+        large = [asyncio.ensure_future(in_thread(10**6, work, 10**6)) for _ in range(20)]
+        assert await asyncio.to_thread(begun.acquire, timeout=PATIENCE_S)
+        assert [await in_thread(5, work, size) for size in range(10)] == list(range(10))
+        assert not any(one.done() for one in large)
+        end.set()
+        assert await asyncio.gather(*large) == [10**6] * 20
+
+    asyncio.run(run())
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text(),
+        lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(), inner, max_size=4),
+    )
+)
+def test_json_in_parts_is_json(value: Any) -> None:
+    for part in (1, 2, 500):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.serving.completions.PART", part)
+            assert asyncio.run(to_json(value)) == json.dumps(value)
+
+
+def test_others_are_answered_while_a_large_answer_is_written() -> None:
+    async def run() -> tuple[int, str]:
+        turns, writing = 0, asyncio.ensure_future(to_json({"a": [{"b": list(range(5000))}]}))
+        while not writing.done():
+            turns += 1
+            await asyncio.sleep(0)
+        return turns, await writing
+
+    turns, text = asyncio.run(run())
+    assert turns > 5
+    assert json.loads(text) == {"a": [{"b": list(range(5000))}]}
+
+
+def test_the_end_of_a_long_text_slides_as_all_of_it(running: Running, generator: TextGenerator) -> None:
+    """Half of the context is read, and so only the text's end encoded."""
+    longest = max(map(len, generator.tokenizer.get_vocab()))
+    text = "The lamp on Gull Rock went out, and the tide came in. " * (2 * longest)
+    assert len(text) > 64 * longest
+    params = SamplingParams(temperature=0.7, max_new_tokens=9, seed=5, context_overflow="slide")
+    (expected,) = generator.complete([text], [params])
+    asked = {"temperature": 0.7, "top_p": 1, "max_tokens": 9, "seed": 5, "context_overflow": "slide"}
+    assert running.post(prompt=text, **asked).json()["choices"][0]["text"] == expected.text
+    assert running.post(prompt=text, echo=True, **asked).json()["choices"][0]["text"] == text + expected.text
 
 
 def test_a_body_that_is_too_large_is_refused(running: Running) -> None:

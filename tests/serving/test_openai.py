@@ -175,6 +175,8 @@ def test_a_range_is_that_of_the_decoding_parameters(field: str, value: object, m
         ),
         ({"stop": 5}, "stop", "stop: expected a text or a list of texts, got 5"),
         ({"stop": ["a", 5]}, "stop", "stop[1]: expected a text, got 5"),
+        ({"prompt": [3] * 65537}, "prompt", "prompt: 65,537 ids are more than the 65,536 that are taken"),
+        ({"prompt": [[3], [3] * 65537]}, "prompt", "prompt[1]: 65,537 ids are more than the 65,536 that are taken"),
         ({"prompt": [[]] * 4097}, "prompt", "prompt: 4,097 prompts are more than the 4,096 that are taken"),
         ({"stop": ["a"] * 65}, "stop", "stop: 65 texts are more than the 64 that are taken"),
         (

@@ -226,29 +226,29 @@ def test_a_version_replaces_another_on_the_same_provider(versions: Versions, mon
     assert providers == ["cpu"]
 
 
-def test_a_shutdown_does_not_wait_for_a_version_that_is_copied(
-    versions: Versions, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("question", ["fetch", "newest"])
+def test_a_shutdown_does_not_wait_for_the_source(
+    question: str, versions: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions.folders["2"] = versions.folders["1"]
-    copying, copied = threading.Event(), threading.Event()
-    fetch = versions.fetch
+    asked, answered = threading.Event(), threading.Event()
+    answer = getattr(versions, question)
 
-    def slow(version: str | None) -> Files:
-        if version == "2":
-            copying.set()
-            assert copied.wait(2 * PATIENCE_S)
-        return fetch(version)
+    def slow(*version: str | None) -> Any:
+        asked.set()
+        assert answered.wait(2 * PATIENCE_S)
+        return answer(*version)
 
-    monkeypatch.setattr(versions, "fetch", slow)
     served, _ = served_folder(versions.folders["1"], source=versions)
     served.start()
+    monkeypatch.setattr(versions, question, slow)
     versions.wanted = "2"
-    assert copying.wait(PATIENCE_S)
+    assert asked.wait(PATIENCE_S)
     closing = threading.Thread(target=served.close)
     closing.start()
     closing.join(PATIENCE_S)
     assert not closing.is_alive()
-    copied.set()
-    # Nobody needs it any more.
+    answered.set()
+    # Nobody needs the new one any more.
     wait_for(lambda: versions.removed == ["1", "2"])
     assert served.current.version == "1"

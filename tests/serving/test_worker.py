@@ -3,10 +3,12 @@
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from served_model import PATIENCE_S, SLOTS, wait_for
 
@@ -215,6 +217,41 @@ def test_an_error_while_a_text_is_read_ends_its_job_alone(worker: Worker, monkey
         Client(worker, "A cat", SamplingParams(max_new_tokens=40, seed=8, n=2)).pieces()
     assert other.text()
     wait_for(lambda: worker.running == 0 and worker.waiting == 0)
+
+
+def test_a_client_that_takes_nothing_ends_no_other(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    other = Client(worker, "The lamp", SEEDED)
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("the event loop is closed")
+
+    worker.submit(Job([Prompt([5], "", has_context=False)], replace(SEEDED, n=2), refuse))
+    assert other.text()
+    wait_for(lambda: worker.running == 0 and worker.waiting == 0)
+    assert "the event loop is closed" in caplog.text
+    assert not worker.ended
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_score_that_is_no_number_is_an_error(bad: float, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = worker.generator.engine.session
+    shape = (6, session.manifest.vocabulary_size)
+    monkeypatch.setattr(session, "read", lambda ids, past: (np.full(shape, bad, np.float32)[: len(ids)], None))
+    scored = SamplingParams(max_new_tokens=1, logprobs=2)
+    with pytest.raises(ArithmeticError, match="the model's logits are not finite"):
+        Client(worker, "The lamp", scored, echo=True, draws=False).pieces()
+
+
+def test_a_share_of_more_than_all_is_all(tiny_engine_folder: Path) -> None:
+    worker = Worker(
+        lambda: TextGenerator.load(tiny_engine_folder, precision="float32", provider="cpu", threads=1, slots=SLOTS),
+        max_queue=8,
+        slots_per_client=4 * SLOTS,
+    )
+    worker.start()
+    with pytest.raises(UserError, match=r"^n: 20 continuations are more than the 12 that the server takes at a time$"):
+        Client(worker, "A cat", SamplingParams(n=20, max_new_tokens=2), client="me")
+    worker.stop()
 
 
 def test_a_text_is_scored_in_small_parts_while_others_run(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ LOGGED = 8
 """The number of tokens per row that the log holds. A token replaces the one drawn this many steps before."""
 ASKS_HOST, STEP_BITS, TAG_BITS = (1 << 24) - 1, 24, 40
 """An entry of the log holds the token, or `ASKS_HOST` if the host must draw it; from bit `STEP_BITS` on, the number of
-the draw since the row joined; and from bit `TAG_BITS` on, a tag, which grows each time that a row joins. So a reader
+the draw since the row joined; and from bit `TAG_BITS` on, a tag, another one each time that a row joins. So a reader
 can distinguish the token that it waits for from an older one in the same place."""
 TAGS = 1 << (63 - TAG_BITS)
 """The number of tags that an entry has room for, after which they begin again. By then the log, which is emptied when a
