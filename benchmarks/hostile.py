@@ -5,7 +5,9 @@ import http.client
 import json
 import random
 import socket
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,10 +44,32 @@ class Target:
     vocabulary_size: int
 
 
-def attack(target: Target, draw: random.Random) -> str:
-    """Do one hostile thing; return how it was answered, which begins with `fault` if that was wrong."""
-    act = draw.choice([_large, _large, _heavy, _heavy, _leave, _leave_at_once, _rubbish, _be_slow, _tokenize])
-    return act(target, draw)
+def attack_together(target: Target, clients: int, seconds: float) -> Counter[str]:
+    """Let so many hostile clients do one thing after another; return how each was answered.
+
+    What begins with `fault` was wrong.
+    """
+    outcomes: Counter[str] = Counter()
+    ends = time.monotonic() + seconds
+
+    def work(number: int) -> None:
+        draw = random.Random(f"hostile {number}")
+        while time.monotonic() < ends:
+            act = draw.choice([_large, _large, _heavy, _heavy, _leave, _leave_at_once, _rubbish, _be_slow, _tokenize])
+            try:
+                outcome = act(target, draw)
+            except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
+                outcome = f"fault: {act.__name__}: {error!r}"
+            with lock:
+                outcomes[outcome] += 1
+
+    lock = threading.Lock()
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
 
 
 def _filled(begin: str, element: str, end: str) -> bytes:
