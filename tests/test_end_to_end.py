@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
 from pipeline.files import sha256_file
-from pipeline.tracking.registry import find_version
+from pipeline.tracking.registry import FINGERPRINT_TAG
 from pipeline.tracking.store import EXPERIMENT
 from pipeline.training.state import WHOLE_FILE, step_of
 
@@ -156,8 +156,8 @@ class Clone:
     def version(self) -> int:
         """Return the number of the version that these outputs are."""
         client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
-        found = find_version(client, **self.read_json("out/register/version.json"))
-        assert found is not None
+        fingerprint = self.read_json("out/register/version.json")["fingerprint"]
+        (found,) = client.search_model_versions(f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'")
         return int(found.version)
 
     def times(self, name: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import socket
 import threading
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.serving.metrics import Metrics
 from pipeline.serving.options import KEYS_VARIABLE, Access, Address, EngineOptions, Limits
 from pipeline.serving.served import Served, source_of
 
+GRACE_S = 3
 COLLECTED_AT_ONCE = (50_000, 50)
 """The number of new objects after which the garbage collector looks at them, and how often it does so before it looks
 at those that stayed."""
@@ -100,7 +102,14 @@ def serve(
     )
     checks_host = address.is_loopback and not access.keys
     app = create_app(served, metrics, limits, access, root_path=address.root_path, checks_host=checks_host)
-    config = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False)
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        # By then every request has ended; only what a client does not read keeps its connection open.
+        timeout_graceful_shutdown=math.ceil(limits.timeout_s) + GRACE_S,
+    )
     server = Server(config, served)
     with bind_socket(address) as listener:
         # Before the port is open: nobody is answered until the model is ready, and an error is one line.
