@@ -109,7 +109,7 @@ def test_serve_compares_the_server_with_the_engine_alone(tmp_path: Path) -> None
 
 def test_a_soak_leaves_the_server_as_it_was(tiny_engine_folder: Path) -> None:
     command = [sys.executable, "benchmarks/soak.py", "--engine", str(tiny_engine_folder), "--precision", "float32"]
-    done = run([*command, "--seconds", "6", "--clients", "8"])
+    done = run([*command, "--seconds", "6", "--clients", "8", "--longest-wait-s", "60"])
     assert done.returncode == 0, done.stderr
     assert "in use at the end: nothing" in done.stdout
 
