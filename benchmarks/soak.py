@@ -31,7 +31,9 @@ from pipeline.errors import UserError, report_errors
 SETTLED_TENTH = 3
 """The tenth of the time from which on memory should not grow."""
 GROWTH_MIB = 48
-"""The growth that is allowed, because allocators fragment memory."""
+"""The growth that is allowed in a long soak, because allocators fragment memory."""
+LEAST_SECONDS = 300
+"""The time that memory takes to settle."""
 TIMEOUT_S = 20
 """The server's timeout of a request."""
 HEALTH_EVERY_S = 0.1
@@ -167,7 +169,7 @@ def _load(
     print(f"in use at the end: {busy or 'nothing'}")
     problems = [f"{len(record.faults)} kinds of wrong answers, such as {record.faults[0]}"] if record.faults else []
     problems += [f"{busy} stayed in use"] if busy else []
-    problems += [f"memory grew by {growth:.0f} MiB"] if growth > GROWTH_MIB else []
+    problems += [f"memory grew by {growth:.0f} MiB"] if growth > GROWTH_MIB and seconds >= LEAST_SECONDS else []
     return record, problems
 
 
