@@ -32,6 +32,7 @@ JSON = "application/json"
 PART = 500
 """The number of elements of a list that are written at a time."""
 LARGE_SIZE = 20_000
+"""The characters of a text, or its token ids, from which on it is large."""
 _LARGE = ThreadPoolExecutor(1, "large texts")
 LAST_EVENT_SECONDS = 1.0
 """How long a client that has timed out may take to read why."""
@@ -143,12 +144,11 @@ async def begin_call(
         try:
             # Before any work for prompts that could never be taken.
             model.worker.check(len(asked.prompts()), params)
-            if scores or params.context_overflow != "slide":
+            slides = params.context_overflow == "slide" and not scores
+            if not slides:
                 for entry in asked.prompts():
                     _check_length(entry, model, can_slide=not scores)
-            # What slides reads the end of a prompt alone.
-            ends = params.context_overflow == "slide" and not scores
-            prompts = [await _read_prompt(entry, model, end_alone=ends) for entry in asked.prompts()]
+            prompts = [await _read_prompt(entry, model, slides=slides) for entry in asked.prompts()]
             if draws:
                 model.generator.check([prompt.ids for prompt in prompts], params)
             for prompt in prompts if scores else ():
@@ -317,16 +317,16 @@ def _event(body: str) -> bytes:
     return f"data: {body}\n\n".encode()
 
 
-async def _read_prompt(entry: str | list[int], model: ServedModel, *, end_alone: bool) -> Prompt:
+async def _read_prompt(entry: str | list[int], model: ServedModel, *, slides: bool) -> Prompt:
     """Return a prompt in tokens: a text begins a document, token ids are taken as they are. Raises `UserError`.
 
-    With `end_alone`, a text that is longer than any that fits is encoded from near its end on. Only half of the context
-    is read then, far from where it is cut.
+    If it slides, a text that is longer than any that fits is encoded from near its end on: only half of the context is
+    read then, far from where it is cut.
     """
     if not isinstance(entry, str):
         return cast(Prompt, await in_thread(len(entry), partial(ids_prompt, model.generator), entry))
     most = model.generator.engine.context_length * model.longest_token_characters
-    end = entry[-most:] if end_alone else entry
+    end = entry[-most:] if slides else entry
     prompt = cast(Prompt, await in_thread(len(end), partial(text_prompt, model.generator), end))
     return replace(prompt, text=entry)
 

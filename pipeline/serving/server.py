@@ -19,6 +19,7 @@ from pipeline.serving.options import KEYS_VARIABLE, Access, Address, EngineOptio
 from pipeline.serving.served import Served, source_of
 
 GRACE_S = 3
+"""The time that the last answers have after the timeout of their requests."""
 COLLECTED_AT_ONCE = (50_000, 50)
 """The number of new objects after which the garbage collector looks at them, and how often it does so before it looks
 at those that stayed."""

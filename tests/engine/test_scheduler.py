@@ -26,6 +26,16 @@ def params(seed: int, **changes: object) -> SamplingParams:
     return SamplingParams.from_mapping(values | changes)
 
 
+def note_prefills(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the tokens of each part of a prompt that is read."""
+    fed: list[int] = []
+    prefill = engine.session.prefill
+    monkeypatch.setattr(
+        engine.session, "prefill", lambda slot, ids, past: (fed.append(len(ids)), prefill(slot, ids, past))
+    )
+    return fed
+
+
 def drawn(request: Request) -> list[int]:
     return [token.token_id for token in request.tokens if token.token_id is not None]
 
@@ -114,22 +124,14 @@ def test_a_long_prompt_stalls_the_others_for_one_chunk(engine: Engine, monkeypat
 
 
 def test_alone_a_prompt_is_read_in_one_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    prefill = engine.session.prefill
-    monkeypatch.setattr(
-        engine.session, "prefill", lambda slot, ids, past: (sizes.append(len(ids)), prefill(slot, ids, past))
-    )
+    sizes = note_prefills(engine, monkeypatch)
     engine.submit([index % 300 for index in range(40)], params(2))
     engine.scheduler.step(prefill_tokens=8)
     assert sizes == [40]
 
 
 def test_choices_share_one_prefill(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    fed: list[int] = []
-    prefill = engine.session.prefill
-    monkeypatch.setattr(
-        engine.session, "prefill", lambda slot, ids, past: (fed.append(len(ids)), prefill(slot, ids, past))
-    )
+    fed = note_prefills(engine, monkeypatch)
     prompt = [index % 300 for index in range(30)]
     choices = engine.generate([prompt], params(3, n=3))
     assert fed == [30]
@@ -216,11 +218,7 @@ def test_choices_that_wait_for_their_prompt_leave_free_slots_to_others(engine: E
 
 
 def test_choices_share_a_prompt_even_if_the_first_ends_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    fed: list[int] = []
-    prefill = engine.session.prefill
-    monkeypatch.setattr(
-        engine.session, "prefill", lambda slot, ids, past: (fed.append(len(ids)), prefill(slot, ids, past))
-    )
+    fed = note_prefills(engine, monkeypatch)
     prompt = [index % 300 for index in range(30)]
     short = engine.generate([prompt], params(3, n=3, max_new_tokens=1))
     assert fed == [30]
