@@ -376,8 +376,8 @@ def token_logprobs(logits: Logits, token_id: int, top_count: int) -> tuple[float
 def log_normalizers(logits: Logits) -> Float64s:
     """Return what the logits exceed the log-probabilities by, over the last axis: float64 `[...]`.
 
-    NaN or infinity among the logits gives NaN. The exponentials are in float32, which takes a third of
-    the time of float64 and moves a log-probability by 1e-7 at most; their sum is in float64.
+    NaN or infinity among the logits gives NaN. The exponentials are in float32, which takes a third of the time of
+    float64 and moves a log-probability by 1e-7 at most; their sum is in float64.
     """
     peaks = logits.max(axis=-1)
     with np.errstate(invalid="ignore"):  # of infinity minus infinity

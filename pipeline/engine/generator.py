@@ -182,8 +182,7 @@ class Engine:
         fed = text[max(0, start - 1) : min(end, len(text)) - 1]
         if not fed:
             return first
-        with self.session.memory.held():
-            logits, _ = self.session.read(fed, max(0, start - 1))
+        logits, _ = self.session.read(fed, max(0, start - 1))
         return first + [
             Token(token_id, *token_logprobs(row, token_id, top_count))
             for row, token_id in zip(logits, text[max(1, start) : end], strict=True)
@@ -226,9 +225,7 @@ class Engine:
         """
         for start in range(0, len(ids), SCORING_CHUNK_TOKENS):
             end = start + SCORING_CHUNK_TOKENS
-            with self.session.memory.held():
-                read = self.session.read(ids[start:end], start, states=states)
-            yield *read, ids[start + 1 : end + 1]
+            yield *self.session.read(ids[start:end], start, states=states), ids[start + 1 : end + 1]
 
     def _check_params(self, params: SamplingParams) -> None:
         """Raise `UserError` if parameters do not fit this engine."""

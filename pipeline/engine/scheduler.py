@@ -69,6 +69,11 @@ class Request:
     """The error that ended it, if the finish reason is `error`."""
 
     @property
+    def shared_tokens(self) -> int:
+        """The tokens of the prompt that others of the group copy: all but the last, whose logits a first draw needs."""
+        return self.prompt_tokens - 1
+
+    @property
     def unread(self) -> int:
         """The number of context tokens that are not in the cache: decoding feeds one, prefill reads more."""
         return len(self.context) - self.cached
@@ -163,12 +168,12 @@ class Scheduler:
             except Exception as error:  # noqa: BLE001
                 self._fail(request, error)
                 continue
-            # The last token of a prompt is fed again: the first draw needs its logits.
-            shared = request.prompt_tokens - 1
-            source = next((other.slot for other in self._relatives(request) if other.cached >= shared), None)
+            source = next(
+                (other.slot for other in self._sharing() if other.group == request.group and other is not request), None
+            )
             if source is not None:
-                self._session.copy(source, slot, shared)
-                request.cached = shared
+                request.cached = request.shared_tokens
+                self._session.copy(source, slot, request.cached)
 
     def _take_waiting(self) -> Request | None:
         """Take the first waiting request that may have a slot now; None if all must wait.
@@ -178,9 +183,8 @@ class Scheduler:
         if not self._waiting:
             return None
         held = Counter(request.client for request in self._active())
-        sharing = [request for request in self._active() if request.holds_prompt]
-        read = {request.group for request in sharing if request.cached >= request.prompt_tokens - 1}
-        reading = {request.group for request in sharing} - read
+        read = {request.group for request in self._sharing()}
+        reading = {request.group for request in self._active() if request.holds_prompt} - read
         for request in self._waiting:
             has_room = request.client is None or held[request.client] < self.slots_per_client
             if has_room and request.group not in reading:
@@ -188,13 +192,9 @@ class Scheduler:
                 return request
         return None
 
-    def _relatives(self, request: Request) -> list[Request]:
-        """Return the other running requests whose cache begins with the same prompt."""
-        return [
-            other
-            for other in self._active()
-            if other.group == request.group and other.holds_prompt and other is not request
-        ]
+    def _sharing(self) -> Iterator[Request]:
+        """Return the running requests from whose cache others of their group can copy the prompt."""
+        return (one for one in self._active() if one.holds_prompt and one.cached >= one.shared_tokens)
 
     def _close_gaps(self) -> None:
         """Move the last running request into a free slot below it, because every row up to the last one is computed.

@@ -136,11 +136,13 @@ class Session:
         tokens, half = len(token_ids), self.precision in CUDA_PRECISIONS
         logits = np.empty((tokens, self.manifest.vocabulary_size), np.float32)
         found = np.empty((tokens, self.manifest.width if states else 0), np.float16 if half else np.float32)
-        binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(tokens), reads_states=states)
-        bind(binding.bind_output, "logits", place(logits))
-        if states:
-            bind(binding.bind_output, STATES, place(found))
-        self.graph.run_with_iobinding(binding, self._uncaptured)
+        # The scheduler holds the device for a whole step; a text is read outside of its steps.
+        with self.memory.held():
+            binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(tokens), reads_states=states)
+            bind(binding.bind_output, "logits", place(logits))
+            if states:
+                bind(binding.bind_output, STATES, place(found))
+            self.graph.run_with_iobinding(binding, self._uncaptured)
         return logits, found
 
     def copy(self, source: int, target: int, tokens: int) -> None:
