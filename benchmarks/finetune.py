@@ -217,6 +217,9 @@ class Speeds:
         if "tokens_per_second" in values:
             self.tokens_per_second.append(values["tokens_per_second"])
 
+    def log_checkpoint(self, step: int, scores: dict[str, float]) -> None:
+        """Keep nothing: scores are not speeds."""
+
 
 def ours_params(steps: int, seed: int, train: TokenArrays) -> FinetuneParams:
     batch_tokens = BATCH_BLOCKS * BLOCK_TOKENS

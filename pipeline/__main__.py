@@ -14,9 +14,9 @@ from pipeline.files import read_json
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.params.whole import load_params
 from pipeline.serving.options import Access, Address, EngineOptions, Limits, keys_from_environment
+from pipeline.tracking.pages import UI_PORT, is_server, runs_page, ui_url
 
 OUT = Path("out")
-UI_PORT = 5000
 LEXICON_COUNT = 2
 
 
@@ -198,7 +198,6 @@ def _serve(arguments: argparse.Namespace) -> None:
     from pipeline.tracking.store import store_errors, store_uri
 
     store = store_uri()
-    ui_url = store if _is_server(store) else f"http://127.0.0.1:{UI_PORT}"
     model = arguments.model or f"models:/{load_params().register_.name}@champion"
     # A registered model brings its own decoding.
     decoding = None if _is_registered(model) else _decoding_of_folder(model)
@@ -222,7 +221,7 @@ def _serve(arguments: argparse.Namespace) -> None:
                 arguments.open_metrics,
                 tuple(arguments.allowed_host),
             ),
-            mlflow_url=arguments.mlflow_url or ui_url,
+            mlflow_url=arguments.mlflow_url or ui_url(store),
         )
 
 
@@ -252,11 +251,6 @@ def _decoding_of_folder(folder: str | None) -> ModelDecoding:
 def _is_registered(model: str) -> bool:
     """Return whether `--model` names a model of the registry, not a folder."""
     return model.startswith("models:")
-
-
-def _is_server(store: str) -> bool:
-    """Return whether a tracking store is an MLflow server, which has its own UI."""
-    return store.startswith(("http://", "https://"))
 
 
 def _option(name: str) -> str:
@@ -438,12 +432,14 @@ def _add_ui(commands: Any) -> None:
 
 
 def _ui(arguments: argparse.Namespace) -> None:
-    from pipeline.tracking.store import connect, without_password
+    from pipeline.tracking.store import connect, experiment_id, without_password
 
-    uri = connect().tracking_uri
-    if _is_server(uri):
-        print(f"{without_password(uri)} is a server with its own UI: open it in a browser")
+    client = connect()
+    uri, page = client.tracking_uri, runs_page(experiment_id(client))
+    if is_server(uri):
+        print(f"the store is a server with its own UI; the runs are at {without_password(ui_url(uri))}/{page}")
         return
+    print(f"the runs are at http://127.0.0.1:{arguments.port}/{page}", flush=True)
     # The program next to this Python, which need not be on the path. connect() has created the store by now: two
     # processes that create it at once would collide.
     mlflow = Path(sys.executable).with_name("mlflow")

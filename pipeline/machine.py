@@ -95,6 +95,11 @@ def read_checkout(folder: Path) -> Checkout | None:
     return None if commit is None or changes is None else Checkout(commit, bool(changes))
 
 
+def read_committed(folder: Path, file: Path) -> str | None:
+    """Return the text of a file, relative to `folder`, as it is in the last commit; None without git or the file."""
+    return _git(folder, "show", f"HEAD:./{file.as_posix()}")
+
+
 def _git(folder: Path, *arguments: str) -> str | None:
     if shutil.which("git") is None:
         return None

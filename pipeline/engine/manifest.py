@@ -59,6 +59,11 @@ def listed_tokens(vocabulary_size: int) -> int:
     return min(LISTED_TOKENS, vocabulary_size)
 
 
+def measure_megabytes(folder: Path, precision: str) -> float:
+    """Return the size of a precision's files in an engine folder, in units of 10^6 bytes."""
+    return round(sum(file.stat().st_size for file in (folder / precision).rglob("*") if file.is_file()) / 1e6, 1)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of an engine, with the digests of the files in `folder`."""
     files = {

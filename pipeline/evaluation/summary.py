@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine import Engine
+from pipeline.engine.manifest import measure_megabytes
 from pipeline.evaluation.systems import COPY_TOKENS, REPEAT_TOKENS
 from pipeline.files import read_json
 from pipeline.params.evaluate import EvaluateParams
@@ -37,7 +38,6 @@ def metrics_of(details: Mapping[str, Any], export: Path) -> dict[str, float]:
     """
     base, finetuned = details["documents"]["base"], details["documents"]["finetuned"]
     kept, precision = details["systems"][details["choice"]["kept"]], details["protocol"]["precision"]
-    files = [file for file in (export / "engine" / precision).rglob("*") if file.is_file()]
     return {
         "base_test_bits_per_byte": base["bits_per_byte"],
         "test_bits_per_byte": finetuned["bits_per_byte"],
@@ -48,5 +48,5 @@ def metrics_of(details: Mapping[str, Any], export: Path) -> dict[str, float]:
         "invented_words": kept["invented_words"],
         "longest_copy_tokens": kept["longest_copy_tokens"],
         "kl_divergence": read_json(export / "parity.json")[precision]["kl_divergence"],
-        "engine_megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+        "engine_megabytes": measure_megabytes(export / "engine", precision),
     }

@@ -12,3 +12,8 @@ class RegisterParams(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")]
     """The name of the model in the registry."""
+
+    about: Annotated[str, Field(max_length=1000)] | None
+    """A sentence or two on the model card: what the texts are and what the model is for. None for nothing."""
+    licence: str | None
+    """The licence of the model on the card, such as CC0-1.0. None if there is no statement."""

@@ -45,16 +45,23 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML 1.2 file, as DVC writes it: `3e-05` is a number. Raises `UserError` if it is not YAML."""
+    """Read a YAML file as `parse_yaml` does. Raises `UserError` if it is not YAML in UTF-8."""
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, path: Path) -> Any:
+    """Parse YAML 1.2, as DVC writes it: `3e-05` is a number. Raises `UserError`, naming `path`, if it is not YAML."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not YAML: {error.problem}") from error
     except ReaderError as error:
         raise UserError(f"{path}: not YAML: {error.reason}, character {error.position + 1}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
 
 
 def validate(section: type[AnySection], values: Any, name: str) -> AnySection:

@@ -61,7 +61,8 @@ def main() -> None:
                 params,
                 sampling,
             )
-            record_evaluation(run, arguments.out, arguments.export / "parity.json")
+            parity, test = arguments.export / "parity.json", arguments.documents / "test.jsonl"
+            record_evaluation(run, arguments.out, parity, test, parameters)
 
 
 def evaluate(

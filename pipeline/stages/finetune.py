@@ -77,10 +77,11 @@ def train_recorded(
     folder = resume.open_folder(STAGE, name)
     run_id = resume.interrupted_run(STAGE, folder)
     state = open_state(folder)
-    with start_run(STAGE, read_yaml(PARAMS_FILE), run_id=run_id, fingerprint=name) as run:
+    parameters = read_yaml(PARAMS_FILE)
+    with start_run(STAGE, parameters, run_id=run_id, fingerprint=name) as run:
         resume.note_run(folder, run.run_id)
         finetune(tokens, base, out, params, run, processes, state, stop)
-        record_finetuning(run, out)
+        record_finetuning(run, out, parameters)
     resume.remove(folder)
 
 

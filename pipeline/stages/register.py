@@ -18,8 +18,11 @@ from pipeline.params.file import load_section
 from pipeline.params.register import RegisterParams
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.stage_process import stage_process
-from pipeline.tracking import lineage, registry, runs, store
+from pipeline.tracking import lineage, pages, registry, runs, store
+from pipeline.tracking.card import read_card, render_card
+from pipeline.tracking.notes import make_again
 from pipeline.tracking.records import parent_run
+from pipeline.tracking.versions import describe_version, links_of_version, record_model
 
 SERVED_MODULE = "pipeline.serving.pyfunc"
 PROTOCOL = ("provider", "precision", "window_tokens", "stride_tokens")
@@ -56,19 +59,19 @@ def main() -> None:
             arguments.finetune,
             arguments.test,
             arguments.out,
-            name=load_section("register", RegisterParams).name,
+            load_section("register", RegisterParams),
         )
 
 
-def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path, *, name: str) -> None:
+def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path, params: RegisterParams) -> None:
     """Register the version that contains these files, unless the registry holds it, and write `version.json` to `out`.
 
     That file has the name and the fingerprint by which the version is found, but not its number, which depends on what
     else is in the registry: whoever runs a commit must get the same outputs.
     """
-    details = read_json(evaluate / "details.json")
+    name, details = params.name, read_json(evaluate / "details.json")
     score = registry.Score(
-        test_split_sha256=registry.digest_texts(test),
+        test_split_sha256=lineage.digest_texts(test),
         protocol=", ".join(f"{name} {details['protocol'][name]}" for name in PROTOCOL),
         bits_per_byte=details["documents"]["finetuned"]["bits_per_byte"],
     )
@@ -83,16 +86,17 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
             "scores": evaluate / "details.json",
         }
         fingerprint = digest_of([*artifacts.values(), code])
+        parameters = read_yaml(PARAMS_FILE)
         version = registry.find_version(client, name, fingerprint)
         if version is not None:
-            # The parameters went back to this version: its alias is decided again.
-            alias = registry.set_alias(client, version, score)
-            print(f"{name} version {version.version} already contains these files; it is {alias}")
+            # The parameters went back to this version: its alias is decided again, and its card may have changed.
+            run = runs.RunLog(client, str(version.run_id))
+            done = f"{name} version {version.version} already contains these files; it is"
         else:
-            parent = parent_run(client, finetune, read_yaml(PARAMS_FILE))
-            with runs.start_run("register", read_yaml(PARAMS_FILE), parent_run_id=parent) as run:
-                version = registry.log_version(
-                    run.run_id,
+            parent = parent_run(client, finetune, parameters)
+            with runs.start_run("register", parameters, parent_run_id=parent) as run:
+                version, model_id = registry.log_version(
+                    run,
                     name,
                     model_file=code / "serving" / "pyfunc.py",
                     code_folder=code,
@@ -101,16 +105,22 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
                     model_config={"provider": "auto", "precision": "auto"},
                     input_example=(["The lamp on Gull Rock"], {"max_new_tokens": 40, "seed": 7}),
                     requirements=requirements(),
-                    tags={
-                        **lineage.lineage(),
-                        registry.RUN_TAG: parent,
-                        **score.tags(),
-                    },
+                    params=lineage.flatten({"decoding": read_json(evaluate / "decoding.json")}),
+                    tags={**lineage.short_lineage(), registry.RUN_TAG: parent, **score.tags()},
                 )
-            alias = registry.set_alias(client, version, score)
-            # Last: a version without its alias, because it was interrupted, is not found and made again.
-            client.set_model_version_tag(name, version.version, registry.FINGERPRINT_TAG, fingerprint)
-            print(f"registered {name} version {version.version} as {alias}")
+                record_model(run, model_id, evaluate, export, test)
+            done = f"registered {name} version {version.version} as"
+    alias = registry.set_alias(client, version, score)
+    # Somebody may have deleted the run of an old version.
+    if runs.holds_run(run.run_id):
+        again, links = make_again(run.tags()), links_of_version(run, evaluate)
+        card = read_card(params, parameters, export, evaluate, again=again, links=links)
+        registry.set_card(client, version, render_card(card))
+        describe_version(run, version, alias)
+    # Last: a version without its alias, because it was interrupted, is not found and is made again.
+    client.set_model_version_tag(name, version.version, registry.FINGERPRINT_TAG, fingerprint)
+    print(f"{done} {alias}")
+    print(pages.where_to_look(store.store_uri(), store.experiment_id(client), name, version.version))
     write_json(out / "version.json", {"name": name, "fingerprint": fingerprint})
 
 

@@ -1,13 +1,28 @@
-"""What made a run: commit, data, base, machine and libraries, as tags."""
+"""What made a run: commit, data, base, machine and libraries, as tags; and what was changed for it."""
 
+import hashlib
+import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
 from pipeline import machine
-from pipeline.params.section import read_yaml
+from pipeline.files import read_jsonl
+from pipeline.params.section import parse_yaml, read_yaml
+
+COMMIT_TAG = "git.commit"
+DIRTY_TAG = "git.dirty"
+DATA_TAG = "dvc.data_md5"
+LOCK_FILE = Path("dvc.lock")
+SHOWN_CHANGES = 3
+"""The most changes that a name lists."""
+LONGEST_VALUE = 40
+"""The longest value that a name shows, in characters: the id of a model on the hub, but no prompt."""
+_MISSING = object()
 
 
 def lineage() -> dict[str, str]:
@@ -17,10 +32,10 @@ def lineage() -> dict[str, str]:
     tags = {
         MLFLOW_GIT_COMMIT: commit,
         # The same again under a name that the UI shows.
-        "git.commit": commit,
-        "git.dirty": checkout and str(checkout.is_changed).lower(),
+        COMMIT_TAG: commit,
+        DIRTY_TAG: checkout and str(checkout.is_changed).lower(),
         "dvc.experiment": os.environ.get("DVC_EXP_NAME"),
-        "dvc.data_md5": dvc_md5("data"),
+        DATA_TAG: dvc_md5("data"),
         "dvc.base_md5": dvc_md5("out/base"),
         "machine.platform": platform.platform(),
         "machine.python": platform.python_version(),
@@ -31,13 +46,71 @@ def lineage() -> dict[str, str]:
     return {name: value for name, value in tags.items() if value}
 
 
+def short_lineage() -> dict[str, str]:
+    """Return the tags that lead from a version to what made it; the run that registered it has all others."""
+    tags = lineage()
+    return {name: tags[name] for name in (COMMIT_TAG, DIRTY_TAG, DATA_TAG) if name in tags}
+
+
+def digest_texts(documents: Path) -> str:
+    """Return the SHA-256 of a split's texts, in any order: titles, file names and rows are no part of it."""
+    digests = sorted(hashlib.sha256(row["text"].encode()).hexdigest() for row in read_jsonl(documents))
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
 def dvc_md5(path: str) -> str | None:
     """Return DVC's hash of a tracked folder or a stage's output, from `PATH.dvc` or `dvc.lock`; None if unknown."""
     pointer = Path(f"{path}.dvc")
     if pointer.exists():
         return read_yaml(pointer)["outs"][0].get("md5")
-    lock = Path("dvc.lock")
-    if not lock.exists():
-        return None
-    stages = read_yaml(lock).get("stages", {}).values()
-    return next((out.get("md5") for stage in stages for out in stage.get("outs", []) if out["path"] == path), None)
+    return _locked_md5(read_yaml(LOCK_FILE), "outs", path) if LOCK_FILE.exists() else None
+
+
+def changes(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Return what differs from the last state that was committed, by `dvc.lock`: `data`, and parameters by name.
+
+    Parameters have their new values. Returns nothing without a committed `dvc.lock`.
+    """
+    text = machine.read_committed(Path.cwd(), LOCK_FILE)
+    if text is None:
+        return {}
+    lock = parse_yaml(text, LOCK_FILE)
+    before: dict[str, Any] = {}
+    for stage in lock.get("stages", {}).values():
+        before |= flatten(stage.get("params", {}).get("params.yaml", {}))
+    now = flatten({section: values for section, values in parameters.items() if section != "register"})
+    found = {name: _text(value) for name, value in now.items() if before.get(name, _MISSING) != value}
+    is_new = dvc_md5("data") not in (None, _locked_md5(lock, "deps", "data"))
+    return {"data": "new", **found} if is_new else found
+
+
+def describe(changes: Mapping[str, str]) -> str:
+    """Return the changes in a few words, such as `new data, epochs 5`; empty if there is none."""
+    words = ["new data" if name == "data" else _change(name, value) for name, value in changes.items()]
+    more = [f"{len(words) - SHOWN_CHANGES} more"] if len(words) > SHOWN_CHANGES else []
+    return ", ".join(words[:SHOWN_CHANGES] + more)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with keys joined by dots and lists as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+    return flat
+
+
+def _change(name: str, value: str) -> str:
+    return f"{name.rpartition('.')[2]} {value if len(value) <= LONGEST_VALUE else 'changed'}"
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _locked_md5(lock: Mapping[str, Any], kind: str, path: str) -> str | None:
+    """Return the hash of an output (`outs`) or a dependency (`deps`) of any stage in a parsed `dvc.lock`."""
+    stages = lock.get("stages", {}).values()
+    return next((part.get("md5") for stage in stages for part in stage.get(kind, []) if part["path"] == path), None)

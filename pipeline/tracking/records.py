@@ -9,10 +9,14 @@ from mlflow import MlflowClient
 
 from pipeline.curves import read_curve
 from pipeline.files import read_json, read_jsonl
+from pipeline.tracking import lineage, notes, pages
+from pipeline.tracking.evaluations import record_samples
 from pipeline.tracking.runs import RunLog, find_run, start_run
 
-SPANS = ("copied_spans", "repeated_spans")
-"""The columns of `samples.jsonl` that only the report shows."""
+SAMPLES_TAG = "pipeline.samples_run_id"
+"""The tag of an evaluation that names the run with its samples."""
+TEST = "test"
+"""The name of the test split as a data set of runs."""
 
 
 def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, Any]) -> str:
@@ -26,30 +30,41 @@ def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, An
     curves = {name: read_curve(finetune / f"loss_{name}.csv") for name in ("train", "validation")}
     print(f"the tracking store does not hold the run that wrote {finetune}; recording it again", file=sys.stderr)
     with start_run("finetune", parameters) as run:
-        for name, points in curves.items():
-            for step, loss in points:
-                run.log_metrics({f"{name}_loss": loss}, step)
-        record_finetuning(run, finetune)
+        for step, loss in curves["train"]:
+            run.log_metrics({"train_loss": loss}, step)
+        for step, loss in curves["validation"]:
+            run.log_checkpoint(step, {"validation_loss": loss})
+        record_finetuning(run, finetune, parameters)
     return run.run_id
 
 
-def record_finetuning(run: RunLog, finetune: Path) -> None:
+def record_finetuning(run: RunLog, finetune: Path, parameters: Mapping[str, Any]) -> None:
     """Record the figures of a finished fine-tuning."""
-    run.log_scores("final", read_json(finetune / "details.json"))
+    details = read_json(finetune / "details.json")
+    run.log_scores("final", details)
+    run.tag_checkpoint(details["best_step"], finetune / "checkpoint")
+    changes = lineage.changes(parameters)
+    listed = ", ".join(f"{name} `{value}`" for name, value in changes.items())
+    text = notes.describe_finetuning(details, listed, notes.make_again(run.tags()))
+    run.describe("Fine-tuning", text)
     run.tag_outputs(finetune)
 
 
 def record_search(run: RunLog, tune: Path) -> None:
     """Record what a finished search found. Its trials are runs of their own; those that `run` lacks are added."""
-    trials = read_json(tune / "trials.json")
+    trials, metrics = read_json(tune / "trials.json"), read_json(tune / "metrics.json")
     recorded = run.trials()
     for trial in trials:
         if trial["number"] not in recorded:
             record_trial(run, trial)
-    scores = {**read_json(tune / "metrics.json"), "trials": len(trials)}
-    run.log_scores("tune", {**scores, "pruned": sum(trial["state"] == "pruned" for trial in trials)})
+    pruned = sum(trial["state"] == "pruned" for trial in trials)
+    run.log_metrics({"trials": len(trials), "pruned_trials": pruned})
     for file in sorted(tune.iterdir()):
         run.log_file(file)
+    text = notes.describe_search(trials, metrics, read_json(tune / "found.json")["balanced"])
+    for own in (run, run.parent()):
+        own.log_metrics(metrics)
+        own.describe("Decoding", text)
     run.tag_outputs(tune)
 
 
@@ -62,26 +77,49 @@ def record_trial(run: RunLog, trial: Mapping[str, Any], start_s: float | None = 
         run.log_metrics({"trial_distance": trial["distance"]}, trial["number"])
 
 
-def record_evaluation(run: RunLog, evaluate: Path, parity: Path) -> None:
-    """Record scores, samples, plots and report of an evaluation, and the parity of the engine that was evaluated."""
+def record_evaluation(run: RunLog, evaluate: Path, parity: Path, test: Path, parameters: Mapping[str, Any]) -> None:
+    """Record the scores, plots and report of an evaluation, the parity of its engine, and its samples.
+
+    `test` holds the documents of the test split.
+    """
+    details, metrics = read_json(evaluate / "details.json"), read_json(evaluate / "metrics.json")
+    run.log_metrics(metrics)
     for precision, found in read_json(parity).items():
         run.log_scores(f"parity.{precision}", found)
     run.log_file(parity)
-    details = read_json(evaluate / "details.json")
+    run.log_dataset(
+        TEST, lineage.digest_texts(test), {"split": TEST, "documents": str(details["protocol"]["documents"])}
+    )
     for group in ("documents", "systems"):
         for name, scores in details[group].items():
             run.log_scores(name, scores)
     run.log_scores("choice", details["choice"])
     run.log_scores("protocol", details["protocol"])
+    kept = details["choice"]["kept"]
     engine = {f"engine.{name}": details["protocol"][name] for name in ("provider", "precision")}
-    run.set_tags({**engine, "decoding.kept": details["choice"]["kept"]})
+    run.set_tags({**engine, "decoding.kept": kept})
     run.log_table("decodings.json", decoding_rows(details["systems"]))
-    rows = read_jsonl(evaluate / "samples.jsonl")
-    shown = [{key: value for key, value in row.items() if key not in SPANS} for row in rows]
-    run.log_table("samples.json", [{**row, "decoding": str(row["decoding"])} for row in shown])
     for file in sorted(evaluate.iterdir()):
         run.log_file(file)
+    parent = run.parent()
+    parent.log_metrics(metrics)
+    rows = list(read_jsonl(evaluate / "samples.jsonl"))
+    samples = record_samples(run.client, parent.name, parameters["register"]["name"], rows, kept)
+    if samples is not None:
+        samples.log_metrics(metrics)
+        samples.log_params(read_json(evaluate / "decoding.json"))
+        run.set_tags({SAMPLES_TAG: samples.run_id})
+    text = notes.describe_evaluation(details, links_of_evaluation(run))
+    for own in (run, parent):
+        own.describe("Evaluation", text)
     run.tag_outputs(evaluate)
+
+
+def links_of_evaluation(run: RunLog) -> dict[str, str]:
+    """Return the pages of an evaluation, by their titles."""
+    links = {"Report": pages.file_page(run.experiment_id, run.run_id, "report.html")}
+    samples = run.tags().get(SAMPLES_TAG)
+    return links | ({"Samples, prompt by prompt": pages.samples_page(run.experiment_id, samples)} if samples else {})
 
 
 def decoding_rows(systems: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The model registry: finding versions by what they are made of, and the rule by which aliases move."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_
 
 from pipeline.decoding import ModelDecoding, read_decoding
 from pipeline.errors import UserError
-from pipeline.files import read_jsonl
+from pipeline.tracking.runs import RunLog
 from pipeline.tracking.store import store_lock
 
 CHAMPION = "champion"
@@ -34,7 +33,7 @@ class Score:
     """The figure that decides between two versions: bits per byte, on which texts, and how it was taken."""
 
     test_split_sha256: str
-    """The digest of the test split's texts: see `digest_texts`."""
+    """The digest of the test split's texts: see `lineage.digest_texts`."""
     protocol: str
     """What the figure depends on besides model and texts, such as `precision float32, stride_tokens 256`."""
     bits_per_byte: float
@@ -43,12 +42,6 @@ class Score:
         """Return the tags of a version from which `score_of` reads the score."""
         values = (self.test_split_sha256, self.protocol, repr(self.bits_per_byte))
         return dict(zip((TEST_SPLIT_TAG, PROTOCOL_TAG, BITS_PER_BYTE_TAG), values, strict=True))
-
-
-def digest_texts(documents: Path) -> str:
-    """Return the SHA-256 of a split's texts, in any order: titles, file names and rows are no part of it."""
-    digests = sorted(hashlib.sha256(row["text"].encode()).hexdigest() for row in read_jsonl(documents))
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def find_objection(candidate: Score, champion: Score | None) -> str | None:
@@ -91,7 +84,7 @@ def _has_files(version: ModelVersion) -> bool:
 
 
 def log_version(
-    run_id: str,
+    run: RunLog,
     name: str,
     *,
     model_file: Path,
@@ -101,12 +94,17 @@ def log_version(
     model_config: dict[str, Any],
     input_example: tuple[list[str], dict[str, Any]],
     requirements: list[str],
+    params: dict[str, Any],
     tags: dict[str, str],
-) -> ModelVersion:
-    """Log a pyfunc from code under the run and register it as the next version of `name`."""
-    with mlflow.start_run(run_id=run_id):
+) -> tuple[ModelVersion, str]:
+    """Log a pyfunc from code under the run, and register it as the next version of `name`.
+
+    The logged model has the parameters of the run, and `params`. Returns the version, and the id of the logged model.
+    """
+    with mlflow.start_run(run_id=run.run_id):
         logged = mlflow.pyfunc.log_model(
-            name="model",
+            # MLflow takes fewer characters in the name of a logged model than in that of a registered one.
+            name=name.replace(".", "-"),
             python_model=str(model_file),
             code_paths=[str(code_folder)],
             artifacts=artifacts,
@@ -114,8 +112,30 @@ def log_version(
             model_config=model_config,
             pip_requirements=requirements,
             input_example=input_example,
+            params=params,
         )
-    return mlflow.register_model(logged.model_uri, name, tags=tags)
+    return mlflow.register_model(logged.model_uri, name, tags=tags), logged.model_id
+
+
+def set_card(client: MlflowClient, version: ModelVersion, card: str) -> None:
+    """Describe a version by its model card; if it is the champion, describe the model by it, too."""
+    is_free = _shows_card(client, version.name)
+    client.update_model_version(version.name, version.version, card)
+    if is_free and _alias(client, version.name, CHAMPION) == int(version.version):
+        client.update_registered_model(version.name, card)
+
+
+def _shows_card(client: MlflowClient, name: str) -> bool:
+    """Return whether the model's description is the card of a version or empty, and nobody's own text."""
+    description = client.get_registered_model(name).description
+    versions = client.search_model_versions(f"name = '{name}'")
+    return not description or description in {version.description for version in versions}
+
+
+def _alias(client: MlflowClient, name: str, alias: str) -> int | None:
+    """Return the number of the version that an alias points to; None if there is no such alias."""
+    number = client.get_registered_model(name).aliases.get(alias)
+    return None if number is None else int(number)
 
 
 def set_alias(client: MlflowClient, version: ModelVersion, score: Score) -> str:
@@ -161,9 +181,12 @@ def _find_champion(client: MlflowClient, version: ModelVersion, score: Score) ->
 
 def _make_champion(client: MlflowClient, version: ModelVersion) -> None:
     client.set_registered_model_alias(version.name, CHAMPION, version.version)
-    challenger = client.get_registered_model(version.name).aliases.get(CHALLENGER)
-    if challenger is not None and int(challenger) == int(version.version):
+    if _alias(client, version.name, CHALLENGER) == int(version.version):
         client.delete_registered_model_alias(version.name, CHALLENGER)
+    if (card := client.get_model_version(version.name, version.version).description) and _shows_card(
+        client, version.name
+    ):
+        client.update_registered_model(version.name, card)
 
 
 def score_of(version: ModelVersion) -> Score | None:

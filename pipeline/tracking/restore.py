@@ -36,7 +36,8 @@ def restore(out: Path, parameters: Mapping[str, Any]) -> None:
             file=sys.stderr,
         )
         with start_run("evaluate", parameters, parent_run_id=parent) as run:
-            record_evaluation(run, out / "evaluate", out / "export" / "parity.json")
+            parity, test = out / "export" / "parity.json", out / "prepare" / "test.jsonl"
+            record_evaluation(run, out / "evaluate", parity, test, parameters)
     if not holds_version(client, out / "register" / "version.json"):
         print("the registry does not hold the version that register wrote; registering it again", file=sys.stderr)
         if subprocess.run(["dvc", "repro", "--force", "--single-item", "register"], check=False).returncode:

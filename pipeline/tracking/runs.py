@@ -1,10 +1,9 @@
 """Runs in MLflow: open one, write to it, find it again."""
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,22 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_DATASET_CONTEXT,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NAME,
+    MLFLOW_RUN_NOTE,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+)
 
 from pipeline.files import digest_of
-from pipeline.tracking.lineage import lineage
+from pipeline.tracking import lineage
+from pipeline.tracking.notes import set_section
 from pipeline.tracking.store import connect, experiment_id
 
 STAGE_TAG = "pipeline.stage"
@@ -30,6 +38,11 @@ SECTIONS = ("prepare", "base", "finetune", "export", "samples", "tune", "evaluat
 """The sections of `params.yaml`, each before those of later stages; `samples` is read by `tune` and `evaluate`."""
 TRIAL = "trial"
 TRIAL_TAG = "pipeline.trial"
+MONITORED = ("finetune", "tune")
+"""The stages that take long: their runs show what the machine does."""
+DIGEST_CHARACTERS = 36
+"""The most characters of a data set's digest that MLflow takes."""
+WEIGHTS_TAG = "weights"
 
 
 @dataclass(frozen=True)
@@ -40,19 +53,68 @@ class RunLog:
     run_id: str
     last_steps: Mapping[str, int] = field(default_factory=dict)
     """The last step of each metric, if the run is resumed: up to that step nothing is logged again."""
+    datasets: dict[str, str] = field(default_factory=dict)
+    """The digests of the data sets that the run has read, by their names."""
 
-    def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+    def log_metrics(
+        self, values: Mapping[str, float], step: int = 0, *, model_id: str | None = None, dataset: str | None = None
+    ) -> None:
+        """Log metrics of the run; with `model_id`, also of that model, as taken on the data set `dataset`."""
         now_ms = int(time.time() * 1000)
         new = {name: value for name, value in values.items() if step > self.last_steps.get(name, -1)}
+        digest = self.datasets.get(dataset or "")
+        source = (model_id, dataset if digest else None, digest)
         if new:
-            metrics = [Metric(name, float(value), now_ms, step) for name, value in new.items()]
+            metrics = [Metric(name, float(value), now_ms, step, *source) for name, value in new.items()]
             self.client.log_batch(self.run_id, metrics=metrics)
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters, nested ones by names with dots."""
+        params = [Param(name, str(value)) for name, value in lineage.flatten(values).items()]
+        self.client.log_batch(self.run_id, params=params)
+
+    def log_checkpoint(self, step: int, scores: Mapping[str, float]) -> None:
+        """Log the scores of the weights after a step, as those of a model of their own; its weights are not stored."""
+        name = f"checkpoint-{step}"
+        if step <= max((self.last_steps.get(score, -1) for score in scores), default=-1):
+            return
+        model = self.client.create_logged_model(self.experiment_id, name, self.run_id, params={"step": str(step)})
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
+        self.log_metrics(scores, step, model_id=model.model_id, dataset="validation")
+        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+    def tag_checkpoint(self, step: int, weights: Path) -> None:
+        """Note where the weights of a checkpoint are, which `log_checkpoint` has logged."""
+        found = self.client.search_logged_models(
+            [self.experiment_id], f"source_run_id = '{self.run_id}' AND name = 'checkpoint-{step}'"
+        )
+        for model in found:
+            self.client.set_logged_model_tags(model.model_id, {WEIGHTS_TAG: weights.as_posix()})
+
+    @property
+    def experiment_id(self) -> str:
+        return experiment_id(self.client)
+
+    @property
+    def name(self) -> str:
+        return str(self.client.get_run(self.run_id).info.run_name)
+
+    def tags(self) -> dict[str, str]:
+        return dict(self.client.get_run(self.run_id).data.tags)
+
+    def parent(self) -> "RunLog":
+        """Return the run of the fine-tuning under which this run is."""
+        return RunLog(self.client, self.tags()[MLFLOW_PARENT_RUN_ID])
+
+    def describe(self, heading: str, text: str) -> None:
+        """Set a section of the run's description, in Markdown."""
+        self.set_tags({MLFLOW_RUN_NOTE: set_section(self.tags().get(MLFLOW_RUN_NOTE, ""), heading, text)})
 
     def holds_row(self, table: str, column: str, value: Any) -> bool:
         """Return whether a table of the run has a row with this value."""
         if not any(file.path == table for file in self.client.list_artifacts(self.run_id)):
             return False
-        rows = self.client.load_table(experiment_id(self.client), table, run_ids=[self.run_id])
+        rows = self.client.load_table(self.experiment_id, table, run_ids=[self.run_id])
         return bool((rows[column] == value).any())
 
     def log_scores(self, group: str, values: Mapping[str, Any]) -> None:
@@ -77,7 +139,7 @@ class RunLog:
         """Record trial `number` of a search as a child run that started at `start_s` (now if None) and ends now."""
         now_ms = int(time.time() * 1000)
         run = self.client.create_run(
-            experiment_id(self.client),
+            self.experiment_id,
             start_time=now_ms if start_s is None else int(start_s * 1000),
             run_name=f"trial {number}",
             tags={MLFLOW_PARENT_RUN_ID: self.run_id, STAGE_TAG: TRIAL, TRIAL_TAG: str(number), **tags},
@@ -92,7 +154,7 @@ class RunLog:
     def trials(self) -> dict[int, str]:
         """Return the ids of the runs of this search's trials, by the trial's number."""
         children = self.client.search_runs(
-            [experiment_id(self.client)],
+            [self.experiment_id],
             filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}' and tags.`{STAGE_TAG}` = '{TRIAL}'",
         )
         return {int(child.data.tags[TRIAL_TAG]): str(child.info.run_id) for child in children}
@@ -106,8 +168,9 @@ class RunLog:
     def log_file(self, path: Path, folder: str | None = None) -> None:
         self.client.log_artifact(self.run_id, str(path), folder)
 
-    def log_dataset(self, name: str, digest: str, source: Mapping[str, str]) -> None:
-        """Record the data that the run read, by its digest (at most 36 characters)."""
+    def log_dataset(self, name: str, sha256: str, source: Mapping[str, str]) -> None:
+        """Record the data that the run read, by the beginning of its digest."""
+        digest = self.datasets[name] = sha256[:DIGEST_CHARACTERS]
         dataset = MetaDataset(  # type: ignore[abstract]  # mlflow itself makes them; its annotation is off
             CodeDatasetSource(tags=dict(source)), name=name, digest=digest
         )
@@ -138,17 +201,16 @@ def start_run(
     `fingerprint` names all that the outputs depend on, for `fingerprint_of`.
     """
     client = connect()
-    all_tags = {STAGE_TAG: stage, **lineage()}
+    tags = {**stage_tags(stage), **lineage.lineage()}
     if fingerprint is not None:
-        all_tags[FINGERPRINT_TAG] = fingerprint
-    name = os.environ.get("DVC_EXP_NAME")
+        tags[FINGERPRINT_TAG] = fingerprint
     if parent_run_id is not None:
-        all_tags[MLFLOW_PARENT_RUN_ID] = parent_run_id
-        name = stage
-    if name:
-        all_tags[MLFLOW_RUN_NAME] = name
+        tags[MLFLOW_PARENT_RUN_ID] = parent_run_id
     if run_id is None:
-        log = RunLog(client, client.create_run(experiment_id(client), tags=all_tags).info.run_id)
+        name = run_name(parameters) if parent_run_id is None else f"{stage} {RunLog(client, parent_run_id).name}"
+        if name:
+            tags[MLFLOW_RUN_NAME] = name
+        log = RunLog(client, client.create_run(experiment_id(client), tags=tags).info.run_id)
     else:
         client.update_run(run_id, status="RUNNING")
         known = client.get_run(run_id).data.metrics
@@ -157,17 +219,42 @@ def start_run(
             run_id,
             {name: max(point.step for point in client.get_metric_history(run_id, name)) for name in known},
         )
-        log.set_tags(all_tags)
+        log.set_tags(tags)
     later = SECTIONS[SECTIONS.index(stage) + 1 :]
     own = {section: values for section, values in parameters.items() if section not in later}
     try:
         if run_id is None:
-            client.log_batch(log.run_id, params=[Param(key, str(value)) for key, value in flatten(own).items()])
-        yield log
+            log.log_params(own)
+        with _system_metrics(log.run_id, is_resumed=run_id is not None) if stage in MONITORED else nullcontext():
+            yield log
     except BaseException:
         client.set_terminated(log.run_id, "FAILED")
         raise
     client.set_terminated(log.run_id)
+
+
+def stage_tags(stage: str) -> dict[str, str]:
+    """Return the tags that name the stage, for this package and for MLflow's pages."""
+    return {STAGE_TAG: stage, MLFLOW_SOURCE_NAME: f"pipeline.stages.{stage}", MLFLOW_SOURCE_TYPE: "LOCAL"}
+
+
+def run_name(parameters: Mapping[str, Any]) -> str:
+    """Return a name that says which model it is, or which DVC experiment, and what was changed for it."""
+    model = parameters.get("register", {}).get("name", "")
+    name = os.environ.get("DVC_EXP_NAME") or model
+    changed = lineage.describe(lineage.changes(parameters))
+    return f"{name}: {changed}" if changed else name
+
+
+@contextmanager
+def _system_metrics(run_id: str, *, is_resumed: bool) -> Iterator[None]:
+    """Log to the run what processor, memory, disk, network and GPUs do meanwhile."""
+    monitor: Any = SystemMetricsMonitor(run_id, resume_logging=is_resumed)  # type: ignore[no-untyped-call]
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
 
 
 def holds_run(run_id: str) -> bool:
@@ -205,14 +292,3 @@ def fingerprint_of(client: MlflowClient, run_id: str) -> str | None:
     """Return the fingerprint that a run was started with; None if it had none."""
     tag = client.get_run(run_id).data.tags.get(FINGERPRINT_TAG)
     return None if tag is None else str(tag)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with keys joined by dots and lists as JSON."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
-    return flat

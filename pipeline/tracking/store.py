@@ -24,6 +24,7 @@ from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
+from pipeline.tracking.views import KIND_TAG, set_views
 
 EXPERIMENT = "gpt2-pipeline"
 USER_VARIABLE, PASSWORD_VARIABLE = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
@@ -86,7 +87,7 @@ def connect(*, create: bool = True) -> MlflowClient:
 
     Raises `UserError` if the store cannot be reached, does not exist, or is in a folder that MLflow cannot name.
     """
-    for noisy in ("alembic", "mlflow.store.db.utils"):
+    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     uri = store_uri()
     is_embedded = uri == embedded_uri()
@@ -166,8 +167,14 @@ def _find_artifacts_again(experiments: Iterable[Experiment]) -> None:
 @contextmanager
 def _answering_soon() -> Iterator[None]:
     """Give up on an unreachable server within seconds, unless the user has set limits; later uploads have none."""
-    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-    own = {name: value for name, value in limits.items() if name not in os.environ}
+    with unless_set(MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", MLFLOW_HTTP_REQUEST_TIMEOUT="30"):
+        yield
+
+
+@contextmanager
+def unless_set(**variables: str) -> Iterator[None]:
+    """Set variables of the environment that the user has not set, for as long as the block runs."""
+    own = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(own)
     try:
         yield
@@ -184,7 +191,12 @@ def experiment_id(client: MlflowClient) -> str:
         if experiment is None:
             embedded = mlflow.get_tracking_uri() == embedded_uri()
             location = artifacts_uri() if embedded else None
-            return str(client.create_experiment(name, artifact_location=location))
+            made = str(client.create_experiment(name, artifact_location=location))
+            set_views(client, made)
+            return made
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment {name!r} is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME to another")
+    if KIND_TAG not in experiment.tags:
+        # The store is of a time before these views, or the experiment of another program.
+        set_views(client, experiment.experiment_id)
     return str(experiment.experiment_id)

@@ -56,6 +56,8 @@ RUN_METRICS = {
     "eval_loss": "validation_loss",
 }
 """The Trainer's names of values, and the run's."""
+CHECKPOINT_SCORES = ("validation_loss", "validation_perplexity")
+"""The metrics that are also those of the weights at that step."""
 LOGGED_POINTS = 100
 """The number of points of the training curves, evenly spread."""
 
@@ -64,6 +66,8 @@ class MetricsLog(Protocol):
     """A destination for metrics, such as `pipeline.tracking.runs.RunLog`."""
 
     def log_metrics(self, values: dict[str, float], step: int) -> None: ...
+
+    def log_checkpoint(self, step: int, scores: dict[str, float]) -> None: ...
 
 
 def finetune_model(
@@ -390,8 +394,14 @@ class CurveCallback(TrainerCallback):
             )
 
     def _record(self, metrics: dict[str, float], step: int) -> None:
-        if self.run_log is not None and metrics:
-            self.run_log.log_metrics(metrics, step)
+        if self.run_log is None:
+            return
+        scores = {name: value for name, value in metrics.items() if name in CHECKPOINT_SCORES}
+        others = {name: value for name, value in metrics.items() if name not in CHECKPOINT_SCORES}
+        if scores:
+            self.run_log.log_checkpoint(step, scores)
+        if others:
+            self.run_log.log_metrics(others, step)
 
     def _print_line(self, line: str) -> None:
         if self.run_log is not None:
