@@ -58,12 +58,13 @@ def record_search(run: RunLog, tune: Path) -> None:
         if trial["number"] not in recorded:
             record_trial(run, trial)
     pruned = sum(trial["state"] == "pruned" for trial in trials)
-    run.log_metrics({"trials": len(trials), "pruned_trials": pruned})
+    run.log_scores("tune", {**metrics, "trials": len(trials), "pruned": pruned})
     for file in sorted(tune.iterdir()):
         run.log_file(file)
     text = notes.describe_search(trials, metrics, read_json(tune / "found.json")["balanced"])
-    for own in (run, run.parent()):
-        own.log_metrics(metrics)
+    parent = run.parent()
+    parent.log_metrics(metrics)
+    for own in (run, parent):
         own.describe("Decoding", text)
     run.tag_outputs(tune)
 

@@ -351,7 +351,7 @@ def test_scores_and_samples_are_in_a_child_of_the_run(
     for name in CHECKPOINTS:
         assert run.data.metrics[f"{name}/bits_per_byte"] == details["documents"][name]["bits_per_byte"]
     assert run.data.params["evaluate.seed"] == str(read_yaml(project.root / PARAMS_FILE)["evaluate"]["seed"])
-    assert artifacts == FILES | {"samples.json", "decodings.json", "parity.json"}
+    assert artifacts == FILES | {"decodings.json", "parity.json"}
     assert set(table["system"]) == set(SYSTEMS)
     # MLflow writes ten digits.
     assert table.set_index("system")["zipf"].to_dict() == pytest.approx(

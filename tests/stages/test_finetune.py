@@ -19,7 +19,7 @@ from pipeline.params.finetune import FinetuneParams
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.stages.finetune import finetune
 from pipeline.tokens import TOKENIZER_FILE, load_tokenizer, load_tokens, tokenizer_sha256
-from pipeline.tracking import runs, store
+from pipeline.tracking import lineage, runs, store
 
 DETAILS = {
     *("train_loss", "validation_loss", "validation_perplexity", "base_validation_loss"),
@@ -103,7 +103,7 @@ def test_the_run_has_parameters_lineage_and_curves(project: Project, client: Mlf
     assert run.data.tags["finetune.precision"] in ("float32", "bfloat16")
     parameters = read_yaml(project.root / PARAMS_FILE)
     made_by = {section: parameters[section] for section in ("prepare", "base", "finetune")}
-    assert run.data.params == {name: str(value) for name, value in runs.flatten(made_by).items()}
+    assert run.data.params == {name: str(value) for name, value in lineage.flatten(made_by).items()}
     for name in ("train", "validation"):
         history = client.get_metric_history(run_id, f"{name}_loss")
         expected = curve(project.out / "finetune" / f"loss_{name}.csv")

@@ -28,11 +28,12 @@ from pipeline.engine import Engine
 from pipeline.engine.text import TextGenerator
 from pipeline.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from pipeline.imports import needed_files
-from pipeline.params.section import PARAMS_FILE
+from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.stages import register as stage
 from pipeline.stages.register import SERVED_MODULE, SIGNATURE, register
 from pipeline.tokens import load_tokenizer, prompt_ids
-from pipeline.tracking import registry, runs, store
+from pipeline.tracking import lineage, registry, runs, store
+from pipeline.tracking.records import record_evaluation
 from pipeline.tracking.registry import fetch_model
 
 PROMPT = "The lamp on Gull Rock"
@@ -70,10 +71,15 @@ print(json.dumps(texts))
 
 @pytest.fixture(scope="module")
 def evaluated(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the evaluate stage, with presets."""
+    """The folder of the evaluate stage, with presets, recorded in the project's store."""
     folder = tmp_path_factory.mktemp("evaluated") / "evaluate"
     shutil.copytree(project.out / "evaluate", folder)
     write_json(folder / "presets.json", {name: preset.to_mapping() for name, preset in PRESETS.items()})
+    with project.entered():
+        parameters, parent = read_yaml(project.root / PARAMS_FILE), project.run_of("finetune")
+        with runs.start_run("evaluate", parameters, parent_run_id=parent) as run:
+            test = project.out / "prepare" / "test.jsonl"
+            record_evaluation(run, folder, project.out / "export" / "parity.json", test, parameters)
     return folder
 
 
@@ -126,7 +132,7 @@ def register_files(project: Project) -> dict[str, Any]:
         out / "finetune",
         out / "prepare" / "test.jsonl",
         out / "register",
-        name=project.params.register_.name,
+        project.params.register_,
     )
     return noted(project)
 
@@ -156,11 +162,52 @@ def test_the_first_version_is_champion_and_leads_back_to_run_scores_and_data(
     assert found.tags["pipeline.run_id"] == parent
     assert found.tags[registry.FINGERPRINT_TAG] == version["fingerprint"]
     assert registry.score_of(found) == registry.Score(
-        registry.digest_texts(project.out / "prepare" / "test.jsonl"),
+        lineage.digest_texts(project.out / "prepare" / "test.jsonl"),
         f"provider cpu, precision {precision}, window_tokens 64, stride_tokens 32",
         details["documents"]["finetuned"]["bits_per_byte"],
     )
-    assert {"machine.cpu", "library.mlflow"} <= set(found.tags)
+    # The run has all of the lineage; the version, what leads to it and what the registry compares.
+    assert {"machine.cpu", "library.mlflow"} <= set(run.data.tags)
+    assert len(found.tags) <= 8
+
+
+@pytest.mark.usefixtures("entered")
+def test_a_version_has_a_model_with_scores_on_its_data(
+    project: Project, evaluated: Path, version: dict[str, Any]
+) -> None:
+    client = store.connect()
+    found = client.get_model_version_by_alias(version["name"], "champion")
+    model = client.get_logged_model(found.source.removeprefix("models:/"))
+    assert (model.name, model.source_run_id) == (version["name"], found.run_id)
+    scores = {own.key: own for own in model.metrics}
+    written = read_json(project.out / "evaluate" / "metrics.json")
+    assert {name: scores[name].value for name in written} == written
+    digest = lineage.digest_texts(project.out / "prepare" / "test.jsonl")[:36]
+    assert {(scores[name].dataset_name, scores[name].dataset_digest) for name in written} == {("test", digest)}
+    parity = read_json(project.out / "export" / "parity.json")
+    for precision, measured in parity.items():
+        assert scores[f"{precision}/kl_divergence"].value == measured["kl_divergence"]
+        assert scores[f"{precision}/megabytes"].value > 0
+    assert model.params["finetune.epochs"] == "2"
+    assert model.params["decoding.max_new_tokens"] == "12"
+    trained = client.get_run(project.run_of("finetune"))
+    assert model.model_id in [output.model_id for output in trained.outputs.model_outputs]
+    evaluation = runs.find_run(client, "evaluate", evaluated)
+    assert [own.model_id for own in client.get_run(evaluation).inputs.model_inputs] == [model.model_id]
+
+
+@pytest.mark.usefixtures("entered")
+def test_the_card_describes_version_and_model(project: Project, evaluated: Path, version: dict[str, Any]) -> None:
+    client = store.connect()
+    card = client.get_model_version(version["name"], "1").description
+    assert client.get_registered_model(version["name"]).description == card
+    bits = read_json(project.out / "evaluate" / "details.json")["documents"]["finetuned"]["bits_per_byte"]
+    assert f"| {bits:.3f} |" in card
+    assert card.startswith(project.params.register_.about or "-")
+    for run_id in (project.run_of("finetune"), runs.find_run(client, "evaluate", evaluated)):
+        assert f"runs/{run_id}" in card
+    note = client.get_run(project.run_of("finetune")).data.tags["mlflow.note.content"]
+    assert f"[{version['name']} version 1](#/models/{version['name']}/versions/1), champion." in note
 
 
 @pytest.mark.usefixtures("entered")
@@ -206,7 +253,9 @@ def test_unchanged_inputs_register_nothing(fresh: Project, capsys: pytest.Captur
     assert first["version"] == 1
     capsys.readouterr()
     assert register_files(fresh) == first
-    assert capsys.readouterr().out == f"{first['name']} version 1 already contains these files; it is champion\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{first['name']} version 1 already contains these files; it is champion"
+    assert lines[2].endswith(f"#/models/{first['name']}/versions/1  the model card")
     assert len(store.connect().search_model_versions()) == 1
 
 
@@ -240,7 +289,7 @@ def test_a_worse_model_on_a_renamed_data_file_is_challenger_until_it_is_promoted
     write_json(details_file, details)
     second = register_files(fresh)
     line = f"registered {first['name']} version 2 as challenger: its bits per byte are "
-    assert capsys.readouterr().out.splitlines()[-1].startswith(line)
+    assert capsys.readouterr().out.splitlines()[-4].startswith(line)
     client = store.connect()
     assert int(client.get_model_version_by_alias(first["name"], "champion").version) == 1
     registry.promote(client, second["name"], second["fingerprint"])

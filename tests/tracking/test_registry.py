@@ -9,16 +9,15 @@ from mlflow.entities.model_registry import ModelVersion
 from unused_model import log_unused_model
 
 from pipeline.errors import UserError
-from pipeline.files import write_jsonl
 from pipeline.tracking import registry, runs, store
 from pipeline.tracking.registry import (
     Score,
-    digest_texts,
     fetch_model,
     find_objection,
     promote,
     score_of,
     set_alias,
+    set_card,
 )
 
 NAME = "harbour-tales"
@@ -144,6 +143,31 @@ def test_a_version_without_files_follows_no_champion(client: MlflowClient) -> No
     assert registered(client, score(2.0)) == "champion"
 
 
+def test_the_model_has_the_card_of_its_champion(client: MlflowClient) -> None:
+    first, second = new_version(client, score(2.0)), new_version(client, score(1.9))
+    set_alias(client, first, score(2.0))
+    set_card(client, first, "the first")
+    assert client.get_model_version(NAME, "1").description == "the first"
+    assert client.get_registered_model(NAME).description == "the first"
+    # Set before it is champion, as when a challenger is promoted.
+    set_card(client, second, "the second")
+    assert client.get_registered_model(NAME).description == "the first"
+    set_alias(client, second, score(1.9))
+    assert client.get_registered_model(NAME).description == "the second"
+    set_card(client, second, "the second, described again")
+    assert client.get_registered_model(NAME).description == "the second, described again"
+
+
+def test_a_description_that_somebody_wrote_stays(client: MlflowClient) -> None:
+    first = new_version(client, score(2.0))
+    set_alias(client, first, score(2.0))
+    client.update_registered_model(NAME, "Our tales.")
+    set_card(client, first, "the first")
+    set_alias(client, first, score(2.0))
+    assert client.get_model_version(NAME, "1").description == "the first"
+    assert client.get_registered_model(NAME).description == "Our tales."
+
+
 def test_the_version_of_the_tree_is_promoted_whatever_its_score(client: MlflowClient, tmp_path: Path) -> None:
     with runs.start_run("register", {}) as run:
         uri = log_unused_model(run.run_id, tmp_path, {})
@@ -159,22 +183,6 @@ def test_the_version_of_the_tree_is_promoted_whatever_its_score(client: MlflowCl
     assert aliases(client) == {"champion": 2}
     with pytest.raises(UserError, match=f"^{NAME}: the registry does not hold this version; run python -m pipeline"):
         promote(client, NAME, "other")
-
-
-def test_a_split_is_known_by_its_texts_alone(tmp_path: Path) -> None:
-    rows = [{"id": "1", "title": "T", "text": "One.", "source": "a.txt:1"}, {"text": "Two.", "source": "a.txt:2"}]
-    renamed = [{**row, "title": "U", "source": "b.txt:9"} for row in rows]
-    splits = {
-        "same": (rows, renamed, rows[::-1]),
-        "other": ([*rows, rows[0]], rows[:1], [{"text": "One.Two."}], [{"text": "Two."}, {"text": "One"}]),
-    }
-    digests = {name: [] for name in splits}
-    for name, contents in splits.items():
-        for content in contents:
-            write_jsonl(tmp_path / "test.jsonl", content)
-            digests[name].append(digest_texts(tmp_path / "test.jsonl"))
-    assert len({*digests["same"]}) == 1
-    assert len({*digests["same"], *digests["other"]}) == 5
 
 
 def test_a_score_is_read_back_to_the_last_digit(client: MlflowClient) -> None:

@@ -1,5 +1,6 @@
 """Recording stages from their files: as they end, and again in a store that lacks them."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,10 @@ from pipeline.curves import write_curve
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_jsonl
 from pipeline.tracking import records, registry, runs, store
+from pipeline.tracking.evaluations import SAMPLES
 from pipeline.tracking.restore import holds_version, restore
 
-PARAMETERS = {"finetune": {"seed": 1}}
+PARAMETERS = {"finetune": {"seed": 1}, "register": {"name": "harbour-tales"}}
 NAME = "harbour-tales"
 
 
@@ -55,23 +57,33 @@ def out(tmp_path: Path) -> Path:
     """The outputs of a pipeline, of which no store knows."""
     out = tmp_path / "out"
     write_json(out / "finetune" / "metrics.json", {"validation_loss": 2.5})
-    write_json(out / "finetune" / "details.json", {"validation_loss": 2.5, "steps": 8})
+    write_json(out / "finetune" / "details.json", {"validation_loss": 2.5, "best_step": 8, "steps": 8})
     write_curve(out / "finetune" / "loss_train.csv", [(1, 3.5), (8, 2.25)])
     write_curve(out / "finetune" / "loss_validation.csv", [(0, 4.0), (8, 2.5)])
     write_json(out / "export" / "parity.json", {"float32": {"kl_divergence": 1e-9}})
     write_json(out / "tune" / "trials.json", [trial(0), trial(1), trial(2, "pruned")])
     write_json(out / "tune" / "metrics.json", {"validation_distance": 5.5})
+    write_json(out / "tune" / "found.json", {"balanced": {"temperature": 0.5, "top_k": 0}})
     details = {
-        "protocol": {"provider": "cpu", "precision": "float32", "samples": 2},
+        "protocol": {"provider": "cpu", "precision": "float32", "samples": 2, "documents": 1},
         "documents": {"base": {"bits_per_byte": 1.6}, "finetuned": {"bits_per_byte": 1.2}},
         "systems": {"human": {"rep_4": 0.01}, "hand_set": {"rep_4": 0.02, "distance": 7.0}},
         "scales": {"rep_4": 0.1},
         "choice": {"kept": "hand_set", "difference": 0.5},
     }
     write_json(out / "evaluate" / "details.json", details)
-    row = {"system": "human", "text": "Once.", "decoding": None, "copied_spans": [[0, 2]], "repeated_spans": []}
-    write_jsonl(out / "evaluate" / "samples.jsonl", [row])
+    write_json(out / "evaluate" / "metrics.json", {"test_bits_per_byte": 1.2})
+    write_json(out / "evaluate" / "decoding.json", {"temperature": 0.8})
+    figures = {"rep_4": 0.5, "longest_copy_tokens": 3, "invented_words": 1, "in_form": True, "looping": False}
+    rows = [{"system": system, "prompt": "Once", "text": " more.", **figures} for system in ("human", "hand_set")]
+    write_jsonl(out / "evaluate" / "samples.jsonl", rows)
+    write_jsonl(out / "prepare" / "test.jsonl", [{"text": "Once more."}])
     return out
+
+
+def record_evaluation(run: runs.RunLog, out: Path) -> None:
+    test = out / "prepare" / "test.jsonl"
+    records.record_evaluation(run, out / "evaluate", out / "export" / "parity.json", test, PARAMETERS)
 
 
 @pytest.fixture
@@ -81,7 +93,7 @@ def recorded(out: Path, client: MlflowClient, tmp_path: Path) -> Path:
     with runs.start_run("tune", PARAMETERS, parent_run_id=parent) as run:
         records.record_search(run, out / "tune")
     with runs.start_run("evaluate", PARAMETERS, parent_run_id=parent) as run:
-        records.record_evaluation(run, out / "evaluate", out / "export" / "parity.json")
+        record_evaluation(run, out)
     with runs.start_run("register", PARAMETERS, parent_run_id=parent) as run:
         uri = log_unused_model(run.run_id, tmp_path, {})
     mlflow.register_model(uri, NAME, tags={registry.FINGERPRINT_TAG: "f1"})
@@ -152,11 +164,47 @@ def test_a_search_is_recorded_with_its_trials(client: MlflowClient, recorded: Pa
 
 
 def test_trials_that_the_run_has_already_are_not_recorded_twice(client: MlflowClient, out: Path) -> None:
-    with runs.start_run("tune", PARAMETERS) as run:
+    parent = records.parent_run(client, out / "finetune", PARAMETERS)
+    with runs.start_run("tune", PARAMETERS, parent_run_id=parent) as run:
         records.record_trial(run, trial(0), start_s=1.0)
         records.record_search(run, out / "tune")
     assert len(runs_of(client, runs.TRIAL)) == 3
     assert curve(client, run.run_id, "trial_distance") == [(0, 5.0), (1, 6.0)]
+
+
+def test_the_fine_tuning_shows_what_became_of_it(client: MlflowClient, recorded: Path) -> None:
+    (parent,) = runs_of(client, "finetune")
+    run = client.get_run(parent)
+    assert run.info.run_name == NAME
+    metrics = run.data.metrics
+    assert {name: metrics[name] for name in ("validation_distance", "test_bits_per_byte")} == {
+        "validation_distance": 5.5,
+        "test_bits_per_byte": 1.2,
+    }
+    note = run.data.tags["mlflow.note.content"]
+    assert re.findall("^## (.+)$", note, re.MULTILINE) == ["Fine-tuning", "Decoding", "Evaluation"]
+    (evaluation,) = runs_of(client, "evaluate")
+    (samples,) = runs_of(client, SAMPLES)
+    assert f"runs/{evaluation}/artifacts/report.html" in note
+    assert f"selectedRunUuid={samples}" in note
+    found = client.get_run(samples)
+    assert found.info.run_name == NAME
+    assert found.data.metrics["rep_4/mean"] == 0.5
+    assert found.data.metrics["test_bits_per_byte"] == 1.2
+    assert found.data.params == {"temperature": "0.8"}
+
+
+def test_checkpoints_are_models_with_their_scores(client: MlflowClient, recorded: Path) -> None:
+    (parent,) = runs_of(client, "finetune")
+    found = client.search_logged_models([store.experiment_id(client)], f"source_run_id = '{parent}'")
+    models = {model.name: model for model in found}
+    scores = {name: [(own.key, own.value) for own in model.metrics] for name, model in models.items()}
+    assert scores == {"checkpoint-0": [("validation_loss", 4.0)], "checkpoint-8": [("validation_loss", 2.5)]}
+    assert models["checkpoint-8"].params == {"step": "8"}
+    assert models["checkpoint-8"].tags["weights"] == (recorded / "finetune" / "checkpoint").as_posix()
+    assert "weights" not in models["checkpoint-0"].tags
+    steps = {output.model_id: output.step for output in client.get_run(parent).outputs.model_outputs}
+    assert steps == {models["checkpoint-0"].model_id: 0, models["checkpoint-8"].model_id: 8}
 
 
 def test_nothing_is_recorded_if_all_is_there(client: MlflowClient, recorded: Path, commands: Path) -> None:

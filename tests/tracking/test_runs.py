@@ -22,7 +22,7 @@ from isolated_store import isolated_store
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError
@@ -302,7 +302,7 @@ def test_a_run_has_the_parameters_that_made_it() -> None:
     with runs.start_run("register", parameters) as last:
         pass
     assert last.client.get_run(last.run_id).data.params == {
-        name: str(value) for name, value in runs.flatten(parameters).items()
+        name: str(value) for name, value in lineage.flatten(parameters).items()
     }
 
 
@@ -419,7 +419,7 @@ def test_trials_from_a_number_on_are_forgotten() -> None:
             pass
         run.forget_trials(2)
     names = [found.info.run_name for found in trials_of(run.client, run.run_id)]
-    assert names == ["trial 0", "trial 1", "evaluate"]
+    assert names == ["trial 0", "trial 1", f"evaluate {run.name}"]
     assert len(trials_of(other.client, other.run_id)) == 1
 
 
@@ -433,7 +433,6 @@ def test_a_run_is_found_by_stage_and_outputs(tmp_path: Path) -> None:
     with runs.start_run("tune", {}, parent_run_id=parent.info.run_id) as second:
         second.tag_outputs(tmp_path / "tune")
     assert client.get_run(first.run_id).data.tags[MLFLOW_PARENT_RUN_ID] == parent.info.run_id
-    assert client.get_run(first.run_id).info.run_name == "tune"
     # The newest of those that wrote the same.
     assert runs.find_run(client, "tune", tmp_path / "tune") == second.run_id
     client.delete_run(second.run_id)
@@ -467,60 +466,62 @@ def test_a_run_keeps_its_fingerprint() -> None:
     assert runs.fingerprint_of(client, other.info.run_id) is None
 
 
-def test_a_run_knows_commit_and_whether_the_tree_was_changed(tmp_path: Path) -> None:
-    (tmp_path / ".gitignore").write_text("mlflow.db*\nmlartifacts\n")
-    for name in ("dvc.lock", "params.yaml"):
-        (tmp_path / name).write_text("{}\n")
-    git("init", "--quiet")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "begin")
-    commit = git("rev-parse", "HEAD")
-    assert lineage.lineage() | {MLFLOW_GIT_COMMIT: commit, "git.dirty": "false"} == lineage.lineage()
-    # Every stage that runs changes dvc.lock.
-    (tmp_path / "dvc.lock").write_text("stages: {}\n")
-    assert lineage.lineage()["git.dirty"] == "false"
-    (tmp_path / "params.yaml").write_text("a: 1\n")
-    assert lineage.lineage()["git.dirty"] == "true"
-    _, run = logged_run()
-    assert run.data.tags[MLFLOW_GIT_COMMIT] == commit
-    assert run.data.tags["git.dirty"] == "true"
+def test_a_checkpoint_is_a_model_with_scores_on_its_data() -> None:
+    with runs.start_run("finetune", {}) as run:
+        run.log_dataset("validation", "ab" * 32, {})
+        run.log_checkpoint(3, {"validation_loss": 2.5, "validation_perplexity": 12.0})
+        run.log_checkpoint(6, {"validation_loss": 2.25, "validation_perplexity": 9.5})
+    client = run.client
+    found = client.search_logged_models([store.experiment_id(client)], "name = 'checkpoint-3'")
+    assert [model.source_run_id for model in found] == [run.run_id]
+    (model,) = found
+    assert str(model.status) == "READY"
+    scores = {own.key: (own.value, own.step, own.dataset_name, own.dataset_digest) for own in model.metrics}
+    digest = ("ab" * 32)[:36]
+    assert scores == {
+        "validation_loss": (2.5, 3, "validation", digest),
+        "validation_perplexity": (12.0, 3, "validation", digest),
+    }
+    history = client.get_metric_history(run.run_id, "validation_loss")
+    assert [(point.step, point.value) for point in history] == [(3, 2.5), (6, 2.25)]
 
 
-def test_outside_git_there_is_no_commit() -> None:
-    assert {MLFLOW_GIT_COMMIT, "git.dirty"}.isdisjoint(lineage.lineage())
+def test_a_resumed_run_logs_no_checkpoint_twice() -> None:
+    with runs.start_run("finetune", {}) as run:
+        run.log_checkpoint(3, {"validation_loss": 2.5})
+    with runs.start_run("finetune", {}, run_id=run.run_id) as resumed:
+        for step in (3, 6):
+            resumed.log_checkpoint(step, {"validation_loss": 2.0})
+    found = run.client.search_logged_models([store.experiment_id(run.client)])
+    assert sorted(model.name for model in found) == ["checkpoint-3", "checkpoint-6"]
 
 
-def test_an_experiment_of_dvc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    # DVC commits an experiment where nobody looks for it; the commit that it began from is the one to know.
-    monkeypatch.setenv("DVC_EXP_NAME", "hazy-lamp")
-    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "f" * 40)
-    _, run = logged_run()
-    assert run.info.run_name == "hazy-lamp"
-    assert run.data.tags["dvc.experiment"] == "hazy-lamp"
-    assert run.data.tags[MLFLOW_GIT_COMMIT] == "f" * 40
+def test_a_child_has_the_name_of_its_parent() -> None:
+    with runs.start_run("finetune", {"register": {"name": "tales"}}) as parent:
+        pass
+    _, child = logged_run("evaluate", parent_run_id=parent.run_id)
+    assert child.info.run_name == "evaluate tales"
+    assert child.data.tags["mlflow.source.name"] == "pipeline.stages.evaluate"
 
 
-def test_the_digest_of_data_comes_from_its_pointer_and_that_of_an_output_from_the_lock(tmp_path: Path) -> None:
-    (tmp_path / "data.dvc").write_text("outs:\n- md5: 24f1.dir\n  hash: md5\n  path: data\n")
-    (tmp_path / "dvc.lock").write_text(
-        "schema: '2.0'\n"
-        "stages:\n"
-        "  base:\n    outs:\n    - path: out/base\n      md5: 77aa.dir\n"
-        "  tokenize:\n    deps:\n    - path: out/base\n      md5: 0000.dir\n"
-    )
-    assert lineage.dvc_md5("data") == "24f1.dir"
-    assert lineage.dvc_md5("out/base") == "77aa.dir"
-    assert lineage.dvc_md5("out/export") is None
-    _, run = logged_run()
-    assert run.data.tags["dvc.data_md5"] == "24f1.dir"
-    assert run.data.tags["dvc.base_md5"] == "77aa.dir"
+def test_a_description_has_a_section_per_stage() -> None:
+    with runs.start_run("finetune", {}) as run:
+        for heading, text in (("A", "one"), ("B", "two"), ("A", "three")):
+            run.describe(heading, text)
+    assert run.tags()["mlflow.note.content"] == "## A\n\nthree\n\n## B\n\ntwo"
 
 
-def test_an_output_that_dvc_does_not_hash_has_no_digest(tmp_path: Path) -> None:
-    # A remote with versions of its own, as of a bucket, is recorded by those.
-    (tmp_path / "data.dvc").write_text("outs:\n- path: data\n  files:\n  - version_id: x\n")
-    assert lineage.dvc_md5("data") is None
+@pytest.mark.parametrize(("stage", "is_monitored"), [("finetune", True), ("tune", True), ("evaluate", False)])
+def test_long_stages_show_what_the_machine_does(
+    stage: str, is_monitored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
 
+    def names(run: runs.RunLog) -> set[str]:
+        return {name for name in run.client.get_run(run.run_id).data.metrics if name.startswith("system/")}
 
-def test_without_dvc_there_is_no_digest() -> None:
-    assert lineage.dvc_md5("data") is None
+    with runs.start_run(stage, {}) as run:
+        wait_s = time.monotonic() + 30
+        while is_monitored and not names(run) and time.monotonic() < wait_s:
+            time.sleep(0.05)
+    assert ("system/cpu_utilization_percentage" in names(run)) == is_monitored
