@@ -20,7 +20,7 @@ from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, FEATURE_DISABLED, N
 from pipeline.tracking.runs import RunLog, stage_tags
 from pipeline.tracking.store import experiment_id, unless_set
 
-FIGURES = ("rep_4", "longest_copy_tokens", "invented_words", "in_form", "looping")
+FIGURES = ("rep_4", "longest_copy_tokens", "invented_words", "in_form")
 """The columns of `samples.jsonl` that are shown with each sample, by an MLflow scorer of that name."""
 HUMAN = "human"
 """The system of `samples.jsonl` whose texts people wrote; and the name of the expectation that shows them."""
@@ -93,7 +93,7 @@ def _evaluate(run_id: str, dataset: Any, drawn: Mapping[str, Mapping[str, Any]])
         # It would trace a sample once more to see whether it is traced.
         "MLFLOW_GENAI_EVAL_SKIP_TRACE_VALIDATION": "true",
     }
-    with unless_set(**settings), _without_banner(), mlflow.start_run(run_id=run_id):
+    with unless_set(settings), _without_banner(), mlflow.start_run(run_id=run_id):
         genai.evaluate(dataset, [scorer_of(figure) for figure in FIGURES], predict_fn=continuation)
 
 

@@ -42,7 +42,7 @@ def file_page(experiment_id: str, run_id: str, file: str) -> str:
 
 def samples_page(experiment_id: str, run_id: str) -> str:
     """Return the address of an evaluation's samples, prompt by prompt, where they can be compared with another's."""
-    return f"#/experiments/{experiment_id}/evaluation-runs?workflowType=genai&selectedRunUuid={run_id}"
+    return f"#/experiments/{experiment_id}/runs/{run_id}/traces?workflowType=genai"
 
 
 def version_page(name: str, version: int | str) -> str:

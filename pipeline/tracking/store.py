@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import unquote
@@ -167,12 +167,12 @@ def _find_artifacts_again(experiments: Iterable[Experiment]) -> None:
 @contextmanager
 def _answering_soon() -> Iterator[None]:
     """Give up on an unreachable server within seconds, unless the user has set limits; later uploads have none."""
-    with unless_set(MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", MLFLOW_HTTP_REQUEST_TIMEOUT="30"):
+    with unless_set({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}):
         yield
 
 
 @contextmanager
-def unless_set(**variables: str) -> Iterator[None]:
+def unless_set(variables: Mapping[str, str]) -> Iterator[None]:
     """Set variables of the environment that the user has not set, for as long as the block runs."""
     own = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(own)

@@ -12,11 +12,7 @@ KIND = "custom_model_development"
 """MLflow's name for experiments whose page opens with the runs."""
 VIEW_TAG = f"mlflow.sharedViewState.{RUNS_VIEW}"
 NOTE_TAG = "mlflow.note.content"
-NOTE = (
-    "A run per fine-tuning, which contains those of its search for decoding parameters, its evaluations and its "
-    "registrations. **Views > Fine-tunings** compares the runs. Samples can be compared prompt by prompt under "
-    "**GenAI > Evaluation runs**."
-)
+NOTE = "**Views > Fine-tunings** compares the runs; **GenAI > Evaluation runs** compares their samples."
 COLUMNS = {
     "metrics": (
         "final/validation_loss",
@@ -29,7 +25,6 @@ COLUMNS = {
         "engine_megabytes",
     ),
     "params": ("base.source", "finetune.epochs", "finetune.learning_rate", "finetune.batch_tokens"),
-    "attributes": ("Models",),
 }
 """The columns of the saved view besides name, time and duration."""
 
@@ -43,8 +38,9 @@ def set_views(client: MlflowClient, experiment_id: str) -> None:
     """Tag an experiment so that MLflow's pages open where the runs are and offer the view of them."""
     now_ms = int(time.time() * 1000)
     columns = [f"{group}.`{name}`" for group, names in COLUMNS.items() for name in names]
+    order = {"columnOrder": [*WIDTHS, *columns], "columnWidths": WIDTHS}
     # The format in which MLflow's page saves a view, of MLflow 3.17; others show no such view.
-    state = json.dumps({"searchFilter": FILTER, "selectedColumns": columns, "columnWidths": WIDTHS})
+    state = json.dumps({"searchFilter": FILTER, "selectedColumns": columns, **order})
     view = {"name": "Fine-tunings", "createdAt": now_ms, "updatedAt": now_ms, "state": state}
     for name, value in ((NOTE_TAG, NOTE), (VIEW_TAG, json.dumps(view)), (KIND_TAG, KIND)):
         client.set_experiment_tag(experiment_id, name, value)

@@ -26,8 +26,8 @@ def row(system: str, prompt: str, text: str, **figures: float) -> dict[str, Any]
 
 HUMAN = [row("human", "Once", " upon a time."), row("human", "The lamp", " went out.")]
 TUNED = [
-    row("tuned", "Once", " and again.", rep_4=0.25, longest_copy_tokens=3, in_form=True, looping=False),
-    row("tuned", "The lamp", " lampt.", rep_4=0.75, invented_words=1, in_form=False, looping=False),
+    row("tuned", "Once", " and again.", rep_4=0.25, longest_copy_tokens=3, in_form=True),
+    row("tuned", "The lamp", " lampt.", rep_4=0.75, invented_words=1, in_form=False),
 ]
 
 
@@ -57,7 +57,6 @@ def test_each_sample_is_a_trace_with_its_figures_and_the_persons_text(capsys: py
         "longest_copy_tokens": 0.0,
         "invented_words": 1,
         "in_form": False,
-        "looping": False,
         "human": " went out.",
     }
     # Neither MLflow's banner nor its progress bar, which would fill a log.

@@ -74,7 +74,7 @@ def out(tmp_path: Path) -> Path:
     write_json(out / "evaluate" / "details.json", details)
     write_json(out / "evaluate" / "metrics.json", {"test_bits_per_byte": 1.2})
     write_json(out / "evaluate" / "decoding.json", {"temperature": 0.8})
-    figures = {"rep_4": 0.5, "longest_copy_tokens": 3, "invented_words": 1, "in_form": True, "looping": False}
+    figures = {"rep_4": 0.5, "longest_copy_tokens": 3, "invented_words": 1, "in_form": True}
     rows = [{"system": system, "prompt": "Once", "text": " more.", **figures} for system in ("human", "hand_set")]
     write_jsonl(out / "evaluate" / "samples.jsonl", rows)
     write_jsonl(out / "prepare" / "test.jsonl", [{"text": "Once more."}])
@@ -186,7 +186,7 @@ def test_the_fine_tuning_shows_what_became_of_it(client: MlflowClient, recorded:
     (evaluation,) = runs_of(client, "evaluate")
     (samples,) = runs_of(client, SAMPLES)
     assert f"runs/{evaluation}/artifacts/report.html" in note
-    assert f"selectedRunUuid={samples}" in note
+    assert f"runs/{samples}/traces" in note
     found = client.get_run(samples)
     assert found.info.run_name == NAME
     assert found.data.metrics["rep_4/mean"] == 0.5
