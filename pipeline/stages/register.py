@@ -4,7 +4,7 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -92,6 +92,8 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
             print(f"{name} version {version.version} already contains these files; it is {alias}")
         else:
             parent = parent_run(client, finetune, read_yaml(PARAMS_FILE))
+            # Minutes at a server on a slow line.
+            print(f"storing {size_of(artifacts.values()) / 1e6:,.1f} MB as a version of {name}", flush=True)
             with runs.start_run("register", read_yaml(PARAMS_FILE), parent_run_id=parent) as run:
                 version = registry.log_version(
                     run.run_id,
@@ -140,6 +142,12 @@ def packed_code() -> Iterator[Path]:
             sys.path.remove(folder)
             for name in [name for name in sys.modules if name.split(".")[0] == package.name]:
                 del sys.modules[name]
+
+
+def size_of(paths: Iterable[Path]) -> int:
+    """Return the bytes of files and folders."""
+    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def requirements() -> list[str]:

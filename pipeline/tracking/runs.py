@@ -19,7 +19,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_I
 
 from pipeline.files import digest_of
 from pipeline.tracking.lineage import lineage
-from pipeline.tracking.store import connect, experiment_id
+from pipeline.tracking.store import answering_soon, connect, experiment_id
 
 STAGE_TAG = "pipeline.stage"
 OUTPUTS_TAG = "pipeline.outputs_sha256"
@@ -165,7 +165,8 @@ def start_run(
             client.log_batch(log.run_id, params=[Param(key, str(value)) for key, value in flatten(own).items()])
         yield log
     except BaseException:
-        client.set_terminated(log.run_id, "FAILED")
+        with answering_soon():
+            client.set_terminated(log.run_id, "FAILED")
         raise
     client.set_terminated(log.run_id)
 
