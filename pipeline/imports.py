@@ -1,4 +1,4 @@
-"""The files of this package that a module needs, found in the source: a stage's dependencies, a model's code."""
+"""What a module imports from this package, by its source: a stage's dependencies, and the code of a model."""
 
 import ast
 from pathlib import Path
@@ -28,6 +28,21 @@ def needed_files(module: str, root: Path) -> set[Path]:
         found |= _files_named_in(tree, file)
         waiting += _imported(tree, root)
     return found
+
+
+def rename_package(source: bytes, name: str) -> bytes:
+    """Return a module's source, which imports from the package `name` what it imported from this one.
+
+    Every line keeps its place. `import pipeline` is left as it is: the name that it binds may be used anywhere.
+    """
+    lines = source.splitlines(keepends=True)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    # From the last: a replacement moves what follows in its line.
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset), reverse=True):
+        if node.level == 0 and (node.module or "").split(".")[0] == PACKAGE:
+            line, start = lines[node.lineno - 1], node.col_offset
+            lines[node.lineno - 1] = line[:start] + line[start:].replace(PACKAGE.encode(), name.encode(), 1)
+    return b"".join(lines)
 
 
 def _files_named_in(tree: ast.Module, file: Path) -> set[Path]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.imports import needed_files
+from pipeline.imports import needed_files, rename_package
 
 FILES = {
     "pipeline/__init__.py": "",
@@ -82,3 +82,27 @@ def test_other_packages_do_not_count(root: Path) -> None:
 def test_a_module_that_is_not_there_is_an_error(root: Path) -> None:
     with pytest.raises(ModuleNotFoundError, match=r"no module pipeline\.missing under "):
         needed_files("pipeline.stages.broken", root)
+
+
+def test_a_renamed_package_imports_itself() -> None:
+    source = """\
+'from pipeline.errors import a text'
+from pipeline import errors, \\
+    files
+import pipeline
+from pipelines import pipeline
+from .pipeline import near
+
+def late():
+    'é'; from pipeline.pipeline import pipeline; from pipeline.files import (  # from pipeline
+        read_json,
+    )
+    return "from pipeline import errors"
+"""
+    expected = source.replace("\nfrom pipeline import", "\nfrom other import")
+    expected = expected.replace("from pipeline.pipeline", "from other.pipeline").replace(
+        "from pipeline.files", "from other.files"
+    )
+    assert rename_package(source.encode(), "other").decode() == expected
+    windows = b"from pipeline.files import read_json\r\n\r\n# from pipeline\r\n"
+    assert rename_package(windows, "other") == windows.replace(b"from pipeline.files", b"from other.files")

@@ -1,33 +1,10 @@
 """The registered model: MLflow runs this file to load the packed engine, tokenizer and decoding."""
 
-# ruff: noqa: E402
-
-from pathlib import Path
-
-import pipeline
-
-
-def refuse_foreign(packed: Path) -> None:
-    """Raise `ImportError` if a `pipeline` was imported that differs from the one in the model.
-
-    Its code would run instead of the model's.
-    """
-    for file in sorted(packed.rglob("*.py")):
-        own = file.relative_to(packed)
-        imported = [Path(folder) / own for folder in pipeline.__path__]
-        if not any(other.is_file() and other.read_bytes() == file.read_bytes() for other in imported):
-            raise ImportError(
-                f"the imported package `pipeline` is not the one that the model brings ({own} differs); "
-                "load the model in a process that has not imported another"
-            )
-
-
-refuse_foreign(Path(__file__).parent / "code" / "pipeline")
-
 import logging
 import os
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Lock
 from typing import Any
 

@@ -2,7 +2,10 @@
 
 import argparse
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pipeline
 from pipeline.decoding import list_types, scalar_types
 from pipeline.errors import report_errors
 from pipeline.files import digest_of, read_json, write_json
-from pipeline.imports import needed_files
+from pipeline.imports import PACKAGE, needed_files, rename_package
 from pipeline.params.file import load_section
 from pipeline.params.register import RegisterParams
 from pipeline.params.section import PARAMS_FILE, read_yaml
@@ -76,8 +79,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
         bits_per_byte=details["documents"]["finetuned"]["bits_per_byte"],
     )
     client = store.connect()
-    with tempfile.TemporaryDirectory() as folder:
-        code = pack_code(Path(folder) / "pipeline")
+    with packed_code() as code:
         artifacts = {
             "engine": export / "engine",
             "decoding": evaluate / "decoding.json",
@@ -94,6 +96,8 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
             done = f"{name} version {version.version} already contains these files; it is"
         else:
             parent = parent_run(client, finetune, parameters)
+            # Minutes at a server on a slow line.
+            print(f"storing {size_of(artifacts.values()) / 1e6:,.1f} MB as a version of {name}", flush=True)
             with runs.start_run("register", parameters, parent_run_id=parent) as run:
                 version, model_id = registry.log_version(
                     run,
@@ -124,14 +128,36 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
     write_json(out / "version.json", {"name": name, "fingerprint": fingerprint})
 
 
-def pack_code(folder: Path) -> Path:
-    """Copy the modules of this package that the registered model imports, and no others, to `folder`."""
+@contextmanager
+def packed_code() -> Iterator[Path]:
+    """Yield a package with the modules that the registered model imports, and no others.
+
+    Its name contains a digest of its files, so that one process can import those of several versions, and this one.
+    MLflow runs a model when it logs it: the package can be imported until the block ends.
+    """
     root = Path(pipeline.__file__).parent.parent
-    for file in needed_files(SERVED_MODULE, root):
-        target = folder / file.relative_to(root / pipeline.__name__)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, target)
-    return folder
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / PACKAGE
+        for file in needed_files(SERVED_MODULE, root):
+            target = copy / file.relative_to(root / PACKAGE)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        package = copy.rename(copy.with_name(f"{PACKAGE}_{digest_of([copy])[:12]}"))
+        for file in package.rglob("*.py"):
+            file.write_bytes(rename_package(file.read_bytes(), package.name))
+        sys.path.insert(0, folder)
+        try:
+            yield package
+        finally:
+            sys.path.remove(folder)
+            for name in [name for name in sys.modules if name.split(".")[0] == package.name]:
+                del sys.modules[name]
+
+
+def size_of(paths: Iterable[Path]) -> int:
+    """Return the bytes of files and folders."""
+    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def requirements() -> list[str]:

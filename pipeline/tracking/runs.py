@@ -27,7 +27,7 @@ from mlflow.utils.mlflow_tags import (
 from pipeline.files import digest_of
 from pipeline.tracking import lineage
 from pipeline.tracking.notes import set_section
-from pipeline.tracking.store import connect, experiment_id
+from pipeline.tracking.store import answering_soon, connect, experiment_id
 
 STAGE_TAG = "pipeline.stage"
 OUTPUTS_TAG = "pipeline.outputs_sha256"
@@ -228,7 +228,8 @@ def start_run(
         with _system_metrics(log.run_id, is_resumed=run_id is not None) if stage in MONITORED else nullcontext():
             yield log
     except BaseException:
-        client.set_terminated(log.run_id, "FAILED")
+        with answering_soon():
+            client.set_terminated(log.run_id, "FAILED")
         raise
     client.set_terminated(log.run_id)
 

@@ -7,9 +7,14 @@ it, so that queued and temporary experiments write to the same store as the work
 import logging
 import os
 import re
+import shlex
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import cache
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -22,8 +27,10 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from pipeline.errors import UserError
+from pipeline.files import whole_file
 from pipeline.tracking.views import KIND_TAG, set_views
 
 EXPERIMENT = "gpt2-pipeline"
@@ -85,10 +92,17 @@ def store_uri() -> str:
 def connect(*, create: bool = True) -> MlflowClient:
     """Return a client of the tracking store. A missing embedded store is created, unless `create` is false.
 
-    Raises `UserError` if the store cannot be reached, does not exist, or is in a folder that MLflow cannot name.
+    Raises `UserError` if the store cannot be reached, does not exist, belongs to another MLflow, or is in a folder that
+    MLflow cannot name.
     """
-    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # The second logs the traceback of every error that it raises.
+    quiet = {
+        "alembic": logging.WARNING,
+        "mlflow.store.db.utils": logging.CRITICAL,
+        "mlflow.system_metrics": logging.WARNING,
+    }
+    for noisy, level in quiet.items():
+        logging.getLogger(noisy).setLevel(level)
     uri = store_uri()
     is_embedded = uri == embedded_uri()
     if is_embedded and unquote(str(root())) != str(root()):
@@ -96,13 +110,17 @@ def connect(*, create: bool = True) -> MlflowClient:
             f"{root()}: MLflow takes a % before two digits for an escape; rename the folder, "
             "or set MLFLOW_TRACKING_URI to a store elsewhere"
         )
-    if not create and is_embedded and not (root() / "mlflow.db").exists():
+    database = root() / "mlflow.db"
+    if not create and is_embedded and not database.exists():
         raise UserError(
-            f"{root() / 'mlflow.db'}: there is no tracking store here; go to the folder of the project, "
+            f"{database}: there is no tracking store here; go to the folder of the project, "
             "or set MLFLOW_TRACKING_URI to its store"
         )
     try:
-        with store_lock(), _answering_soon():
+        with store_lock(), answering_soon():
+            if is_embedded and not database.exists():
+                _create(database)
+            _check_schema(uri)
             mlflow.set_tracking_uri(uri)
             client = MlflowClient(uri)
             experiments = client.search_experiments(view_type=ViewType.ALL)
@@ -111,10 +129,54 @@ def connect(*, create: bool = True) -> MlflowClient:
     # ImportError: the driver of the database that the URI names is not installed.
     except (MlflowException, ImportError) as error:
         raise UserError(
-            f"tracking store {without_password(uri)} does not answer; set MLFLOW_TRACKING_URI to one that does, "
-            f"or unset it for the embedded store ({_reason(error)})"
+            f"tracking store {without_password(uri)} cannot be used ({_reason(error)}); {_advice(uri, error)}"
         ) from error
     return client
+
+
+def _create(database: Path) -> None:
+    """Create an empty store, whole or not at all: MLflow cannot open one whose creation was cut off."""
+    with tempfile.TemporaryDirectory() as folder, whole_file(database) as partial:
+        MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+        shutil.copyfile(Path(folder) / "mlflow.db", partial)
+
+
+@cache
+def _check_schema(uri: str) -> None:
+    """Raise `UserError` if a database has the schema of another MLflow.
+
+    MLflow would migrate an older one without a word, and there is no way back. Raises `MlflowException` if the database
+    does not answer; MLflow would try for minutes.
+    """
+    if uri.partition(":")[0].partition("+")[0] not in DATABASE_ENGINES:
+        return
+    # Imported here: a client of a server need not have SQLAlchemy.
+    from mlflow.store.db import utils
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        engine = utils.create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
+        if engine.dialect.name == "sqlite" and not Path(engine.url.database or "").exists():
+            return  # MLflow creates it.
+        found = utils._get_schema_version(engine)  # type: ignore[no-untyped-call]
+        engine.dispose()
+    except SQLAlchemyError as error:
+        raise MlflowException(str(error)) from error
+    newest = utils._get_latest_schema_revision()  # type: ignore[no-untyped-call]
+    if found in (None, newest):
+        return
+    place, own = f"tracking store {without_password(uri)}", f"MLflow {mlflow.__version__}"
+    migrations = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    if not any(migrations.glob(f"{found}_*.py")):
+        raise UserError(
+            f"{place}: a newer MLflow than {own} made it (schema {found}); run mlflow server of that version for it, "
+            "and set MLFLOW_TRACKING_URI to the server, or to another store"
+        )
+    target = shlex.quote(uri) if uri == embedded_uri() else '"$MLFLOW_TRACKING_URI"'
+    raise UserError(
+        f"{place}: an older MLflow than {own} made it (schema {found}, not {newest}); copy it first, because an older "
+        f"MLflow cannot read it afterwards, and run: mlflow db upgrade {target}"
+    )
 
 
 @contextmanager
@@ -135,14 +197,28 @@ def without_password(text: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Return one line that says what went wrong: the database's own message if there is one, else the first line."""
+    """Return one line that says what went wrong: what the database or the system says, else the error's first line."""
     inner: BaseException | None = error
     while inner is not None:
-        # SQLAlchemy wraps it in lines of SQL and advice.
+        # SQLAlchemy wraps it in lines of SQL and advice, and requests in the attempts to connect.
         if (original := getattr(inner, "orig", None)) is not None:
             return without_password(str(original))
+        if isinstance(inner, OSError) and inner.strerror:
+            return without_password(str(inner))
         inner = inner.__cause__ or inner.__context__
-    return without_password((str(error).splitlines() or [type(error).__name__])[0])
+    line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    if missing := re.match(r"API request to endpoint (\S+) failed with error code 404", line):
+        return f"the server has no {missing[1]}: it is older than MLflow 3, or MLFLOW_TRACKING_URI lacks its path"
+    return without_password(line)
+
+
+def _advice(uri: str, error: BaseException) -> str:
+    """Return what to do about a store that cannot be used."""
+    if uri == embedded_uri():
+        return "if it is damaged, move it away, and python -m pipeline restore records in a new one what out/ holds"
+    if isinstance(error, MlflowException) and error.get_http_status_code() == HTTPStatus.UNAUTHORIZED:  # type: ignore[no-untyped-call]
+        return f"set {USER_VARIABLE} and {PASSWORD_VARIABLE}, or MLFLOW_TRACKING_TOKEN"
+    return "set MLFLOW_TRACKING_URI to another, or unset it for the embedded store"
 
 
 def _find_artifacts_again(experiments: Iterable[Experiment]) -> None:
@@ -165,10 +241,17 @@ def _find_artifacts_again(experiments: Iterable[Experiment]) -> None:
 
 
 @contextmanager
-def _answering_soon() -> Iterator[None]:
-    """Give up on an unreachable server within seconds, unless the user has set limits; later uploads have none."""
-    with unless_set({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}):
-        yield
+def answering_soon() -> Iterator[None]:
+    """Give up on an unreachable server within seconds, unless the user has set limits; MLflow tries for minutes."""
+    # It warns of every repetition.
+    connections = logging.getLogger("urllib3.connectionpool")
+    level = connections.level
+    connections.setLevel(logging.ERROR)
+    try:
+        with unless_set({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}):
+            yield
+    finally:
+        connections.setLevel(level)
 
 
 @contextmanager
@@ -195,7 +278,10 @@ def experiment_id(client: MlflowClient) -> str:
             set_views(client, made)
             return made
     if experiment.lifecycle_stage != "active":
-        raise UserError(f"MLflow experiment {name!r} is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME to another")
+        raise UserError(
+            f"MLflow experiment {name!r} is deleted; run mlflow experiments restore -x {experiment.experiment_id}, "
+            "or set MLFLOW_EXPERIMENT_NAME to another"
+        )
     if KIND_TAG not in experiment.tags:
         # The store is of a time before these views, or the experiment of another program.
         set_views(client, experiment.experiment_id)

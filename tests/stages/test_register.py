@@ -1,7 +1,10 @@
 """`register`: it makes one version per set of files, which loads anywhere as the engine that was exported."""
 
+import ast
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -30,7 +33,7 @@ from pipeline.files import read_json, read_jsonl, sha256_file, write_json, write
 from pipeline.imports import needed_files
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.stages import register as stage
-from pipeline.stages.register import SERVED_MODULE, SIGNATURE, register
+from pipeline.stages.register import SERVED_MODULE, SIGNATURE, packed_code, register
 from pipeline.tokens import load_tokenizer, prompt_ids
 from pipeline.tracking import lineage, registry, runs, store
 from pipeline.tracking.records import record_evaluation
@@ -63,8 +66,9 @@ import mlflow
 
 model = mlflow.pyfunc.load_model(uri)
 texts = [model.predict([prompt], params=json.loads(params)) for _ in range(2)]
-import pipeline
-assert not pipeline.__file__.startswith(repository), pipeline.__file__
+own = {name: module.__file__ for name, module in sys.modules.items() if name.startswith("pipeline")}
+assert own and "pipeline" not in own, own
+assert not any(file.startswith(repository) for file in own.values()), own
 print(json.dumps(texts))
 """
 
@@ -229,15 +233,35 @@ def test_a_version_holds_engine_tokenizer_decoding_presets_parity_and_scores(
     engine = project.out / "export" / "engine"
     for file in (file for file in engine.rglob("*") if file.is_file()):
         assert sha256_file(artifacts / "engine" / file.relative_to(engine)) == sha256_file(file)
-    packed = {
-        file.relative_to(folder / "code") for file in (folder / "code").rglob("*") if file.suffix in (".py", ".cu")
-    }
-    assert packed == {file.relative_to(ROOT) for file in needed_files(SERVED_MODULE, ROOT)}
+    (package,) = (folder / "code").iterdir()
+    packed = {file.relative_to(package) for file in package.rglob("*") if file.suffix in (".py", ".cu")}
+    assert packed == {file.relative_to(ROOT / "pipeline") for file in needed_files(SERVED_MODULE, ROOT)}
+    imported = {name.split(".")[0] for file in package.rglob("*.py") for name in imported_names(file)}
+    assert (package.name in imported, "pipeline" in imported) == (True, False)
     assert not list(folder.rglob("*.pkl"))
     requirements = (folder / "requirements.txt").read_text()
     assert {line.partition("==")[0] for line in requirements.splitlines()} == {
         *("mlflow", "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers")
     }
+
+
+def imported_names(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_packed_code_has_a_name_of_its_own_and_leaves_nothing_imported() -> None:
+    path, modules = list(sys.path), set(sys.modules)
+    with packed_code() as first, packed_code() as second:
+        assert first != second
+        assert first.name == second.name
+        assert re.fullmatch(r"pipeline_[0-9a-f]{12}", first.name)
+        assert importlib.import_module(f"{first.name}.decoding").SamplingParams is not SamplingParams
+    assert (sys.path, set(sys.modules)) == (path, modules)
+    assert not first.exists()
 
 
 @pytest.mark.usefixtures("entered")

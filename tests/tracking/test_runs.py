@@ -147,7 +147,9 @@ def test_a_store_that_does_not_answer_is_told_soon_and_without_the_password(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     started = time.monotonic()
-    with pytest.raises(UserError, match=f"^tracking store {place} does not answer; set MLFLOW_TRACKING_URI") as caught:
+    with pytest.raises(
+        UserError, match=f"^tracking store {place} cannot be used \\(.*; set MLFLOW_TRACKING_URI"
+    ) as caught:
         store.connect()
     assert time.monotonic() - started < 30
     assert "\n" not in str(caught.value)
@@ -173,7 +175,7 @@ class GuardedServer:
                 handler.send_response(200 if accepted else 401)
                 handler.send_header("Content-Type", "application/json")
                 handler.end_headers()
-                handler.wfile.write(json.dumps(body).encode())
+                handler.wfile.write(json.dumps(body).encode() if accepted else b"You are not authenticated.")
 
             do_POST = do_PATCH = do_GET  # noqa: N815
 
@@ -212,7 +214,8 @@ def test_no_output_holds_the_user_or_the_password(
         assert os.environ["MLFLOW_TRACKING_URI"] == uri
     written = "".join(capfd.readouterr())
     assert written.count(f"{uri}/#/experiments/1/runs/{run.info.run_id}") == 2
-    assert f"error: tracking store {uri} does not answer" in written
+    assert f"error: tracking store {uri} cannot be used (" in written
+    assert "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN\n" in written
     for secret in ("ada", "hunt", "er@2", "er%402", base64.b64encode(b"ada@work:hunt/er@2").decode()):
         assert secret not in written + caplog.text
 
@@ -279,7 +282,7 @@ def test_two_processes_may_make_the_store_at_once(tmp_path: Path) -> None:
 def test_a_deleted_experiment_is_told() -> None:
     client = store.connect()
     client.delete_experiment(store.experiment_id(client))
-    with pytest.raises(UserError, match="experiment 'gpt2-pipeline' is deleted; restore it, or set"):
+    with pytest.raises(UserError, match="'gpt2-pipeline' is deleted; run mlflow experiments restore -x 1, or"):
         store.experiment_id(client)
 
 
