@@ -50,7 +50,7 @@ def saved(tiny_engine_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
             "presets": str(folder / "presets.json"),
         },
         signature=SIGNATURE,
-        model_config={"provider": "auto", "precision": "auto"},
+        model_config={"provider": "auto", "precision": "auto", "threads": None},
         pip_requirements=[],
         code_paths=[str(pack_code(folder / "pipeline"))],
     )
