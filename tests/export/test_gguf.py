@@ -25,6 +25,8 @@ from pipeline.files import read_json, write_json
 from pipeline.stages.export import TorchReference
 from pipeline.tokens import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, prompt_ids
 
+TABLE_ERROR = 0.05
+"""How far logits may be off: llama.cpp looks up GELU in a table of float16. A wrong scale changes whole units."""
 OF_LAYERS = {
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
@@ -297,11 +299,13 @@ def test_the_licence_is_in_the_file(tiny_checkpoint: Path, tiny_model: GPT2LMHea
 
 
 class LlamaCpp:
-    """A file in llama.cpp, on one thread."""
+    """A file in llama.cpp, on one thread, with its cache in float32."""
 
     def __init__(self, file: Path) -> None:
         llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (the extra bench)")
-        self.llama = llama_cpp.Llama(str(file), n_ctx=0, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+        self.llama = llama_cpp.Llama(
+            str(file), n_ctx=0, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, type_k=0, type_v=0
+        )
 
     def close(self) -> None:
         self.llama.close()
@@ -338,7 +342,7 @@ def test_llama_cpp_says_what_pytorch_says(
     reference = TorchReference(tiny_model)
     for prompt in PROMPTS:
         ids = prompt_ids(tiny_tokenizer, prompt)
-        np.testing.assert_allclose(llama.logits(ids), reference.logits(ids), atol=0.02, rtol=0)
+        np.testing.assert_allclose(llama.logits(ids), reference.logits(ids), atol=TABLE_ERROR, rtol=0)
         assert llama.greedy(ids, 24) == reference.greedy(ids, 24)
 
 
@@ -349,7 +353,7 @@ def test_llama_cpp_runs_any_shape_of_gpt2(
     model = make_model(**changes)
     write_gguf(model, tokenizer_folder, tmp_path / "model.gguf", "f32")
     with closing(LlamaCpp(tmp_path / "model.gguf")) as llama:
-        np.testing.assert_allclose(llama.logits(TEXT), TorchReference(model).logits(TEXT), atol=0.02, rtol=0)
+        np.testing.assert_allclose(llama.logits(TEXT), TorchReference(model).logits(TEXT), atol=TABLE_ERROR, rtol=0)
 
 
 @pytest.mark.parametrize(("precision", "nats"), [("f16", 1e-4), ("q8_0", 0.01), ("q4_0", 0.5)])

@@ -215,6 +215,18 @@ def test_model_config_chooses_the_precision(saved: Path) -> None:
         mlflow.pyfunc.load_model(str(saved), model_config={"precision": "int3"})
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_model_config_chooses_the_threads(threads: int, saved: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(saved), model_config={"provider": "cpu", "threads": threads})
+    session = model.unwrap_python_model()._worker.generator.engine.session
+    assert session.graph.get_session_options().intra_op_num_threads == threads
+
+
+def test_model_config_refuses_threads_that_are_no_count(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"^threads: 0 must be a whole number from 1"):
+        mlflow.pyfunc.load_model(str(saved), model_config={"provider": "cpu", "threads": 0})
+
+
 def test_a_stream_gives_the_same_text_in_pieces(model: Any) -> None:
     (expected,) = model.predict(["The lamp"], params=SEEDED)
     pieces = list(model.predict_stream("The lamp", params=SEEDED))
