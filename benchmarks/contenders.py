@@ -15,7 +15,7 @@ MODULES = {
     "vllm": ("vllm",),
     "optimum": ("optimum.onnxruntime",),
     "ctranslate2": ("ctranslate2",),
-    "llama.cpp": ("llama_cpp", "gguf"),
+    "llama.cpp": ("llama_cpp",),
 }
 """The modules that a family of contenders imports."""
 
@@ -30,7 +30,7 @@ PACKAGES = {
 }
 """The package of a family; its version is in the names of the files made for the family."""
 
-PEER_LIBRARIES = ("ctranslate2", "llama-cpp-python", "gguf", "vllm")
+PEER_LIBRARIES = ("ctranslate2", "llama-cpp-python", "vllm")
 """The distributions that only benchmarks use; their versions go with the results."""
 
 CPU_DEFAULT = (

@@ -79,7 +79,7 @@ def convert(contender: Contender, checkpoint: Path, folder: Path, threads: int) 
     elif contender.family == "llama.cpp":
         import gpt2_gguf
 
-        gpt2_gguf.write_gguf(checkpoint, folder / GGUF_FILE)
+        gpt2_gguf.write_float32(checkpoint, folder / GGUF_FILE)
         if contender.precision in gpt2_gguf.FILE_TYPES:
             float32 = (folder / GGUF_FILE).rename(folder / "float32.gguf")
             gpt2_gguf.quantize(float32, folder / GGUF_FILE, contender.precision, threads)

@@ -28,6 +28,7 @@ from report import Entry, Group, Measurement, report
 from worker import Answer, Start, Worker
 
 from pipeline import doctor, machine
+from pipeline.cores import usable_cores
 from pipeline.engine.manifest import GRAPH_FILE
 from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json, sha256_file, whole_file
@@ -83,7 +84,7 @@ def main() -> None:
             [parse_contender(name, arguments.provider) for name in names],
             [Group(batch, tokens, arguments.new_tokens) for batch in arguments.batch for tokens in arguments.contexts],
             rounds=arguments.rounds,
-            threads=arguments.threads or machine.physical_cores(),
+            threads=arguments.threads or usable_cores(),
             work=arguments.work,
             command=_shown_command(arguments, parser),
         )

@@ -27,6 +27,7 @@ from conversion import GGUF_FILE, ROOT
 from decode import find_checkpoint, prepare
 
 from pipeline import machine
+from pipeline.cores import usable_cores
 from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError, report_errors
 from pipeline.files import whole_file
@@ -86,7 +87,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with report_errors():
-        threads = arguments.threads or machine.physical_cores()
+        threads = arguments.threads or usable_cores()
         if arguments.alone is not None:
             alone(arguments.alone, arguments.precision, threads)
             return

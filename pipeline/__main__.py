@@ -147,7 +147,11 @@ def _add_serve(commands: Any) -> None:
         help="the path under which a proxy shows the server, such as /llm (default: the root)",
     )
     _add_placement(parser)
-    parser.add_argument("--threads", type=int, help="cores that one operator may use (default: all)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="cores that one operator may use (default: all, or what the container's quota leaves)",
+    )
     parser.add_argument(
         "--slots",
         type=int,
@@ -274,58 +278,136 @@ def _add_export(commands: Any) -> None:
     parser = _add_command(
         commands,
         "export",
-        summary="make an engine of any GPT-2 checkpoint",
-        description="Write the engine of a checkpoint folder, which has the layout of save_pretrained and includes the "
-        "tokenizer. The export stage does the same, and also compares the engine with PyTorch on your text.",
-        examples="python -m pipeline export out/finetune/checkpoint my-engine --precision int8,float32",
+        summary="make an engine or a GGUF file of any GPT-2 checkpoint",
+        description="Write the engine of a checkpoint folder, or a GGUF file for llama.cpp, Ollama and LM Studio. The "
+        "folder has the layout of save_pretrained and includes the tokenizer. The export stage also makes the engine, "
+        "and certifies it on your text. docs/elsewhere.md says how to use a GGUF file.",
+        examples="""
+            python -m pipeline export out/finetune/checkpoint my-engine --precision int8,float32
+            python -m pipeline export out/finetune/checkpoint tales.gguf --format gguf --precision q8_0 \
+              --compare out/tokenize/validation
+        """,
     )
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
-    parser.add_argument("out", type=Path, help="folder to write; replaced if it exists")
+    parser.add_argument("out", type=Path, help="folder, or NAME.gguf, to write; replaced if it exists")
+    parser.add_argument(
+        "--format",
+        choices=["onnx", "gguf"],
+        default="onnx",
+        help="onnx is this project's engine (default: %(default)s)",
+    )
     parser.add_argument(
         "--precision",
-        default="float32",
-        help="one or more of float32, float16, int8, int4, int8_float16, separated by commas (default: %(default)s)",
+        help="onnx: one or more of float32, float16, int8, int4, int8_float16, separated by commas (default: float32); "
+        "gguf: one of f32, f16, q8_0, q4_0 (default: f32)",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FOLDER",
+        help="compare the distributions of each precision with PyTorch's on this text, and print the figures: a split "
+        "that the tokenize stage wrote, such as out/tokenize/validation",
     )
     parser.add_argument(
         "--cache-bits",
         type=int,
         choices=[8, 32],
-        default=8,
-        help="bits per number in the KV cache of int8 and int4 (default: %(default)s)",
+        help="onnx: bits per number in the KV cache of int8 and int4 (default: 8)",
     )
     parser.add_argument(
         "--verbatim-index",
         type=Path,
         metavar="FOLDER",
-        help="index this text into the engine, so that max_verbatim_tokens and best_of work: a split that the tokenize "
-        "stage wrote, such as out/tokenize/train (default: no index)",
+        help="onnx: index this text into the engine, so that max_verbatim_tokens and best_of work: a split that the "
+        "tokenize stage wrote, such as out/tokenize/train (default: no index)",
     )
     parser.set_defaults(run=_export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    (_export_gguf if arguments.format == "gguf" else _export_engine)(arguments)
+
+
+def _export_engine(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import load_plain, plain_checkpoint
+    from pipeline.engine.generator import Engine
     from pipeline.engine.verbatim import index_text
-    from pipeline.export.build import build_engine, check_precisions
+    from pipeline.export.build import CACHE_BITS, build_engine, check_precisions
+    from pipeline.export.parity import engine_reader
     from pipeline.quality.lexicon import collect_words, load_lexicon
     from pipeline.tokens import load_tokenizer, load_tokens, tokenizer_sha256
 
-    precisions = arguments.precision.split(",")
+    checkpoint, out, split = arguments.checkpoint, arguments.out, arguments.verbatim_index
+    precisions = (arguments.precision or "float32").split(",")
     check_precisions(precisions)
-    checkpoint, split = arguments.checkpoint, arguments.verbatim_index
+    if out.suffix == ".gguf":
+        raise UserError(f"{out}: is the name of a GGUF file; add --format gguf, or name a folder")
     index, lexicon = None, load_lexicon(checkpoint)
     with plain_checkpoint(checkpoint) as plain:
+        texts = _texts_to_compare(arguments.compare, plain)
         model = load_plain(plain, str(checkpoint))
         if split is not None:
             text = load_tokens(split, tokenizer_sha256(plain))
             index = index_text(text.tokens)
             lexicon |= collect_words(text.texts(load_tokenizer(plain)))
-        build_engine(
-            model, plain, arguments.out, precisions, cache_bits=arguments.cache_bits, index=index, lexicon=lexicon
-        )
+        cache_bits = arguments.cache_bits or CACHE_BITS
+        build_engine(model, plain, out, precisions, cache_bits=cache_bits, index=index, lexicon=lexicon)
     for precision in precisions:
-        size = sum(file.stat().st_size for file in (arguments.out / precision).iterdir())
-        print(f"{arguments.out / precision}: {size / 1e6:,.1f} MB")
+        _print_size(out / precision, *(out / precision).iterdir())
+    if texts is not None:
+        engines = {precision: Engine.load(out, precision=precision, provider="cpu") for precision in precisions}
+        _compare({precision: engine_reader(engine) for precision, engine in engines.items()}, model, texts)
+
+
+def _export_gguf(arguments: argparse.Namespace) -> None:
+    from pipeline.checkpoint import load_plain, plain_checkpoint
+    from pipeline.export.gguf import check_target, read_gguf, read_license, write_gguf
+
+    for option in ("cache_bits", "verbatim_index"):
+        if getattr(arguments, option) is not None:
+            raise UserError(f"{_option(option)}: belongs to an engine; leave it out with --format gguf")
+    checkpoint, out, precision = arguments.checkpoint, arguments.out, arguments.precision or "f32"
+    check_target(out, precision)
+    with plain_checkpoint(checkpoint) as plain:
+        texts = _texts_to_compare(arguments.compare, plain)
+        model = load_plain(plain, str(checkpoint))
+        write_gguf(model, plain, out, precision, license_id=read_license(checkpoint))
+    _print_size(out, out)
+    if texts is not None:
+        from pipeline.stages.export import TorchReference
+
+        _compare({precision: TorchReference(read_gguf(out, model.config)).logits}, model, texts)
+
+
+def _print_size(path: Path, *files: Path) -> None:
+    print(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
+
+
+def _texts_to_compare(split: Path | None, checkpoint: Path) -> list[list[int]] | None:
+    """Return the texts of a split as a model reads them, or None without a split."""
+    if split is None:
+        return None
+    from transformers import GPT2Config
+
+    from pipeline.stages.export import windows_of
+    from pipeline.tokens import load_tokens, tokenizer_sha256
+
+    context_length = GPT2Config.from_pretrained(checkpoint).n_positions
+    return list(windows_of(load_tokens(split, tokenizer_sha256(checkpoint)), context_length))
+
+
+def _compare(readers: Any, model: Any, texts: list[list[int]]) -> None:
+    """Print how close each precision is to the model in PyTorch."""
+    from pipeline.export.parity import measure_closeness
+    from pipeline.stages.export import TorchReference
+
+    closeness = measure_closeness(readers, TorchReference(model).logits, texts, show_progress=sys.stderr.isatty())
+    for precision, found in closeness.items():
+        print(
+            f"{precision}: the next token agrees with PyTorch's at {found.next_token_agreement:.3%} of "
+            f"{found.positions:,} positions; KL divergence {found.kl_divergence:.2g} nats; perplexity "
+            f"{found.perplexity:.4f} against {found.reference_perplexity:.4f}"
+        )
 
 
 def _add_pack(commands: Any) -> None:

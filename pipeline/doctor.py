@@ -12,6 +12,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from pipeline import machine
+from pipeline.cores import usable_cores
 from pipeline.engine.cuda import driver
 from pipeline.engine.manifest import CUDA_PRECISIONS, Manifest, read_manifest
 from pipeline.engine.memory import CudaMemory
@@ -28,7 +29,7 @@ NAME_BYTES = 256
 def report(engine: Path) -> str:
     """Describe the machine, its libraries, the providers that start, and where the engine in a folder would run."""
     facts = machine.describe()
-    threads = machine.physical_cores()
+    threads = usable_cores()
     facts["bandwidth"] = f"{read_bandwidth(threads) / 1e9:.1f} GB/s of memory, read by {threads} threads"
     facts["providers"] = ", ".join(ort.get_available_providers()) + " are built into onnxruntime"
     facts["cpu"] = _first_run(driver.PROCESSOR) or "runs"

@@ -1,17 +1,17 @@
 """Facts about this machine, its libraries and the git checkout, for reports and for the tags of runs."""
 
-import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import psutil
+
+from pipeline.cores import allowed_cores, physical_cores, threads_within_quota
 
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
              "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16", "sve")  # fmt: skip
@@ -42,7 +42,7 @@ def describe(more_libraries: Sequence[str] = ()) -> dict[str, str]:
     facts = {
         "processor": processor_name(),
         "instructions": " ".join(flag for flag in CPU_FLAGS if flag in _cpu_field("flags|Features").split()),
-        "cores": f"{physical_cores()} physical, {len(_allowed_cores())} logical",
+        "cores": describe_cores(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "libraries": ", ".join(
@@ -53,20 +53,17 @@ def describe(more_libraries: Sequence[str] = ()) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
+def describe_cores() -> str:
+    """Return how many cores this process may run on, and its quota if that is less."""
+    quota = threads_within_quota()
+    return f"{physical_cores()} physical, {len(allowed_cores())} logical" + (
+        "" if quota is None else f", a quota of {quota}"
+    )
+
+
 def processor_name() -> str:
     """Return the processor's model, or its architecture if the system does not know the model."""
     return _cpu_field("model name") or platform.processor() or platform.machine()
-
-
-def physical_cores() -> int:
-    """Return how many cores this process may run on; the threads of one core count once (known on Linux only)."""
-    allowed = _allowed_cores()
-    siblings = {
-        path.read_text().strip()
-        for core in allowed
-        if (path := Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")).is_file()
-    }
-    return len(siblings) or len(allowed)
 
 
 def gpu_names() -> str | None:
@@ -105,13 +102,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
         return None
     done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _allowed_cores() -> set[int]:
-    """Return the logical cores that this process may run on."""
-    if sys.platform == "linux":
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
 
 
 def _cpu_field(name: str) -> str:

@@ -298,6 +298,64 @@ def test_export_takes_the_training_text_along(
     assert missing.startswith(f"error: {tmp_path}: holds no token arrays")
 
 
+@pytest.fixture
+def split(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """Some text as the tokenize stage writes it."""
+    folder = tmp_path / "split"
+    folder.mkdir()
+    tokenizer, digest = load_tokenizer(tiny_checkpoint), tokenizer_sha256(tiny_checkpoint)
+    write_tokens(folder, ["The lamp went out. " * 30, "They say", ""], tokenizer, digest)
+    return folder
+
+
+@pytest.mark.parametrize("precision", [None, "f16", "q8_0", "q4_0"])
+def test_export_makes_a_gguf_file_and_says_how_close_it_is(
+    precision: str | None,
+    split: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    chosen = () if precision is None else ("--precision", precision)
+    main(["export", str(tiny_checkpoint), str(file), "--format", "gguf", *chosen, "--compare", str(split)])
+    size, closeness = capsys.readouterr().out.splitlines()
+    assert size.startswith(f"{file}: ")
+    assert closeness.startswith(f"{precision or 'f32'}: the next token agrees with PyTorch's at ")
+    assert file.read_bytes().startswith(b"GGUF")
+    if precision is None:
+        assert "100.000% of" in closeness
+        assert "KL divergence 0 nats" in closeness
+
+
+def test_export_says_how_close_an_engine_is(
+    split: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "engine"
+    main(["export", str(tiny_checkpoint), str(out), "--precision", "float32,int4", "--compare", str(split)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"{out / 'float32'}", f"{out / 'int4'}", "float32", "int4"]
+    assert "100.000% of" in lines[2]
+    assert "100.000% of" not in lines[3]
+
+
+def test_export_refuses_what_does_not_belong_to_the_format(
+    split: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("export", str(tiny_checkpoint), str(tmp_path / "tiny.gguf"))
+    for options, message in (
+        ((), f"{tmp_path / 'tiny.gguf'}: is the name of a GGUF file; add --format gguf, or name a folder"),
+        (("--format", "gguf", "--cache-bits", "8"), "--cache-bits: belongs to an engine; leave it out with --format"),
+        (("--format", "gguf", "--verbatim-index", str(split)), "--verbatim-index: belongs to an engine; leave it out"),
+        (("--format", "gguf", "--precision", "float32"), "precision: 'float32' is none of f32, f16, q8_0, q4_0"),
+        (("--format", "gguf", "--compare", str(tmp_path)), f"{tmp_path}: holds no token arrays"),
+    ):
+        assert refused(capsys, *command, *options).startswith(f"error: {message}")
+    named = refused(capsys, "export", str(tiny_checkpoint), str(tmp_path / "tiny"), "--format", "gguf")
+    assert named == f"error: {tmp_path / 'tiny'}: must be a file whose name ends in .gguf\n"
+    assert not list(tmp_path.glob("tiny*"))
+
+
 def test_pack_writes_a_base(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["pack", str(tiny_checkpoint), str(tmp_path / "base")])
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'base' / 'model.safetensors'}: 0.")

@@ -1,12 +1,14 @@
 """What dvc.yaml says is what the code does: dependencies, outputs, parameters."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
 from dag import DAG, ROOT, STAGES, arguments, outs
+from dvc.api import artifacts_show
 
 from pipeline.imports import needed_files
 from pipeline.params.section import Section, read_yaml
@@ -187,6 +189,29 @@ def test_every_plot_and_metric_is_in_a_stage_output() -> None:
     files = {file for plot in DAG["plots"] for settings in plot.values() for file in settings["y"]}
     written = [path for stage in STAGES for path in outs(stage)]
     assert [file for file in (*files, *DAG["metrics"]) if not any(covers(path, file) for path in written)] == []
+
+
+def test_every_artifact_is_in_a_stage_output() -> None:
+    written = [path for stage in STAGES for path in outs(stage)]
+    paths = [artifact["path"] for artifact in DAG["artifacts"].values()]
+    assert [path for path in paths if not any(covers(out, path) for out in written)] == []
+
+
+def test_dvc_finds_the_model_of_a_tag(tmp_path: Path) -> None:
+    ((name, artifact),) = DAG["artifacts"].items()
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    # The tag that `gto register` makes.
+    for command in (
+        ["init", "--quiet"],
+        ["add", "."],
+        ["commit", "--quiet", "-m", "x"],
+        ["tag", "--message=x", f"{name}@v1.0.0"],
+    ):
+        subprocess.run([*git, *command], check=True)
+    assert artifacts_show(name, repo=str(tmp_path))["path"] == artifact["path"]
 
 
 def test_no_stage_output_is_in_git() -> None:

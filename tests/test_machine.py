@@ -12,10 +12,6 @@ def test_only_installed_libraries_have_versions() -> None:
     assert set(machine.versions(("numpy", "no-such-distribution"))) == {"numpy"}
 
 
-def test_physical_cores_are_at_most_the_allowed_ones() -> None:
-    assert 1 <= machine.physical_cores() <= len(machine._allowed_cores())
-
-
 @pytest.mark.parametrize(
     ("text", "name"),
     [

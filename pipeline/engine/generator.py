@@ -69,8 +69,8 @@ class Engine:
         """Load an exported engine.
 
         `precision` is one that the folder holds, or `auto`. `provider` is `auto`, `cpu` or `cuda`; one that cannot run
-        is an error. `threads` is how many cores an operator may use, by default all. `slots` is how many continuations
-        run at once; others wait. Raises `UserError`.
+        is an error. `threads` is how many cores an operator may use, by default all, or what a container's quota
+        leaves. `slots` is how many continuations run at once; others wait. Raises `UserError`.
         """
         if slots < 1:
             raise UserError(f"slots: {slots} is out of range, must be at least 1")

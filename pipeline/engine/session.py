@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from pipeline.cores import threads_within_quota
 from pipeline.engine.cuda import driver
 from pipeline.engine.cuda.kernel import Kernel, Rows
 from pipeline.engine.cuda.rows import round_up_rows
@@ -269,8 +270,16 @@ def _open(
 
 
 def session_options(threads: int | None) -> ort.SessionOptions:
+    """Return options for `threads` per operator; None is one per physical core, or as many as a quota leaves room for.
+
+    Raises `UserError` unless it is a whole number from 1.
+    """
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise UserError(f"threads: {threads!r} must be a whole number from 1, or unset for all cores")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # ONNX Runtime sees which cores a process may run on, but not a quota.
+    threads = threads_within_quota() if threads is None else threads
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

@@ -1,7 +1,7 @@
 """Compare an engine with the reference model: logits, next tokens, distributions, perplexity, greedy text."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,8 @@ COMPARED_ROWS = 128
 """The number of positions at a time at which whole distributions are compared, in float64."""
 
 Logits = NDArray[np.float32]
+Read = Callable[[Sequence[int]], Logits]
+"""Returns the logits of one text, `[tokens, vocabulary]`."""
 
 
 class Reference(Protocol):
@@ -36,6 +38,19 @@ class Reference(Protocol):
     def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
         """Return the greedy continuation, past any end-of-text."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closeness:
+    """How close a model's distributions are to those of the reference."""
+
+    positions: int
+    next_token_agreement: float
+    kl_divergence: float
+    """The mean over the positions of the model's divergence from the reference, in nats."""
+    perplexity_positions: int
+    reference_perplexity: float
+    perplexity: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +93,13 @@ def measure_parity(
     batch. Raises `UserError` if there are too few positions, or every text is too short for a past.
     """
     texts = _take_positions(validation, more, positions)
-    total, validation_positions = (sum(len(text) - 1 for text in some) for some in (texts, validation))
-    tallies = {name: _Tally() for name in engines}
-    expected_loss, seen = 0.0, 0
-    with tqdm(total=total, desc="parity", unit="token", disable=not show_progress) as bar:
-        for text in texts:
-            expected = reference.logits(text)[:-1]
-            of_validation = seen < validation_positions
-            if of_validation:
-                expected_loss += _loss(expected, text)
-            for name, engine in engines.items():
-                tallies[name].add(engine.session.read(text, 0)[0][:-1], expected, text, of_validation)
-            seen += len(expected)
-            bar.update(len(expected))
+    closeness = measure_closeness(
+        {name: engine_reader(engine) for name, engine in engines.items()},
+        reference.logits,
+        texts,
+        scored_texts=len(validation),
+        show_progress=show_progress,
+    )
     prompts = _prompts(texts, min(engine.context_length for engine in engines.values()))
     new_tokens = min(GREEDY_TOKENS, *(engine.context_length - max(map(len, prompts)) for engine in engines.values()))
     greedy = [reference.greedy(prompt, new_tokens) for prompt in prompts]
@@ -99,17 +108,62 @@ def measure_parity(
     return {
         name: Parity(
             **_logit_differences(engine, continued, expected_rows),
-            positions=total,
-            next_token_agreement=tallies[name].agreed / total,
-            kl_divergence=tallies[name].divergence / total,
-            perplexity_positions=validation_positions,
-            perplexity_pytorch=_exp(expected_loss / validation_positions),
-            perplexity_onnxruntime=_exp(tallies[name].loss / validation_positions),
+            positions=closeness[name].positions,
+            next_token_agreement=closeness[name].next_token_agreement,
+            kl_divergence=closeness[name].kl_divergence,
+            perplexity_positions=closeness[name].perplexity_positions,
+            perplexity_pytorch=closeness[name].reference_perplexity,
+            perplexity_onnxruntime=closeness[name].perplexity,
             greedy_tokens=new_tokens,
             greedy_agreement_tokens=_greedy_agreement(engine, prompts, greedy, new_tokens),
         )
         for name, engine in engines.items()
     }
+
+
+def measure_closeness(
+    readers: Mapping[str, Read],
+    reference: Read,
+    texts: Sequence[Sequence[int]],
+    *,
+    scored_texts: int | None = None,
+    show_progress: bool,
+) -> dict[str, Closeness]:
+    """Compare distributions and perplexity over texts, each of which opens with end-of-text and fits in the context.
+
+    Perplexity is that of the first `scored_texts`, by default of all. Raises `UserError` if there is no token to score.
+    """
+    scored_texts = len(texts) if scored_texts is None else scored_texts
+    total, scored = (sum(len(text) - 1 for text in some) for some in (texts, texts[:scored_texts]))
+    if scored == 0:
+        raise UserError("parity: the texts to compare on hold no token; take a split that has some")
+    tallies = {name: _Tally() for name in readers}
+    expected_loss = 0.0
+    with tqdm(total=total, desc="parity", unit="token", disable=not show_progress) as bar:
+        for index, text in enumerate(texts):
+            expected = reference(text)[:-1]
+            is_scored = index < scored_texts
+            if is_scored:
+                expected_loss += _loss(expected, text)
+            for name, read in readers.items():
+                tallies[name].add(read(text)[:-1], expected, text, is_scored)
+            bar.update(len(expected))
+    return {
+        name: Closeness(
+            positions=total,
+            next_token_agreement=tally.agreed / total,
+            kl_divergence=tally.divergence / total,
+            perplexity_positions=scored,
+            reference_perplexity=_exp(expected_loss / scored),
+            perplexity=_exp(tally.loss / scored),
+        )
+        for name, tally in tallies.items()
+    }
+
+
+def engine_reader(engine: Engine) -> Read:
+    """Return what reads a text with an engine."""
+    return lambda text: engine.session.read(text, 0)[0]
 
 
 def broken_promises(parity: Parity, tolerance: ParityParams) -> list[str]:
@@ -149,20 +203,20 @@ def broken_promises(parity: Parity, tolerance: ParityParams) -> list[str]:
 
 
 class _Tally:
-    """An engine's sums over the positions of the texts."""
+    """A model's sums over the positions of the texts."""
 
     def __init__(self) -> None:
         self.agreed = 0
         self.divergence = 0.0
         self.loss = 0.0
 
-    def add(self, found: Logits, expected: Logits, text: Sequence[int], of_validation: bool) -> None:
+    def add(self, found: Logits, expected: Logits, text: Sequence[int], is_scored: bool) -> None:
         self.agreed += int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
         for start in range(0, len(found), COMPARED_ROWS):
             rows = slice(start, start + COMPARED_ROWS)
             logprobs, wanted = log_softmax(found[rows]), log_softmax(expected[rows])
             self.divergence += float((np.exp(wanted) * (wanted - logprobs)).sum())
-        if of_validation:
+        if is_scored:
             self.loss += _loss(found, text)
 
 

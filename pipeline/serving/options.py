@@ -41,7 +41,7 @@ class EngineOptions:
     provider: str = "auto"
     precision: str = "auto"
     threads: int | None = None
-    """The cores that one operator may use; None for all."""
+    """The cores that one operator may use; None for all that a quota leaves."""
     slots: int = 8
     """The continuations that run at once."""
     max_queue: int = 64

@@ -33,11 +33,14 @@ class TextModel(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the engine; `model_config` names `provider` and `precision`, each `auto` by default."""
+        """Load the engine; `model_config` names `provider` and `precision`, by default `auto`, and `threads`."""
         config = context.model_config
         self.decoding = read_decoding(Path(context.artifacts["decoding"]), Path(context.artifacts["presets"]))
         self._load = lambda: TextGenerator.load(
-            context.artifacts["engine"], precision=config["precision"], provider=config["provider"]
+            context.artifacts["engine"],
+            precision=config["precision"],
+            provider=config["provider"],
+            threads=config["threads"],
         )
         self._locks: dict[int, Lock] = {}
         self._workers: dict[int, Worker] = {}

@@ -106,7 +106,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
                     code_folder=code,
                     artifacts={key: str(path) for key, path in artifacts.items()},
                     signature=SIGNATURE,
-                    model_config={"provider": "auto", "precision": "auto"},
+                    model_config={"provider": "auto", "precision": "auto", "threads": None},
                     input_example=(["The lamp on Gull Rock"], {"max_new_tokens": 40, "seed": 7}),
                     requirements=requirements(),
                     params=lineage.flatten({"decoding": read_json(evaluate / "decoding.json")}),

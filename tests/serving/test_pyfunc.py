@@ -52,7 +52,7 @@ def save(folder: Path, engine: Path) -> Path:
                 "presets": str(folder / "presets.json"),
             },
             signature=SIGNATURE,
-            model_config={"provider": "auto", "precision": "auto"},
+            model_config={"provider": "auto", "precision": "auto", "threads": None},
             pip_requirements=[],
             code_paths=[str(code)],
         )
@@ -239,6 +239,18 @@ def test_model_config_chooses_the_precision(saved: Path) -> None:
         ValueError, match=r"^precision: .* holds float32, float16, int8, int4, int8_float16, not 'int3'$"
     ):
         mlflow.pyfunc.load_model(str(saved), model_config={"precision": "int3"})
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_model_config_chooses_the_threads(threads: int, saved: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(saved), model_config={"provider": "cpu", "threads": threads})
+    session = model.unwrap_python_model()._worker.generator.engine.session
+    assert session.graph.get_session_options().intra_op_num_threads == threads
+
+
+def test_model_config_refuses_threads_that_are_no_count(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"^threads: 0 must be a whole number from 1"):
+        mlflow.pyfunc.load_model(str(saved), model_config={"provider": "cpu", "threads": 0})
 
 
 def test_a_stream_gives_the_same_text_in_pieces(model: Any) -> None:

@@ -52,7 +52,7 @@ def register(client: MlflowClient, engine: Path | None, *, has_presets: bool = T
             python_model=pyfunc.__file__,
             artifacts=artifacts,
             signature=SIGNATURE,
-            model_config={"provider": "auto", "precision": "auto"},
+            model_config={"provider": "auto", "precision": "auto", "threads": None},
             pip_requirements=[],
         )
     tags = {RUN_TAG: run.info.run_id, "git.commit": "c0ffee", "git.dirty": "false", "dvc.data_md5": "d41d"}
