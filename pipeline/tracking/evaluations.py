@@ -66,9 +66,9 @@ def _dataset(experiment: str, model: str, written: Mapping[str, str]) -> Any:
     digest = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     name = f"{model}: test prompts {digest[:8]}"
     found = search_datasets(experiment_ids=experiment, filter_string=f"name = '{name}'", max_results=1)
-    if found:
-        return found[0]
-    return create_dataset(name=name, experiment_id=experiment).merge_records(records)
+    dataset = found[0] if found else create_dataset(name=name, experiment_id=experiment)
+    # Also if it was found: its process may have been killed before this. Records that it has stay.
+    return dataset.merge_records(records)
 
 
 def _evaluate(run_id: str, dataset: Any, drawn: Mapping[str, Mapping[str, Any]]) -> None:

@@ -26,9 +26,7 @@ COLUMNS = {
     ),
     "params": ("base.source", "finetune.epochs", "finetune.learning_rate", "finetune.batch_tokens"),
 }
-"""The columns of the saved view besides name, time and duration."""
-
-
+"""The columns of the saved view besides name and time."""
 FILTER = "tags.`pipeline.stage` != 'samples'"
 WIDTHS = {"attributes.`Run Name`": 320}
 """The widths of columns in pixels."""
