@@ -23,9 +23,9 @@ from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.stage_process import stage_process
 from pipeline.tracking import lineage, pages, registry, runs, store
 from pipeline.tracking.card import read_card, render_card
-from pipeline.tracking.notes import make_again
+from pipeline.tracking.notes import how_to_make_again
 from pipeline.tracking.records import parent_run
-from pipeline.tracking.versions import describe_version, links_of_version, record_model
+from pipeline.tracking.versions import links_of_version, note_registration, record_model
 
 SERVED_MODULE = "pipeline.serving.pyfunc"
 PROTOCOL = ("provider", "precision", "window_tokens", "stride_tokens")
@@ -115,14 +115,14 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
                 record_model(run, model_id, evaluate, export, test)
             done = f"registered {name} version {version.version} as"
     alias = registry.set_alias(client, version, score)
+    # A version without its alias, because it was interrupted, is not found and is made again.
+    client.set_model_version_tag(name, version.version, registry.FINGERPRINT_TAG, fingerprint)
     # Somebody may have deleted the run of an old version.
     if runs.holds_run(run.run_id):
-        again, links = make_again(run.tags()), links_of_version(run, evaluate)
-        card = read_card(params, parameters, export, evaluate, again=again, links=links)
+        again, links = how_to_make_again(run.tags()), links_of_version(run, evaluate)
+        card = read_card(params, version.version, parameters, export, evaluate, again=again, links=links)
         registry.set_card(client, version, render_card(card))
-        describe_version(run, version, alias)
-    # Last: a version without its alias, because it was interrupted, is not found and is made again.
-    client.set_model_version_tag(name, version.version, registry.FINGERPRINT_TAG, fingerprint)
+        note_registration(run, version)
     print(f"{done} {alias}")
     print(pages.where_to_look(store.store_uri(), store.experiment_id(client), name, version.version))
     write_json(out / "version.json", {"name": name, "fingerprint": fingerprint})

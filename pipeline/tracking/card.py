@@ -1,6 +1,7 @@
 """The model card: the description, in Markdown, of a version in the registry."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from pipeline.decoding import ModelDecoding, read_decoding
 from pipeline.engine.manifest import measure_megabytes, read_manifest
 from pipeline.files import read_json
 from pipeline.params.register import RegisterParams
+from pipeline.tracking.lineage import shorten
 from pipeline.tracking.notes import join_links, number, table
 
 LONGEST = 5000
 """The most characters that MLflow's store takes."""
+LONGEST_PROMPT = 80
+"""The most characters of a prompt that the card's example shows."""
 SAMPLE_FIGURES = {
     "excess": ("faults above people's level", 1),
     "invented_words": ("invented words per 1,000", 1),
@@ -29,6 +33,7 @@ class Card:
     """What a card says."""
 
     params: RegisterParams
+    version: int | str
     parameters: Mapping[str, Any]
     """The parsed `params.yaml`."""
     details: Mapping[str, Any]
@@ -48,6 +53,7 @@ class Card:
 
 def read_card(
     params: RegisterParams,
+    version: int | str,
     parameters: Mapping[str, Any],
     export: Path,
     evaluate: Path,
@@ -59,6 +65,7 @@ def read_card(
     parity = read_json(export / "parity.json")
     return Card(
         params=params,
+        version=version,
         parameters=parameters,
         details=read_json(evaluate / "details.json"),
         parity=parity,
@@ -78,7 +85,7 @@ def render_card(card: Card) -> str:
         join_links(card.links),
         "### Scores\n\n" + _scores(card.details),
         _samples(card.details),
-        "### Use\n\n" + _use(card.params.name, prompt.strip()),
+        "### Use\n\n" + _use(f"models:/{card.params.name}/{card.version}", prompt.strip()[:LONGEST_PROMPT]),
         _presets(card.decoding),
         _precisions(card.parity, card.megabytes),
         "### Made from\n\n" + _sources(card.parameters, card.details) + "\n\n" + card.again,
@@ -100,33 +107,29 @@ def _scores(details: Mapping[str, Any]) -> str:
 def _samples(details: Mapping[str, Any]) -> str:
     systems, kept = details["systems"], details["choice"]["kept"]
     shown = {"people": systems["human"], "this model": systems[kept], "the base": systems["untuned_base"]}
+    # People have no faults above their own level, and no distance from themselves.
+    of_people = {"excess": 0.0, "distance": 0.0}
     rows = [
-        [
-            label,
-            *(
-                number(system.get(name, 0 if name in ("excess", "distance") else None), places)
-                for system in shown.values()
-            ),
-        ]
+        [label, *(number(system.get(name, of_people.get(name)), places) for system in shown.values())]
         for name, (label, places) in SAMPLE_FIGURES.items()
     ]
     return table([f"{details['protocol']['samples']} samples", *shown], rows)
 
 
-def _use(name: str, prompt: str) -> str:
+def _use(uri: str, prompt: str) -> str:
     return (
         "```python\n"
         "import mlflow\n\n"
-        f'model = mlflow.pyfunc.load_model("models:/{name}@champion")\n'
+        f'model = mlflow.pyfunc.load_model("{uri}")\n'
         f'model.predict([{json.dumps(prompt, ensure_ascii=False)}], params={{"preset": "balanced", "seed": 7}})\n'
         "```\n\n"
-        f"`python -m pipeline serve --model models:/{name}@champion` serves it with OpenAI's API."
+        f"`python -m pipeline serve --model {shlex.quote(uri)}` serves it with OpenAI's API."
     )
 
 
 def _presets(decoding: ModelDecoding) -> str:
     rows = [
-        [name, ", ".join(f"{key} {value}" for key, value in preset.to_mapping().items())]
+        [name, ", ".join(f"{key} {shorten(value)}" for key, value in preset.to_mapping().items())]
         for name, preset in {"(default)": decoding.default, **decoding.presets}.items()
     ]
     return table(["preset", "decoding"], rows)

@@ -34,7 +34,7 @@ _UNSUPPORTED = {ErrorCode.Name(code) for code in (ENDPOINT_NOT_FOUND, FEATURE_DI
 def record_samples(
     client: MlflowClient, name: str, model: str, rows: Sequence[Mapping[str, Any]], system: str
 ) -> RunLog | None:
-    """Record the samples of a system, of the rows of `samples.jsonl`, as traces of a new run, and return it.
+    """Record a system's samples as traces of a new run, and return it. `rows` are those of `samples.jsonl`.
 
     The run is not under another, because MLflow's page of evaluation runs would not show it. Returns None, with a line
     that says so, if the store takes no evaluations: it is a folder of files, or a server older than MLflow 3.4.
@@ -52,9 +52,16 @@ def record_samples(
             f"the tracking store takes no evaluations; samples are in samples.jsonl alone ({reason})", file=sys.stderr
         )
         return None
-    run = client.create_run(experiment, run_name=name, tags=stage_tags(SAMPLES))
-    _evaluate(run.info.run_id, dataset, drawn)
-    return RunLog(client, run.info.run_id)
+    run_id = str(client.create_run(experiment, run_name=name, tags=stage_tags(SAMPLES)).info.run_id)
+    _evaluate(run_id, dataset, drawn)
+    traces = mlflow.search_traces(locations=[experiment], run_id=run_id, include_spans=False, return_type="list")
+    if len(traces) < len(drawn):
+        print(
+            f"MLflow recorded {len(traces)} of {len(drawn)} samples; all are in samples.jsonl (do variables such as "
+            "MLFLOW_TRACE_SAMPLING_RATIO or OTEL_SDK_DISABLED turn its traces off?)",
+            file=sys.stderr,
+        )
+    return RunLog(client, run_id)
 
 
 def _dataset(experiment: str, model: str, written: Mapping[str, str]) -> Any:
@@ -76,15 +83,17 @@ def _evaluate(run_id: str, dataset: Any, drawn: Mapping[str, Mapping[str, Any]])
     from mlflow.genai.scorers import scorer
 
     def scorer_of(figure: str) -> Any:
-        def score(inputs: dict[str, str]) -> float | bool:
-            value: float | bool = drawn[inputs["prompt"]][figure]
-            return value
+        def score(inputs: dict[str, str]) -> float | bool | None:
+            # Somebody may have added a prompt to the data set.
+            row = drawn.get(inputs["prompt"])
+            return None if row is None else row[figure]
 
         return scorer(score, name=figure)
 
     @mlflow.trace(name="sample", span_type=SpanType.LLM)
-    def continuation(prompt: str) -> str:
-        return str(drawn[prompt]["text"])
+    def continuation(prompt: str) -> str | None:
+        row = drawn.get(prompt)
+        return None if row is None else row["text"]
 
     settings = {
         # SQLite has one writer: more threads wait for each other for minutes.
@@ -109,5 +118,6 @@ def _without_banner() -> Iterator[None]:
             with redirect_stderr(lines):
                 yield
         finally:
-            kept = [line for line in lines.getvalue().replace("\r", "\n").splitlines() if not line.startswith(BAR)]
-            print(*(line for line in kept if line.strip()), sep="\n", end="\n" if any(kept) else "", file=sys.stderr)
+            for line in lines.getvalue().replace("\r", "\n").splitlines():
+                if line.strip() and not line.startswith(BAR):
+                    print(line, file=sys.stderr)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ LOCK_FILE = Path("dvc.lock")
 SHOWN_CHANGES = 3
 """The most changes that a name lists."""
 LONGEST_VALUE = 40
-"""The longest value that a name shows, in characters: the id of a model on the hub, but no prompt."""
+"""The longest value that names and notes show, in characters: the id of a model on the hub, but no prompt."""
+RESTORED_TAG = "pipeline.restored"
+"""The tag of a run that was recorded again from files: its commit is not that of what it records."""
 _MISSING = object()
 
 
@@ -63,30 +66,36 @@ def dvc_md5(path: str) -> str | None:
     pointer = Path(f"{path}.dvc")
     if pointer.exists():
         return read_yaml(pointer)["outs"][0].get("md5")
-    return _locked_md5(read_yaml(LOCK_FILE), "outs", path) if LOCK_FILE.exists() else None
+    return _locked_md5(read_yaml(LOCK_FILE) or {}, "outs", path) if LOCK_FILE.exists() else None
 
 
 def changes(parameters: Mapping[str, Any]) -> dict[str, str]:
     """Return what differs from the last state that was committed, by `dvc.lock`: `data`, and parameters by name.
 
-    Parameters have their new values. Returns nothing without a committed `dvc.lock`.
+    Parameters have their new values, long ones shortened. Returns nothing without a committed `dvc.lock`.
     """
     text = machine.read_committed(Path.cwd(), LOCK_FILE)
     if text is None:
         return {}
-    lock = parse_yaml(text, LOCK_FILE)
+    lock = parse_yaml(text, LOCK_FILE) or {}
     before: dict[str, Any] = {}
     for stage in lock.get("stages", {}).values():
         before |= flatten(stage.get("params", {}).get("params.yaml", {}))
     now = flatten({section: values for section, values in parameters.items() if section != "register"})
-    found = {name: _text(value) for name, value in now.items() if before.get(name, _MISSING) != value}
+    found = {name: shorten(value) for name, value in now.items() if before.get(name, _MISSING) != value}
+    found |= {name: "removed" for name in before if name not in now and name.partition(".")[0] in parameters}
     is_new = dvc_md5("data") not in (None, _locked_md5(lock, "deps", "data"))
     return {"data": "new", **found} if is_new else found
 
 
 def describe(changes: Mapping[str, str]) -> str:
     """Return the changes in a few words, such as `new data, epochs 5`; empty if there is none."""
-    words = ["new data" if name == "data" else _change(name, value) for name, value in changes.items()]
+    leaves = Counter(name.rpartition(".")[2] for name in changes)
+    words = [
+        "new data" if name == "data" else f"{name if leaves[leaf] > 1 else leaf} {value}"
+        for name, value in changes.items()
+        for leaf in (name.rpartition(".")[2],)
+    ]
     more = [f"{len(words) - SHOWN_CHANGES} more"] if len(words) > SHOWN_CHANGES else []
     return ", ".join(words[:SHOWN_CHANGES] + more)
 
@@ -102,12 +111,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _change(name: str, value: str) -> str:
-    return f"{name.rpartition('.')[2]} {value if len(value) <= LONGEST_VALUE else 'changed'}"
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def shorten(value: Any) -> str:
+    """Return a parameter as text, or `changed` if that is long."""
+    text = str(value)
+    return text if len(text) <= LONGEST_VALUE else "changed"
 
 
 def _locked_md5(lock: Mapping[str, Any], kind: str, path: str) -> str | None:

@@ -4,31 +4,36 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.tracking.lineage import COMMIT_TAG, DIRTY_TAG
+from pipeline.tracking.lineage import COMMIT_TAG, DIRTY_TAG, RESTORED_TAG
 
 
 def set_section(note: str, heading: str, text: str) -> str:
-    """Return the note with the text under the heading, in place of the text that was there."""
-    parts = re.split(r"^## (.+)\n", note, flags=re.MULTILINE)
-    sections = dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
-    sections[heading] = text.strip()
-    return "\n\n".join(f"## {name}\n\n{body}" for name, body in sections.items())
+    """Return the note with the text under the heading, in place of the text that was there; all else stays."""
+    above, *parts = re.split(r"^## (.+)\n", note, flags=re.MULTILINE)
+    sections = [(name, body.strip()) for name, body in zip(parts[::2], parts[1::2], strict=True)]
+    place = next((index for index, (name, _) in enumerate(sections) if name == heading), len(sections))
+    sections[place : place + 1] = [(heading, text.strip())]
+    written = [f"## {name}\n\n{body}" for name, body in sections]
+    return "\n\n".join([above.strip(), *written] if above.strip() else written)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table."""
+    """Return a Markdown table; line ends in a cell become spaces."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def number(value: float | None, places: int = 3) -> str:
-    """Return a figure as people read it; a dash if there is none."""
+    """Return a figure with commas and this many decimal places; None becomes a dash."""
     return "–" if value is None else f"{value:,.{places}f}"
 
 
-def make_again(tags: Mapping[str, str]) -> str:
-    """Return how to make a run again, by its tags."""
+def how_to_make_again(tags: Mapping[str, str]) -> str:
+    """Return how to make again what a run with these tags recorded."""
     commit = tags.get(COMMIT_TAG)
+    if RESTORED_TAG in tags:
+        return "Recorded again from its files, in a store that lacked it."
     if commit is None:
         return "Made outside of git: which code made it is unknown."
     if tags.get(DIRTY_TAG) == "true":
@@ -84,6 +89,6 @@ def describe_evaluation(details: Mapping[str, Any], links: Mapping[str, str]) ->
     )
 
 
-def describe_version(name: str, version: int | str, alias: str, page: str) -> str:
-    """Describe a registration; `page` is the address of the version's page."""
-    return f"[{name} version {version}]({page}), {alias}."
+def describe_registration(name: str, version: int | str, page: str) -> str:
+    """Describe a registration; `page` is the address of the version's page, which shows its aliases."""
+    return f"[{name} version {version}]({page})"

@@ -29,7 +29,7 @@ def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, An
         return found
     curves = {name: read_curve(finetune / f"loss_{name}.csv") for name in ("train", "validation")}
     print(f"the tracking store does not hold the run that wrote {finetune}; recording it again", file=sys.stderr)
-    with start_run("finetune", parameters) as run:
+    with start_run("finetune", parameters, restored=True) as run:
         for step, loss in curves["train"]:
             run.log_metrics({"train_loss": loss}, step)
         for step, loss in curves["validation"]:
@@ -42,10 +42,10 @@ def record_finetuning(run: RunLog, finetune: Path, parameters: Mapping[str, Any]
     """Record the figures of a finished fine-tuning."""
     details = read_json(finetune / "details.json")
     run.log_scores("final", details)
-    run.tag_checkpoint(details["best_step"], finetune / "checkpoint")
+    run.tag_best(details["best_step"])
     changes = lineage.changes(parameters)
     listed = ", ".join(f"{name} `{value}`" for name, value in changes.items())
-    text = notes.describe_finetuning(details, listed, notes.make_again(run.tags()))
+    text = notes.describe_finetuning(details, listed, notes.how_to_make_again(run.tags()))
     run.describe("Fine-tuning", text)
     run.tag_outputs(finetune)
 

@@ -1,5 +1,6 @@
 """The model registry: finding versions by what they are made of, and the rule by which aliases move."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ TEST_SPLIT_TAG = "pipeline.test_split_sha256"
 PROTOCOL_TAG = "pipeline.test_protocol"
 BITS_PER_BYTE_TAG = "pipeline.test_bits_per_byte"
 RUN_TAG = "pipeline.run_id"
+CARD_TAG = "pipeline.card"
+"""The tag of a registered model with the digest of the card that describes it."""
 _ABSENT = (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE))
 """The error codes with which a store says that it has no such model, or no such alias."""
 
@@ -119,17 +122,21 @@ def log_version(
 
 def set_card(client: MlflowClient, version: ModelVersion, card: str) -> None:
     """Describe a version by its model card; if it is the champion, describe the model by it, too."""
-    is_free = _shows_card(client, version.name)
     client.update_model_version(version.name, version.version, card)
-    if is_free and _alias(client, version.name, CHAMPION) == int(version.version):
-        client.update_registered_model(version.name, card)
+    if _alias(client, version.name, CHAMPION) == int(version.version):
+        _show_card(client, version.name, card)
 
 
-def _shows_card(client: MlflowClient, name: str) -> bool:
-    """Return whether the model's description is the card of a version or empty, and nobody's own text."""
-    description = client.get_registered_model(name).description
-    versions = client.search_model_versions(f"name = '{name}'")
-    return not description or description in {version.description for version in versions}
+def _show_card(client: MlflowClient, name: str, card: str) -> None:
+    """Describe the model by a card, unless somebody has described it otherwise since the last one."""
+    model = client.get_registered_model(name)
+    if not model.description or model.tags.get(CARD_TAG) == _digest(model.description):
+        client.update_registered_model(name, card)
+        client.set_registered_model_tag(name, CARD_TAG, _digest(card))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _alias(client: MlflowClient, name: str, alias: str) -> int | None:
@@ -183,10 +190,8 @@ def _make_champion(client: MlflowClient, version: ModelVersion) -> None:
     client.set_registered_model_alias(version.name, CHAMPION, version.version)
     if _alias(client, version.name, CHALLENGER) == int(version.version):
         client.delete_registered_model_alias(version.name, CHALLENGER)
-    if (card := client.get_model_version(version.name, version.version).description) and _shows_card(
-        client, version.name
-    ):
-        client.update_registered_model(version.name, card)
+    if card := client.get_model_version(version.name, version.version).description:
+        _show_card(client, version.name, card)
 
 
 def score_of(version: ModelVersion) -> Score | None:

@@ -28,14 +28,14 @@ def restore(out: Path, parameters: Mapping[str, Any]) -> None:
         print(
             f"the tracking store does not hold the run that wrote {out / 'tune'}; recording it again", file=sys.stderr
         )
-        with start_run("tune", parameters, parent_run_id=parent) as run:
+        with start_run("tune", parameters, parent_run_id=parent, restored=True) as run:
             record_search(run, out / "tune")
     if find_run(client, "evaluate", out / "evaluate") is None:
         print(
             f"the tracking store does not hold the run that wrote {out / 'evaluate'}; recording it again",
             file=sys.stderr,
         )
-        with start_run("evaluate", parameters, parent_run_id=parent) as run:
+        with start_run("evaluate", parameters, parent_run_id=parent, restored=True) as run:
             parity, test = out / "export" / "parity.json", out / "prepare" / "test.jsonl"
             record_evaluation(run, out / "evaluate", parity, test, parameters)
     if not holds_version(client, out / "register" / "version.json"):

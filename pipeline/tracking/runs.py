@@ -1,6 +1,8 @@
 """Runs in MLflow: open one, write to it, find it again."""
 
 import os
+import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,7 +13,16 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import (
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -42,7 +53,12 @@ MONITORED = ("finetune", "tune")
 """The stages that take long: their runs show what the machine does."""
 DIGEST_CHARACTERS = 36
 """The most characters of a data set's digest that MLflow takes."""
-WEIGHTS_TAG = "weights"
+BEST_TAG = "pipeline.best"
+"""The tag of the checkpoint whose weights the fine-tuning keeps."""
+VALIDATION = "validation"
+"""The name of the validation split as a data set of runs."""
+LONGEST_NAME = 250
+"""The longest name of a run that databases take, in characters."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,10 @@ class RunLog:
     def log_metrics(
         self, values: Mapping[str, float], step: int = 0, *, model_id: str | None = None, dataset: str | None = None
     ) -> None:
-        """Log metrics of the run; with `model_id`, also of that model, as taken on the data set `dataset`."""
+        """Log metrics of the run; with `model_id`, also of that model.
+
+        They are noted as taken on the data set of this name if `log_dataset` has logged it in this process.
+        """
         now_ms = int(time.time() * 1000)
         new = {name: value for name, value in values.items() if step > self.last_steps.get(name, -1)}
         digest = self.datasets.get(dataset or "")
@@ -70,30 +89,36 @@ class RunLog:
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Log parameters, nested ones by names with dots."""
-        params = [Param(name, str(value)) for name, value in lineage.flatten(values).items()]
+        flat = lineage.flatten(values)
+        # MLflow refuses other characters, such as those of the patterns in prepare.encoding.
+        params = [Param(re.sub(r"[^/\w.\- :]", "_", name), str(value)) for name, value in flat.items()]
         self.client.log_batch(self.run_id, params=params)
 
     def log_checkpoint(self, step: int, scores: Mapping[str, float]) -> None:
         """Log the scores of the weights after a step, as those of a model of their own; its weights are not stored."""
-        name = f"checkpoint-{step}"
         if step <= max((self.last_steps.get(score, -1) for score in scores), default=-1):
             return
-        model = self.client.create_logged_model(self.experiment_id, name, self.run_id, params={"step": str(step)})
-        self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
-        self.log_metrics(scores, step, model_id=model.model_id, dataset="validation")
-        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        # A process that was killed may have left it.
+        found = self._checkpoint(step)
+        if found is None:
+            name, params = f"checkpoint-{step}", {"step": str(step)}
+            found = self.client.create_logged_model(self.experiment_id, name, self.run_id, params=params)
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(found.model_id, step)])
+        self.log_metrics(scores, step, model_id=found.model_id, dataset=VALIDATION)
+        self.client.finalize_logged_model(found.model_id, LoggedModelStatus.READY)
 
-    def tag_checkpoint(self, step: int, weights: Path) -> None:
-        """Note where the weights of a checkpoint are, which `log_checkpoint` has logged."""
-        found = self.client.search_logged_models(
-            [self.experiment_id], f"source_run_id = '{self.run_id}' AND name = 'checkpoint-{step}'"
-        )
-        for model in found:
-            self.client.set_logged_model_tags(model.model_id, {WEIGHTS_TAG: weights.as_posix()})
+    def tag_best(self, step: int) -> None:
+        """Tag the checkpoint with the lowest validation loss, whose weights the fine-tuning keeps."""
+        if (found := self._checkpoint(step)) is not None:
+            self.client.set_logged_model_tags(found.model_id, {BEST_TAG: "true"})
+
+    def _checkpoint(self, step: int) -> LoggedModel | None:
+        query = f"source_run_id = '{self.run_id}' AND name = 'checkpoint-{step}'"
+        return next(iter(self.client.search_logged_models([self.experiment_id], query)), None)
 
     @property
     def experiment_id(self) -> str:
-        return experiment_id(self.client)
+        return str(self.client.get_run(self.run_id).info.experiment_id)
 
     @property
     def name(self) -> str:
@@ -193,27 +218,32 @@ def start_run(
     parent_run_id: str | None = None,
     run_id: str | None = None,
     fingerprint: str | None = None,
+    restored: bool = False,
 ) -> Iterator[RunLog]:
     """Open a run with its parameters and lineage; it ends as finished, or as failed if the block raises.
 
     `parameters` is the parsed `params.yaml`; the run gets the sections of its stage and of those before it, which made
     it. `run_id` names an interrupted run of the store, which is resumed and keeps its parameters: MLflow changes none.
-    `fingerprint` names all that the outputs depend on, for `fingerprint_of`.
+    `fingerprint` names all that the outputs depend on, for `fingerprint_of`. `restored` marks a run that is recorded
+    again from files.
     """
     client = connect()
     tags = {**stage_tags(stage), **lineage.lineage()}
     if fingerprint is not None:
         tags[FINGERPRINT_TAG] = fingerprint
+    if restored:
+        tags[lineage.RESTORED_TAG] = "true"
     if parent_run_id is not None:
         tags[MLFLOW_PARENT_RUN_ID] = parent_run_id
     if run_id is None:
         name = run_name(parameters) if parent_run_id is None else f"{stage} {RunLog(client, parent_run_id).name}"
         if name:
-            tags[MLFLOW_RUN_NAME] = name
+            tags[MLFLOW_RUN_NAME] = name[:LONGEST_NAME]
         log = RunLog(client, client.create_run(experiment_id(client), tags=tags).info.run_id)
     else:
         client.update_run(run_id, status="RUNNING")
-        known = client.get_run(run_id).data.metrics
+        # Those of the system have a point per ten seconds, and are continued by themselves.
+        known = [name for name in client.get_run(run_id).data.metrics if not name.startswith("system/")]
         log = RunLog(
             client,
             run_id,
@@ -225,7 +255,8 @@ def start_run(
     try:
         if run_id is None:
             log.log_params(own)
-        with _system_metrics(log.run_id, is_resumed=run_id is not None) if stage in MONITORED else nullcontext():
+        is_monitored = stage in MONITORED and not restored
+        with _system_metrics(log.run_id, is_resumed=run_id is not None) if is_monitored else nullcontext():
             yield log
     except BaseException:
         with answering_soon():
@@ -249,13 +280,22 @@ def run_name(parameters: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _system_metrics(run_id: str, *, is_resumed: bool) -> Iterator[None]:
-    """Log to the run what processor, memory, disk, network and GPUs do meanwhile."""
-    monitor: Any = SystemMetricsMonitor(run_id, resume_logging=is_resumed)  # type: ignore[no-untyped-call]
+    """Log to the run what processor, memory, disk, network and GPUs do meanwhile.
+
+    Where MLflow cannot read that, such as without a network interface, a line says so.
+    """
+    try:
+        monitor: Any = SystemMetricsMonitor(run_id, resume_logging=is_resumed)  # type: ignore[no-untyped-call]
+    except Exception as error:  # noqa: BLE001
+        print(f"system metrics are not recorded ({type(error).__name__}: {error})", file=sys.stderr)
+        yield
+        return
     monitor.start()
     try:
         yield
     finally:
-        monitor.finish()
+        with answering_soon():
+            monitor.finish()
 
 
 def holds_run(run_id: str) -> bool:

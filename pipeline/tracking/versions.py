@@ -10,7 +10,7 @@ from pipeline.files import read_json
 from pipeline.tracking import notes, pages
 from pipeline.tracking.lineage import digest_texts
 from pipeline.tracking.records import TEST, links_of_evaluation
-from pipeline.tracking.runs import RunLog, find_run
+from pipeline.tracking.runs import RunLog, find_run, holds_run
 
 
 def record_model(run: RunLog, model_id: str, evaluate: Path, export: Path, test: Path) -> None:
@@ -28,14 +28,18 @@ def record_model(run: RunLog, model_id: str, evaluate: Path, export: Path, test:
 
 
 def links_of_version(run: RunLog, evaluate: Path) -> dict[str, str]:
-    """Return the pages of the fine-tuning and the evaluation of a version, by their titles; `run` registers it."""
-    links = {"Fine-tuning": pages.run_page(run.experiment_id, run.parent().run_id)}
-    evaluation = find_run(run.client, "evaluate", evaluate)
+    """Return the pages of the fine-tuning and the evaluation of a version, by their titles; `run` registered it.
+
+    Without those of runs that the store does not hold any more.
+    """
+    parent, evaluation = run.parent(), find_run(run.client, "evaluate", evaluate)
+    links = {"Fine-tuning": pages.run_page(run.experiment_id, parent.run_id)} if holds_run(parent.run_id) else {}
     return links if evaluation is None else links | links_of_evaluation(RunLog(run.client, evaluation))
 
 
-def describe_version(run: RunLog, version: ModelVersion, alias: str) -> None:
+def note_registration(run: RunLog, version: ModelVersion) -> None:
     """Note in the descriptions of a registration and of its fine-tuning which version it is."""
-    page = pages.version_page(version.name, version.version)
+    text = notes.describe_registration(version.name, version.version, pages.version_page(version.name, version.version))
     for own in (run, run.parent()):
-        own.describe("Registered", notes.describe_version(version.name, version.version, alias, page))
+        if holds_run(own.run_id):
+            own.describe("Registered", text)

@@ -4,6 +4,7 @@ import json
 import time
 
 from mlflow import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from pipeline.tracking.pages import RUNS_VIEW
 
@@ -11,7 +12,6 @@ KIND_TAG = "mlflow.experimentKind"
 KIND = "custom_model_development"
 """MLflow's name for experiments whose page opens with the runs."""
 VIEW_TAG = f"mlflow.sharedViewState.{RUNS_VIEW}"
-NOTE_TAG = "mlflow.note.content"
 NOTE = "**Views > Fine-tunings** compares the runs; **GenAI > Evaluation runs** compares their samples."
 COLUMNS = {
     "metrics": (
@@ -33,12 +33,17 @@ WIDTHS = {"attributes.`Run Name`": 320}
 
 
 def set_views(client: MlflowClient, experiment_id: str) -> None:
-    """Tag an experiment so that MLflow's pages open where the runs are and offer the view of them."""
+    """Tag an experiment so that MLflow's pages open where the runs are and offer the view of them.
+
+    What somebody has set stays.
+    """
     now_ms = int(time.time() * 1000)
     columns = [f"{group}.`{name}`" for group, names in COLUMNS.items() for name in names]
     order = {"columnOrder": [*WIDTHS, *columns], "columnWidths": WIDTHS}
     # The format in which MLflow's page saves a view, of MLflow 3.17; others show no such view.
     state = json.dumps({"searchFilter": FILTER, "selectedColumns": columns, **order})
     view = {"name": "Fine-tunings", "createdAt": now_ms, "updatedAt": now_ms, "state": state}
-    for name, value in ((NOTE_TAG, NOTE), (VIEW_TAG, json.dumps(view)), (KIND_TAG, KIND)):
-        client.set_experiment_tag(experiment_id, name, value)
+    known = client.get_experiment(experiment_id).tags
+    for name, value in ((MLFLOW_RUN_NOTE, NOTE), (VIEW_TAG, json.dumps(view)), (KIND_TAG, KIND)):
+        if name not in known:
+            client.set_experiment_tag(experiment_id, name, value)

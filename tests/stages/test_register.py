@@ -208,10 +208,11 @@ def test_the_card_describes_version_and_model(project: Project, evaluated: Path,
     bits = read_json(project.out / "evaluate" / "details.json")["documents"]["finetuned"]["bits_per_byte"]
     assert f"| {bits:.3f} |" in card
     assert card.startswith(project.params.register_.about or "-")
+    assert f"models:/{version['name']}/1" in card
     for run_id in (project.run_of("finetune"), runs.find_run(client, "evaluate", evaluated)):
         assert f"runs/{run_id}" in card
     note = client.get_run(project.run_of("finetune")).data.tags["mlflow.note.content"]
-    assert f"[{version['name']} version 1](#/models/{version['name']}/versions/1), champion." in note
+    assert f"[{version['name']} version 1](#/models/{version['name']}/versions/1)" in note
 
 
 @pytest.mark.usefixtures("entered")

@@ -34,6 +34,7 @@ def card() -> Card:
     }
     return Card(
         params=RegisterParams(name="harbour-tales", about="Tales of a town.", licence="CC0-1.0"),
+        version=3,
         parameters=PARAMETERS,
         details=details,
         parity={"float32": {"kl_divergence": 2.2e-12, "next_token_agreement": 1.0}, "int8": FOUND},
@@ -67,7 +68,7 @@ def test_the_code_on_a_card_is_python(card: Card) -> None:
     text = render_card(replace(card, parameters={**PARAMETERS, **prompts}))
     code = text.partition("```python\n")[2].partition("```")[0]
     compile(code, "card", "exec")
-    assert 'load_model("models:/harbour-tales@champion")' in code
+    assert 'load_model("models:/harbour-tales/3")' in code
 
 
 def test_a_card_says_what_nobody_has_said(card: Card) -> None:

@@ -92,6 +92,28 @@ def test_a_prompt_that_comes_twice_is_shown_once() -> None:
     assert human == " more."
 
 
+def test_a_prompt_that_somebody_added_to_the_data_set_spoils_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    client = store.connect()
+    record_samples(client, "one", "tales", HUMAN + TUNED, "tuned")
+    (dataset,) = search_datasets(experiment_ids=store.experiment_id(client))
+    dataset.merge_records([{"inputs": {"prompt": "Mine"}}])
+    run = record_samples(client, "two", "tales", HUMAN + TUNED, "tuned")
+    assert run is not None
+    assert client.get_run(run.run_id).data.metrics["rep_4/mean"] == 0.5
+    assert capsys.readouterr().err == ""
+
+
+def test_traces_that_are_turned_off_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "0")
+    mlflow.tracing.reset()
+    record_samples(store.connect(), "tales", "tales", HUMAN + TUNED, "tuned")
+    monkeypatch.delenv("MLFLOW_TRACE_SAMPLING_RATIO")
+    mlflow.tracing.reset()
+    assert "MLflow recorded 0 of 2 samples; all are in samples.jsonl" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_store_without_evaluations_gets_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

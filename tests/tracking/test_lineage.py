@@ -130,18 +130,24 @@ def test_nothing_has_changed_since_the_committed_lock(tmp_path: Path) -> None:
         (changed(learning_rate=3e-05), {"finetune.learning_rate": "3e-05"}, "tales: learning_rate 3e-05"),
         (
             changed(lora={"rank": 8, "dropout": 0.0}),
-            {"finetune.lora.rank": "8", "finetune.lora.dropout": "0"},
-            "tales: rank 8, dropout 0",
+            {"finetune.lora.rank": "8", "finetune.lora.dropout": "0.0", "finetune.lora": "removed"},
+            "tales: rank 8, dropout 0.0, lora removed",
         ),
         (
             changed(samples={"prompts": ["a long prompt, of more than forty characters"]}),
-            {"finetune.samples.prompts": '["a long prompt, of more than forty characters"]'},
+            {"finetune.samples.prompts": "changed"},
             "tales: prompts changed",
         ),
         (
             changed(epochs=1, seed=2, dropout=0.5, warmup=0.25),
             {"finetune.epochs": "1", "finetune.seed": "2", "finetune.dropout": "0.5", "finetune.warmup": "0.25"},
             "tales: epochs 1, seed 2, dropout 0.5, 1 more",
+        ),
+        # The same last name twice.
+        (
+            changed(seed=2, other={"seed": 3}),
+            {"finetune.seed": "2", "finetune.other.seed": "3"},
+            "tales: finetune.seed 2, finetune.other.seed 3",
         ),
         # How a model is registered is no part of what it is.
         ({**PARAMETERS, "register": {"name": "others"}}, {}, "others"),
@@ -168,6 +174,18 @@ def test_the_name_of_an_experiment_comes_before_its_changes(tmp_path: Path, monk
     commit_lock(tmp_path, lock_of(PARAMETERS))
     monkeypatch.setenv("DVC_EXP_NAME", "hazy-lamp")
     assert runs.run_name(changed(epochs=5)) == "hazy-lamp: epochs 5"
+
+
+def test_an_empty_lock_is_none(tmp_path: Path) -> None:
+    commit_lock(tmp_path, {})
+    (tmp_path / "dvc.lock").write_text("")
+    git("commit", "--quiet", "--all", "--message", "empty")
+    assert lineage.changes({}) == {}
+
+
+def test_a_removed_key_is_a_change(tmp_path: Path) -> None:
+    commit_lock(tmp_path, lock_of(changed(old=1)))
+    assert lineage.changes(PARAMETERS) == {"finetune.old": "removed"}
 
 
 def test_without_a_committed_lock_no_change_is_known(tmp_path: Path) -> None:

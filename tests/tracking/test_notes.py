@@ -10,7 +10,7 @@ from pipeline.tracking.notes import (
     describe_evaluation,
     describe_finetuning,
     describe_search,
-    make_again,
+    how_to_make_again,
     number,
     set_section,
     table,
@@ -29,6 +29,17 @@ def test_a_section_is_replaced_by_a_newer_one_and_keeps_its_place(written: list[
     assert note == "\n\n".join(f"## {heading}\n\n{text}" for heading, text in newest.items())
 
 
+def test_what_somebody_wrote_in_a_note_stays() -> None:
+    note = "Best so far!\n\n## Mine\n\none\n\n## Mine\n\ntwo"
+    noted = set_section(note, "Decoding", "x")
+    assert noted == f"{note}\n\n## Decoding\n\nx"
+    assert set_section(noted, "Decoding", "y") == f"{note}\n\n## Decoding\n\ny"
+
+
+def test_a_cell_breaks_no_table() -> None:
+    assert table(["a"], [["x|y\nz"]]).splitlines()[-1] == "| x\\|y z |"
+
+
 def test_figures_read_as_people_write_them() -> None:
     assert [number(1478.40708), number(1.5, 1), number(15, 0), number(None)] == ["1,478.407", "1.5", "15", "–"]
     assert table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
@@ -40,10 +51,11 @@ def test_figures_read_as_people_write_them() -> None:
         ({"git.commit": "c0ffee", "git.dirty": "false"}, "`git checkout c0ffee && dvc repro` makes it again."),
         ({"git.commit": "c0ffee", "git.dirty": "true"}, "from commit `c0ffee` with changes that were not committed"),
         ({}, "outside of git"),
+        ({"git.commit": "c0ffee", "git.dirty": "false", "pipeline.restored": "true"}, "Recorded again from its files"),
     ],
 )
 def test_a_note_says_how_to_make_it_again(tags: dict[str, str], says: str) -> None:
-    assert says in make_again(tags)
+    assert says in how_to_make_again(tags)
 
 
 def test_a_fine_tuning_is_described() -> None:

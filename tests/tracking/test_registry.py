@@ -155,6 +155,7 @@ def test_the_model_has_the_card_of_its_champion(client: MlflowClient) -> None:
     set_alias(client, second, score(1.9))
     assert client.get_registered_model(NAME).description == "the second"
     set_card(client, second, "the second, described again")
+    client.delete_model_version(NAME, "1")
     assert client.get_registered_model(NAME).description == "the second, described again"
 
 

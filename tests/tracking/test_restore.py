@@ -201,8 +201,8 @@ def test_checkpoints_are_models_with_their_scores(client: MlflowClient, recorded
     scores = {name: [(own.key, own.value) for own in model.metrics] for name, model in models.items()}
     assert scores == {"checkpoint-0": [("validation_loss", 4.0)], "checkpoint-8": [("validation_loss", 2.5)]}
     assert models["checkpoint-8"].params == {"step": "8"}
-    assert models["checkpoint-8"].tags["weights"] == (recorded / "finetune" / "checkpoint").as_posix()
-    assert "weights" not in models["checkpoint-0"].tags
+    assert models["checkpoint-8"].tags[runs.BEST_TAG] == "true"
+    assert runs.BEST_TAG not in models["checkpoint-0"].tags
     steps = {output.model_id: output.step for output in client.get_run(parent).outputs.model_outputs}
     assert steps == {models["checkpoint-0"].model_id: 0, models["checkpoint-8"].model_id: 8}
 

@@ -343,7 +343,7 @@ def test_a_run_whose_stage_fails_is_marked_failed() -> None:
 
 
 def test_a_run_whose_parameters_are_refused_is_marked_failed() -> None:
-    with pytest.raises(MlflowException), runs.start_run("finetune", {"a?b": 1}):
+    with pytest.raises(MlflowException), runs.start_run("finetune", {"a" * 300: 1}):
         pass
     client = store.connect()
     (run,) = client.search_runs([store.experiment_id(client)])
@@ -497,6 +497,30 @@ def test_a_resumed_run_logs_no_checkpoint_twice() -> None:
             resumed.log_checkpoint(step, {"validation_loss": 2.0})
     found = run.client.search_logged_models([store.experiment_id(run.client)])
     assert sorted(model.name for model in found) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_checkpoint_that_a_killed_process_left_is_used_again() -> None:
+    with runs.start_run("finetune", {}) as run:
+        left = run.client.create_logged_model(run.experiment_id, "checkpoint-3", run.run_id)
+        run.log_checkpoint(3, {"validation_loss": 2.5})
+    (model,) = run.client.search_logged_models([run.experiment_id])
+    assert (model.model_id, str(model.status)) == (left.model_id, "READY")
+
+
+def test_a_parameter_of_any_name_is_logged() -> None:
+    with runs.start_run("finetune", {"prepare": {"encoding": {"russian/*.txt": "koi8-r"}}}) as run:
+        pass
+    assert run.client.get_run(run.run_id).data.params == {"prepare.encoding.russian/_.txt": "koi8-r"}
+
+
+def test_a_machine_that_cannot_be_watched_trains_nevertheless(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As without any network interface.
+    monkeypatch.setattr("psutil.net_io_counters", lambda *_, **__: None)
+    with runs.start_run("finetune", {}) as run:
+        run.log_metrics({"loss": 1.0})
+    assert capsys.readouterr().err.startswith("system metrics are not recorded (AttributeError: ")
 
 
 def test_a_child_has_the_name_of_its_parent() -> None:

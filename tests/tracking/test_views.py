@@ -33,9 +33,11 @@ def test_an_experiment_opens_with_its_runs_and_a_view_of_them() -> None:
 
 def test_an_experiment_of_an_older_version_gets_the_view() -> None:
     client = store.connect()
-    experiment = client.create_experiment(store.EXPERIMENT)
+    experiment = client.create_experiment(store.EXPERIMENT, tags={"mlflow.note.content": "Ours."})
     assert store.experiment_id(client) == experiment
-    assert VIEW_TAG in client.get_experiment(experiment).tags
+    tags = client.get_experiment(experiment).tags
+    assert VIEW_TAG in tags
+    assert tags["mlflow.note.content"] == "Ours."
 
 
 def test_what_somebody_set_stays() -> None:
