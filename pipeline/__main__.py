@@ -13,7 +13,7 @@ from pipeline.errors import UserError, report_errors
 from pipeline.files import read_json
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.params.whole import load_params
-from pipeline.serving.options import Access, Address, EngineOptions, Limits, keys_from_environment
+from pipeline.serving.options import Access, Address, EngineOptions, Limits, keys_from_environment, read_tracing
 from pipeline.tracking.pages import UI_PORT, is_server, runs_page, ui_url
 
 OUT = Path("out")
@@ -194,6 +194,13 @@ def _add_serve(commands: Any) -> None:
         "--mlflow-url",
         help="the MLflow page that the playground links to (default: the store if it is a server, else that of ui)",
     )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="send a trace of each request to the MLflow server of the store, or to --mlflow-url if it is a database; "
+        "OTEL_EXPORTER_OTLP_ENDPOINT sends them to a collector",
+    )
+    parser.add_argument("--trace-texts", action="store_true", help="show prompts and continuations in traces")
     parser.set_defaults(run=_serve)
 
 
@@ -202,6 +209,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     from pipeline.tracking.store import store_errors, store_uri
 
     store = store_uri()
+    mlflow_url = arguments.mlflow_url or ui_url(store)
+    # A browser may know the server by another address than this machine.
+    traces_url = store if is_server(store) else mlflow_url
+    tracing = read_tracing(traces_url if arguments.trace else None, has_texts=arguments.trace_texts)
     model = arguments.model or f"models:/{load_params().register_.name}@champion"
     # A registered model brings its own decoding.
     decoding = None if _is_registered(model) else _decoding_of_folder(model)
@@ -225,7 +236,8 @@ def _serve(arguments: argparse.Namespace) -> None:
                 arguments.open_metrics,
                 tuple(arguments.allowed_host),
             ),
-            mlflow_url=arguments.mlflow_url or ui_url(store),
+            mlflow_url=mlflow_url,
+            tracing=tracing,
         )
 
 

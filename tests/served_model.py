@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import requests
 import uvicorn
@@ -18,6 +19,9 @@ from pipeline.serving.app import create_app
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.options import Access, Limits
 from pipeline.serving.served import FolderSource, Served, Source
+
+if TYPE_CHECKING:
+    from pipeline.serving.traces import Traces
 
 DECODING = ModelDecoding(
     SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=12),
@@ -81,10 +85,17 @@ def running_server(
     access: Access | None = None,
     root_path: str = "",
     checks_host: bool = False,
+    traces: "Traces | None" = None,
 ) -> Iterator[Running]:
     served, metrics = served_folder(folder, source=source, max_queue=max_queue, slots_per_client=slots_per_client)
     app = create_app(
-        served, metrics, limits or Limits(), access or Access(), root_path=root_path, checks_host=checks_host
+        served,
+        metrics,
+        limits or Limits(),
+        access or Access(),
+        root_path=root_path,
+        checks_host=checks_host,
+        traces=traces,
     )
     with serve_app(app) as url:
         yield Running(url, served)

@@ -16,7 +16,7 @@ PYTHON_FILES = sorted(file for folder in ("pipeline", "benchmarks") for file in 
 COMPOSE_FILES = sorted((ROOT / "deploy").glob("compose*.yaml"))
 NAME = re.compile(r"(?:[A-Z][A-Z0-9]*_[A-Z0-9_]*[A-Z0-9]|PYTHON[A-Z]*|PATH|TMPDIR)")
 MENTION = re.compile(r"\b(?:CUBLAS|CUDA|DVC|FSDP|HF|MLFLOW|NCCL|OMP|ORT|PIPELINE)_[A-Z0-9_]+\b")
-READ_BY_LIBRARIES = {"HF_HOME"}
+READ_BY_LIBRARIES = {"HF_HOME", "OTEL_EXPORTER_OTLP_HEADERS", "OTEL_TRACES_SAMPLER"}
 
 
 def names_in_python(source: str) -> set[str]:

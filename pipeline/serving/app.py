@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -42,6 +42,7 @@ from pipeline.serving.openai import (
     ApiError,
     CompletionRequest,
     DetokenizeRequest,
+    FeedbackRequest,
     TokenizeRequest,
     to_api_error,
     unreadable_body,
@@ -51,7 +52,11 @@ from pipeline.serving.options import KEYS_VARIABLE, Access, Limits
 from pipeline.serving.served import Served, ServedModel
 from pipeline.serving.shapes import shorten
 
+if TYPE_CHECKING:
+    from pipeline.serving.traces import Traces
+
 COMPLETIONS = "/v1/completions"
+FEEDBACK = "/v1/feedback"
 BODY = "pipeline.body"
 """The key of a request's scope that holds its body once that is read."""
 BEGUN = "pipeline.begun"
@@ -74,6 +79,7 @@ def create_app(
     *,
     root_path: str = "",
     checks_host: bool = False,
+    traces: "Traces | None" = None,
 ) -> FastAPI:
     """Create the application. It loads the model on startup and ends the engine on shutdown.
 
@@ -109,19 +115,22 @@ def create_app(
     _add_error_handlers(app, metrics)
     _add_gauges(served, metrics)
     with_key = [Depends(_key_check(access.keys))]
+    takes_thumbs = traces is not None and traces.takes_thumbs
 
     @app.post(COMPLETIONS, dependencies=with_key, tags=["completions"], response_model=None)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         """Continue each prompt; with `stream`, answer as server-sent events."""
-        client = client_of(request)
-        call = await begin_call(asked, served, metrics, limits, client=client, arrived=time.perf_counter())
+        client, arrived = client_of(request), time.perf_counter()
+        span = None if traces is None else traces.begin(asked, served.current.name, request.headers)
+        call = await begin_call(asked, served, metrics, limits, client=client, arrived=arrived, span=span)
         request.scope[BEGUN] = True
         return EventStream(call) if asked.stream else await answer_whole(call, request)
 
     @app.get("/v1/models", dependencies=with_key, tags=["models"])
     async def models() -> dict[str, Any]:
         """List the model that takes new requests, and earlier versions that still finish theirs."""
-        return {"object": "list", "data": [model.card() for model in served.models]}
+        listed = {"object": "list", "data": [model.card() for model in served.models]}
+        return {**listed, "feedback": True} if takes_thumbs else listed
 
     @app.get("/v1/models/{name:path}", dependencies=with_key, tags=["models"])
     async def model(name: str) -> dict[str, Any]:
@@ -129,6 +138,14 @@ def create_app(
         with served.lease() as current:
             check_name(name, current)
             return current.card()
+
+    if traces is not None and takes_thumbs:
+
+        @app.post(FEEDBACK, dependencies=with_key, tags=["completions"])
+        async def feedback(asked: FeedbackRequest) -> dict[str, Any]:
+            """Say whether a continuation is good; null takes that back. It becomes feedback on its trace in MLflow."""
+            await traces.set_thumb(asked.id, asked.index, asked.value)
+            return {"object": "feedback", "id": asked.id, "index": asked.index, "value": asked.value}
 
     @app.post("/tokenize", dependencies=with_key, tags=["tokens"])
     async def tokenize(asked: TokenizeRequest) -> Response:

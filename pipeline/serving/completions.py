@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -25,6 +25,9 @@ from pipeline.serving.options import Limits
 from pipeline.serving.served import Served, ServedModel
 from pipeline.serving.shapes import shorten
 from pipeline.serving.worker import Delivery, Job, Prompt, QueueFullError, Worker, ids_prompt, text_prompt
+
+if TYPE_CHECKING:
+    from pipeline.serving.traces import RequestSpan
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers that keep proxies from holding a stream back."""
@@ -53,6 +56,7 @@ class Call:
         metrics: Metrics,
         timeout_s: float,
         release: Callable[[], None],
+        span: "RequestSpan | None",
     ) -> None:
         self.asked = asked
         self.job = job
@@ -64,7 +68,8 @@ class Call:
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._release = release
-        self._id = f"cmpl-{secrets.token_hex(12)}"
+        self._span = span
+        self._id = f"cmpl-{secrets.token_hex(12)}" if span is None else span.completion_id
         self._created = int(time.time())
 
     @property
@@ -102,6 +107,8 @@ class Call:
                 raise ApiError(504, text, code="timeout", outcome="timed_out") from None
             if isinstance(delivery, Exception):
                 raise _engine_error(delivery)
+            if self._span is not None:
+                self._span.take(delivery)
             self.completion_tokens += sum(piece.token_count for piece in delivery.pieces)
             self.errors += [_engine_error(piece.error) for piece in delivery.pieces if piece.error is not None]
             if len(self.errors) == self.job.choices:
@@ -109,10 +116,12 @@ class Call:
             yield delivery
             is_last = delivery.is_last
 
-    def close(self, outcome: Outcome) -> None:
-        """Free what the call holds, and count how it ended. To be called exactly once."""
+    def close(self, outcome: Outcome, error: ApiError | None = None) -> None:
+        """Free what the call holds, and count how it ended: by an error of it all, or of choices. Call exactly once."""
         self._model.worker.cancel(self.job)
         self._metrics.requests.labels(outcome).inc()
+        if self._span is not None:
+            self._span.end(outcome, error or next(iter(self.errors), None))
         self._release()
 
     def body(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
@@ -128,12 +137,21 @@ class Call:
 
 
 async def begin_call(
-    asked: CompletionRequest, served: Served, metrics: Metrics, limits: Limits, *, client: str, arrived: float
+    asked: CompletionRequest,
+    served: Served,
+    metrics: Metrics,
+    limits: Limits,
+    *,
+    client: str,
+    arrived: float,
+    span: "RequestSpan | None" = None,
 ) -> Call:
     """Check a request of `client` that arrived at `arrived` (`time.perf_counter`) and submit it. Raises `ApiError`."""
-    if not served.ready:
-        raise ApiError(503, "the server is shutting down", outcome="rejected", headers={"Retry-After": "5"})
     with ExitStack() as on_error:
+        if span is not None:
+            on_error.push(span.end_at_error)
+        if not served.ready:
+            raise ApiError(503, "the server is shutting down", outcome="rejected", headers={"Retry-After": "5"})
         model = served.acquire()
         release = partial(served.release, model)
         on_error.callback(release)
@@ -162,7 +180,11 @@ async def begin_call(
             loop.call_soon_threadsafe(deliveries.put_nowait, delivery)
 
         job = Job(prompts, params, deliver, echo=bool(asked.echo), draws=draws, client=client, began=arrived)
-        call = Call(asked, model, job, deliveries, metrics=metrics, timeout_s=limits.timeout_s, release=release)
+        call = Call(
+            asked, model, job, deliveries, metrics=metrics, timeout_s=limits.timeout_s, release=release, span=span
+        )
+        if span is not None:
+            span.describe(job, model, call.prompt_tokens)
         _submit(model.worker, job)
         # From here on the call releases the model when it is closed.
         on_error.pop_all()
@@ -180,6 +202,7 @@ def check_name(name: str | None, model: ServedModel) -> None:
 async def answer_whole(call: Call, request: Request) -> Response:
     """Answer with all choices at once; stop the engine if the client disconnects meanwhile."""
     outcome: Outcome = "failed"
+    failure = None
     collecting = asyncio.ensure_future(_collect(call))
     leaving = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
@@ -192,7 +215,7 @@ async def answer_whole(call: Call, request: Request) -> Response:
         outcome = call.outcome
         return answer
     except ApiError as error:
-        outcome = error.outcome
+        outcome, failure = error.outcome, error
         return error_response(error)
     except asyncio.CancelledError:
         outcome = "cancelled"
@@ -200,7 +223,7 @@ async def answer_whole(call: Call, request: Request) -> Response:
     finally:
         for task in (collecting, leaving):
             task.cancel()
-        call.close(outcome)
+        call.close(outcome, failure)
 
 
 async def _collect(call: Call) -> Response:
@@ -220,6 +243,7 @@ class EventStream(StreamingResponse):
         super().__init__(self._events(call), media_type="text/event-stream", headers=STREAM_HEADERS)
         self._call = call
         self._outcome: Outcome = "cancelled"
+        self._error: ApiError | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
@@ -234,7 +258,7 @@ class EventStream(StreamingResponse):
             if self._call.remaining_s <= 0:
                 self._outcome = "timed_out"
         finally:
-            self._call.close(self._outcome)
+            self._call.close(self._outcome, self._error)
 
     async def _events(self, call: Call) -> AsyncIterator[bytes]:
         reports = call.asked.logprobs is not None
@@ -255,7 +279,7 @@ class EventStream(StreamingResponse):
                 if events:
                     yield b"".join(events)
         except ApiError as error:
-            self._outcome = error.outcome
+            self._outcome, self._error = error.outcome, error
             yield _event(json.dumps(error.body()))
             return
         if options.include_usage:

@@ -11,6 +11,7 @@ from pipeline.decoding import ModelDecoding, SamplingParams, merge_decoding
 from pipeline.errors import UserError
 from pipeline.serving.shapes import (
     MOST_BIASES,
+    MOST_PROMPTS,
     MOST_STOP_CHARACTERS,
     MOST_STOP_IDS,
     MOST_STOPS,
@@ -269,6 +270,12 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     model: Name | None = None
     tokens: TokenIds
+
+
+class FeedbackRequest(Body):
+    id: Name = Field(description="The id of the completion")
+    index: int = Field(0, ge=0, lt=MOST_PROMPTS, description="The index of the choice")
+    value: bool | None = Field(description="True for a good continuation, false for a bad one, null for neither")
 
 
 def to_api_error(error: UserError) -> ApiError:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -9,6 +10,12 @@ from urllib.parse import urlsplit
 from pipeline.errors import UserError
 
 KEYS_VARIABLE = "PIPELINE_API_KEYS"
+OTLP_PREFIX = "OTEL_EXPORTER_OTLP_"
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+"""OpenTelemetry's variables, of which the first one that is set counts."""
+SERVICE_VARIABLE = "OTEL_SERVICE_NAME"
+PROTOCOL = "http/protobuf"
 BODY_BYTES = 2 * 2**20
 """The largest body of a request: room for a hundred prompts of GPT-2's context in token ids."""
 
@@ -89,6 +96,48 @@ class Access:
     def __post_init__(self) -> None:
         object.__setattr__(self, "origins", tuple(normalize_origin(origin) for origin in self.origins))
         object.__setattr__(self, "hosts", tuple(host.lower() for host in self.hosts))
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """Where a span per request is sent, and what it shows."""
+
+    mlflow_url: str | None = None
+    """The MLflow server that takes traces; None for none."""
+    collector_url: str | None = None
+    """The collector of OTLP's variables, which also hold how it is reached; None for none."""
+    has_texts: bool = False
+    """Whether spans show prompts and continuations."""
+
+
+def read_tracing(mlflow_url: str | None, *, has_texts: bool) -> Tracing | None:
+    """Return what is traced: for `mlflow_url` if it is given, and if OpenTelemetry's variables name a collector.
+
+    None if nothing is. Raises `UserError` if that contradicts itself, or if a variable asks for what is not supported.
+    """
+    collector_name, collector = _first_set(ENDPOINTS)
+    if "otlp" not in (os.environ.get("OTEL_TRACES_EXPORTER") or "otlp").split(","):
+        collector = None
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        if mlflow_url is not None:
+            raise UserError("--trace: OTEL_SDK_DISABLED is true; unset it, or leave the option out")
+        return None
+    if mlflow_url is None and collector is None:
+        if has_texts:
+            raise UserError("--trace-texts: nothing is traced; add --trace, or set OTEL_EXPORTER_OTLP_ENDPOINT")
+        return None
+    if collector is not None:
+        protocol_name, protocol = _first_set(PROTOCOLS)
+        if protocol not in (None, PROTOCOL):
+            raise UserError(f"{protocol_name}: {protocol} is not supported; set {PROTOCOL}, and its port, 4318")
+        if not re.match(r"https?://[^/]", collector):
+            raise UserError(f"{collector_name}: is not an address such as http://localhost:4318")
+    return Tracing(mlflow_url, collector, has_texts)
+
+
+def _first_set(names: Sequence[str]) -> tuple[str, str | None]:
+    """Return the first variable that is set, with its value; an empty one is as good as unset."""
+    return next(((name, value) for name in names if (value := os.environ.get(name))), (names[0], None))
 
 
 def _is_local(name: str) -> bool:

@@ -7,6 +7,7 @@ import socket
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -15,8 +16,11 @@ from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
 from pipeline.serving.app import create_app
 from pipeline.serving.metrics import Metrics
-from pipeline.serving.options import KEYS_VARIABLE, Access, Address, EngineOptions, Limits
+from pipeline.serving.options import KEYS_VARIABLE, Access, Address, EngineOptions, Limits, Tracing
 from pipeline.serving.served import Served, source_of
+
+if TYPE_CHECKING:
+    from pipeline.serving.traces import Traces
 
 GRACE_S = 3
 """The time that the last answers have after the timeout of their requests."""
@@ -57,6 +61,7 @@ def serve(
     limits: Limits,
     access: Access,
     mlflow_url: str,
+    tracing: Tracing | None = None,
 ) -> None:
     """Serve until a signal. `decoding` is that of an engine folder; None for a registered model, which brings its own.
 
@@ -102,7 +107,10 @@ def serve(
         on_death=on_death,
     )
     checks_host = address.is_loopback and not access.keys
-    app = create_app(served, metrics, limits, access, root_path=address.root_path, checks_host=checks_host)
+    traces = None if tracing is None else _traces(tracing)
+    app = create_app(
+        served, metrics, limits, access, root_path=address.root_path, checks_host=checks_host, traces=traces
+    )
     config = uvicorn.Config(
         app,
         access_log=False,
@@ -121,8 +129,16 @@ def serve(
         gc.freeze()
         gc.set_threshold(*COLLECTED_AT_ONCE)
         server.run(sockets=[listener])
+    if traces is not None and not server.force_exit:
+        traces.close()
     if died.is_set():
         raise UserError("the engine ended with the error above; start the server again, or report it")
+
+
+def _traces(tracing: Tracing) -> "Traces":
+    from pipeline.serving.traces import Traces
+
+    return Traces(tracing)
 
 
 def bind_socket(address: Address) -> socket.socket:

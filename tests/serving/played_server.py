@@ -80,6 +80,11 @@ class Played:
         }
     )
     keys: frozenset[str] = frozenset()
+    takes_feedback: bool = False
+    feedback: list[dict[str, Any]] = field(default_factory=list)
+    """The bodies of the requests with feedback, in order."""
+    forgets: bool = False
+    """Whether feedback is refused because there is no trace."""
     queue_full: bool = False
     breaks: str | None = None
     """The message of an error that ends the stream."""
@@ -142,7 +147,16 @@ def _app(server: PlayedServer) -> FastAPI:
 
     @app.get("/v1/models")
     def models(request: Request) -> Response:
-        return _refuse(server.played, request) or JSONResponse({"object": "list", "data": [_model(server.played)]})
+        listed = {"object": "list", "data": [_model(server.played)]}
+        answer = {**listed, "feedback": True} if server.played.takes_feedback else listed
+        return _refuse(server.played, request) or JSONResponse(answer)
+
+    @app.post("/v1/feedback")
+    async def feedback(request: Request) -> Response:
+        if server.played.forgets:
+            return _error(404, "id: no trace of such a completion", param="id")
+        server.played.feedback.append(await request.json())
+        return _refuse(server.played, request) or JSONResponse(server.played.feedback[-1])
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -213,7 +227,7 @@ def _error(
 async def _events(played: Played, body: dict[str, Any]) -> AsyncIterator[str]:
     pieces = played.pieces(body)
     chunk = {
-        "id": "cmpl-1",
+        "id": f"cmpl-{len(played.bodies)}",
         "object": "text_completion",
         "created": 1764000000,
         "model": "harbour-tales",

@@ -129,6 +129,56 @@ def test_text_comes_as_it_is_made(page: Page, server: PlayedServer, played: Play
     expect(page.locator(".figures").first).to_contain_text("to the first")
 
 
+def test_a_thumb_is_sent_changed_and_taken_back(page: Page, server: PlayedServer, played: Played) -> None:
+    played.takes_feedback = True
+    generate(open_page(page, server))
+    thumbs = page.get_by_role("group", name="Feedback on answer A")
+    good, bad = (thumbs.get_by_role("button", name=name) for name in ("Good answer", "Bad answer"))
+    expect(good).to_have_attribute("aria-pressed", "false")
+    good.focus()
+    page.keyboard.press("Enter")
+    expect(good).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    expect(bad).to_have_attribute("aria-pressed", "true")
+    expect(good).to_have_attribute("aria-pressed", "false")
+    expect(page.get_by_role("status").last).to_have_text("Feedback kept.")
+    bad.click()
+    expect(bad).to_have_attribute("aria-pressed", "false")
+    expect(page.get_by_role("status").last).to_have_text("Feedback taken back.")
+    assert played.feedback == [{"id": "cmpl-1", "value": value} for value in (True, False, None)]
+
+    played.forgets = True
+    bad.click()
+    expect(page.get_by_role("status").last).to_have_text("The feedback is not kept: id: no trace of such a completion")
+    expect(bad).to_have_attribute("aria-pressed", "false")
+
+
+def test_thumbs_belong_to_one_whole_answer(page: Page, server: PlayedServer, played: Played) -> None:
+    played.takes_feedback = True
+    open_page(page, server)
+    page.get_by_label("Compare two settings").check()
+    generate(page)
+    for side in "BA":
+        page.get_by_role("group", name=f"Feedback on answer {side}").get_by_role("button", name="Good answer").click()
+        expect(page.get_by_role("button", name="Good answer", pressed=True)).to_have_count("BA".index(side) + 1)
+    assert sorted(each["id"] for each in played.feedback) == ["cmpl-1", "cmpl-2"]
+
+    # A new answer has none yet, and one that broke off is not judged.
+    played.breaks = "the engine failed"
+    generate(page)
+    expect(page.get_by_role("button", name="Good answer")).to_have_count(0)
+    played.breaks = None
+    generate(page)
+    expect(page.get_by_role("button", name="Good answer", pressed=False)).to_have_count(2)
+
+
+def test_no_thumbs_without_traces(page: Page, server: PlayedServer) -> None:
+    generate(open_page(page, server))
+    expect(page.get_by_role("button", name="Copy", exact=True)).to_be_visible()
+    expect(page.get_by_role("button", name="Good answer")).to_have_count(0)
+
+
 @pytest.mark.parametrize("way", ["button", "Escape"])
 def test_stopping_reaches_the_server(way: str, page: Page, server: PlayedServer, played: Played) -> None:
     played.endless = True
