@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.decoding import ModelDecoding, SamplingParams, list_types, merge_decoding, read_decoding, scalar_types
 from pipeline.errors import UserError, report_errors
-from pipeline.files import read_json
+from pipeline.files import read_json, size_of
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.params.whole import load_params
 from pipeline.serving.options import Access, Address, EngineOptions, Limits, keys_from_environment, read_tracing
@@ -365,7 +365,7 @@ def _export_engine(arguments: argparse.Namespace) -> None:
         cache_bits = arguments.cache_bits or CACHE_BITS
         build_engine(model, plain, out, precisions, cache_bits=cache_bits, index=index, lexicon=lexicon)
     for precision in precisions:
-        _print_size(out / precision, *(out / precision).iterdir())
+        _print_size(out / precision)
     if texts is not None:
         engines = {precision: Engine.load(out, precision=precision, provider="cpu") for precision in precisions}
         _compare({precision: engine_reader(engine) for precision, engine in engines.items()}, model, texts)
@@ -384,15 +384,15 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
         texts = _texts_to_compare(arguments.compare, plain)
         model = load_plain(plain, str(checkpoint))
         write_gguf(model, plain, out, precision, license_id=read_license(checkpoint))
-    _print_size(out, out)
+    _print_size(out)
     if texts is not None:
         from pipeline.stages.export import TorchReference
 
         _compare({precision: TorchReference(read_gguf(out, model.config)).logits}, model, texts)
 
 
-def _print_size(path: Path, *files: Path) -> None:
-    print(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
+def _print_size(path: Path) -> None:
+    print(f"{path}: {size_of([path]) / 1e6:,.1f} MB")
 
 
 def _texts_to_compare(split: Path | None, checkpoint: Path) -> list[list[int]] | None:

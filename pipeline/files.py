@@ -86,6 +86,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def size_of(paths: Iterable[Path]) -> int:
+    """Return the bytes of files and folders."""
+    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def digest_of(paths: Iterable[Path]) -> str:
     """Return the hexadecimal SHA-256 of the names and contents of files and folders."""
     files = [

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.files import read_json, sha256_file, write_json
+from pipeline.files import read_json, sha256_file, size_of, write_json
 from pipeline.quality.lexicon import LEXICON_FILE
 from pipeline.tokens import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
@@ -61,7 +61,7 @@ def listed_tokens(vocabulary_size: int) -> int:
 
 def measure_megabytes(folder: Path, precision: str) -> float:
     """Return the size of a precision's files in an engine folder, in units of 10^6 bytes."""
-    return round(sum(file.stat().st_size for file in (folder / precision).rglob("*") if file.is_file()) / 1e6, 1)
+    return round(size_of([folder / precision]) / 1e6, 1)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

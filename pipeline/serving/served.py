@@ -24,7 +24,9 @@ from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError
 from pipeline.serving.worker import OnTokens, Worker
 from pipeline.tracking import store
+from pipeline.tracking.pages import run_page
 from pipeline.tracking.registry import RUN_TAG, fetch_model, resolve
+from pipeline.tracking.tags import COMMIT_TAG, DATA_TAG, DIRTY_TAG
 
 COPIES, COPY_LOCK = "pipeline-served-", "in-use.lock"
 """The prefix of the folders that hold copies of versions, and the file in each that its server locks."""
@@ -112,13 +114,13 @@ class RegistrySource:
                 run = None
             if run is not None:
                 base = run.data.params.get("base.source")
-                url = f"{self._ui_url.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+                url = f"{self._ui_url.rstrip('/')}/{run_page(run.info.experiment_id, run_id)}"
         return _lineage(
             run_id=run_id,
             run_url=url,
-            git_commit=tags.get("git.commit"),
-            git_dirty=tags.get("git.dirty"),
-            data_md5=tags.get("dvc.data_md5"),
+            git_commit=tags.get(COMMIT_TAG),
+            git_dirty=tags.get(DIRTY_TAG),
+            data_md5=tags.get(DATA_TAG),
             base=base,
             registered=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         )

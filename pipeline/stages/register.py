@@ -4,7 +4,7 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +15,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 import pipeline
 from pipeline.decoding import list_types, scalar_types
 from pipeline.errors import report_errors
-from pipeline.files import digest_of, read_json, write_json
+from pipeline.files import digest_of, read_json, size_of, write_json
 from pipeline.imports import PACKAGE, needed_files, rename_package
 from pipeline.params.file import load_section
 from pipeline.params.register import RegisterParams
@@ -25,6 +25,7 @@ from pipeline.tracking import lineage, pages, registry, runs, store
 from pipeline.tracking.card import read_card, render_card
 from pipeline.tracking.notes import how_to_make_again
 from pipeline.tracking.records import parent_run
+from pipeline.tracking.tags import FINGERPRINT_TAG
 from pipeline.tracking.versions import links_of_version, note_registration, record_model
 
 SERVED_MODULE = "pipeline.serving.pyfunc"
@@ -100,7 +101,7 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
             print(f"storing {size_of(artifacts.values()) / 1e6:,.1f} MB as a version of {name}", flush=True)
             with runs.start_run("register", parameters, parent_run_id=parent) as run:
                 version, model_id = registry.log_version(
-                    run,
+                    run.run_id,
                     name,
                     model_file=code / "serving" / "pyfunc.py",
                     code_folder=code,
@@ -110,13 +111,13 @@ def register(export: Path, evaluate: Path, finetune: Path, test: Path, out: Path
                     input_example=(["The lamp on Gull Rock"], {"max_new_tokens": 40, "seed": 7}),
                     requirements=requirements(),
                     params=lineage.flatten({"decoding": read_json(evaluate / "decoding.json")}),
-                    tags={**lineage.short_lineage(), registry.RUN_TAG: parent, **score.tags()},
+                    tags={**lineage.select_short(run.tags()), registry.RUN_TAG: parent, **score.tags()},
                 )
-                record_model(run, model_id, evaluate, export, test)
+                record_model(run, model_id, evaluate, export, score.test_split_sha256)
             done = f"registered {name} version {version.version} as"
     alias = registry.set_alias(client, version, score)
     # A version without its alias, because it was interrupted, is not found and is made again.
-    client.set_model_version_tag(name, version.version, registry.FINGERPRINT_TAG, fingerprint)
+    client.set_model_version_tag(name, version.version, FINGERPRINT_TAG, fingerprint)
     # Somebody may have deleted the run of an old version.
     if runs.holds_run(run.run_id):
         again, links = how_to_make_again(run.tags()), links_of_version(run, evaluate)
@@ -152,12 +153,6 @@ def packed_code() -> Iterator[Path]:
             sys.path.remove(folder)
             for name in [name for name in sys.modules if name.split(".")[0] == package.name]:
                 del sys.modules[name]
-
-
-def size_of(paths: Iterable[Path]) -> int:
-    """Return the bytes of files and folders."""
-    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def requirements() -> list[str]:

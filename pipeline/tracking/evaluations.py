@@ -19,13 +19,12 @@ from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, FEATURE_DISABLED, N
 
 from pipeline.tracking.runs import RunLog, stage_tags
 from pipeline.tracking.store import experiment_id, unless_set
+from pipeline.tracking.tags import SAMPLES
 
 FIGURES = ("rep_4", "longest_copy_tokens", "invented_words", "in_form")
 """The columns of `samples.jsonl` that are shown with each sample, by an MLflow scorer of that name."""
 HUMAN = "human"
 """The system of `samples.jsonl` whose texts people wrote; and the name of the expectation that shows them."""
-SAMPLES = "samples"
-"""The tag of runs with samples, in place of a stage."""
 BAR = "Evaluating:"
 """How a line of MLflow's progress bar begins."""
 _UNSUPPORTED = {ErrorCode.Name(code) for code in (ENDPOINT_NOT_FOUND, FEATURE_DISABLED, NOT_IMPLEMENTED)}

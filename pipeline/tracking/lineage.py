@@ -14,17 +14,13 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 from pipeline import machine
 from pipeline.files import read_jsonl
 from pipeline.params.section import parse_yaml, read_yaml
+from pipeline.tracking.tags import COMMIT_TAG, DATA_TAG, DIRTY_TAG
 
-COMMIT_TAG = "git.commit"
-DIRTY_TAG = "git.dirty"
-DATA_TAG = "dvc.data_md5"
 LOCK_FILE = Path("dvc.lock")
 SHOWN_CHANGES = 3
 """The most changes that a name lists."""
 LONGEST_VALUE = 40
 """The longest value that names and notes show, in characters: the id of a model on the hub, but no prompt."""
-RESTORED_TAG = "pipeline.restored"
-"""The tag of a run that was recorded again from files: its commit is not that of what it records."""
 _MISSING = object()
 
 
@@ -49,9 +45,8 @@ def lineage() -> dict[str, str]:
     return {name: value for name, value in tags.items() if value}
 
 
-def short_lineage() -> dict[str, str]:
-    """Return the tags that lead from a version to what made it; the run that registered it has all others."""
-    tags = lineage()
+def select_short(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return those tags of a run that lead from a version to what made it."""
     return {name: tags[name] for name in (COMMIT_TAG, DIRTY_TAG, DATA_TAG) if name in tags}
 
 

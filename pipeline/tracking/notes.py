@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.tracking.lineage import COMMIT_TAG, DIRTY_TAG, RESTORED_TAG
+from pipeline.tracking.tags import COMMIT_TAG, DIRTY_TAG, RESTORED_TAG
 
 
 def set_section(note: str, heading: str, text: str) -> str:

@@ -15,12 +15,11 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_
 
 from pipeline.decoding import ModelDecoding, read_decoding
 from pipeline.errors import UserError
-from pipeline.tracking.runs import RunLog
 from pipeline.tracking.store import store_lock
+from pipeline.tracking.tags import FINGERPRINT_TAG
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-FINGERPRINT_TAG = "pipeline.fingerprint"
 TEST_SPLIT_TAG = "pipeline.test_split_sha256"
 PROTOCOL_TAG = "pipeline.test_protocol"
 BITS_PER_BYTE_TAG = "pipeline.test_bits_per_byte"
@@ -87,7 +86,7 @@ def _has_files(version: ModelVersion) -> bool:
 
 
 def log_version(
-    run: RunLog,
+    run_id: str,
     name: str,
     *,
     model_file: Path,
@@ -104,7 +103,7 @@ def log_version(
 
     The logged model has the parameters of the run, and `params`. Returns the version, and the id of the logged model.
     """
-    with mlflow.start_run(run_id=run.run_id):
+    with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             # MLflow takes fewer characters in the name of a logged model than in that of a registered one.
             name=name.replace(".", "-"),

@@ -39,12 +39,10 @@ from pipeline.files import digest_of
 from pipeline.tracking import lineage
 from pipeline.tracking.notes import set_section
 from pipeline.tracking.store import answering_soon, connect, experiment_id
+from pipeline.tracking.tags import FINGERPRINT_TAG, RESTORED_TAG, STAGE_TAG
 
-STAGE_TAG = "pipeline.stage"
 OUTPUTS_TAG = "pipeline.outputs_sha256"
 """The digest of what a stage wrote, by which later stages and `restore` find its run: ids are random, files are not."""
-FINGERPRINT_TAG = "pipeline.fingerprint"
-"""The name of all that a stage's outputs depend on: data, parameters, code, libraries."""
 SECTIONS = ("prepare", "base", "finetune", "export", "samples", "tune", "evaluate", "register")
 """The sections of `params.yaml`, each before those of later stages; `samples` is read by `tune` and `evaluate`."""
 TRIAL = "trial"
@@ -232,7 +230,7 @@ def start_run(
     if fingerprint is not None:
         tags[FINGERPRINT_TAG] = fingerprint
     if restored:
-        tags[lineage.RESTORED_TAG] = "true"
+        tags[RESTORED_TAG] = "true"
     if parent_run_id is not None:
         tags[MLFLOW_PARENT_RUN_ID] = parent_run_id
     if run_id is None:

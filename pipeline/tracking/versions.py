@@ -8,14 +8,13 @@ from mlflow.entities.model_registry import ModelVersion
 from pipeline.engine.manifest import measure_megabytes
 from pipeline.files import read_json
 from pipeline.tracking import notes, pages
-from pipeline.tracking.lineage import digest_texts
 from pipeline.tracking.records import TEST, links_of_evaluation
 from pipeline.tracking.runs import RunLog, find_run, holds_run
 
 
-def record_model(run: RunLog, model_id: str, evaluate: Path, export: Path, test: Path) -> None:
+def record_model(run: RunLog, model_id: str, evaluate: Path, export: Path, test_split_sha256: str) -> None:
     """Record the scores of a logged model with it, and link it with the runs that trained and evaluated it."""
-    run.log_dataset(TEST, digest_texts(test), {"split": TEST})
+    run.log_dataset(TEST, test_split_sha256, {"split": TEST})
     run.log_metrics(read_json(evaluate / "metrics.json"), model_id=model_id, dataset=TEST)
     for precision, found in read_json(export / "parity.json").items():
         own = {name: found[name] for name in ("kl_divergence", "next_token_agreement")}

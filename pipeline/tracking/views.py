@@ -7,6 +7,7 @@ from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from pipeline.tracking.pages import RUNS_VIEW
+from pipeline.tracking.tags import SAMPLES, STAGE_TAG
 
 KIND_TAG = "mlflow.experimentKind"
 KIND = "custom_model_development"
@@ -27,7 +28,7 @@ COLUMNS = {
     "params": ("base.source", "finetune.epochs", "finetune.learning_rate", "finetune.batch_tokens"),
 }
 """The columns of the saved view besides name and time."""
-FILTER = "tags.`pipeline.stage` != 'samples'"
+FILTER = f"tags.`{STAGE_TAG}` != '{SAMPLES}'"
 WIDTHS = {"attributes.`Run Name`": 320}
 """The widths of columns in pixels."""
 

@@ -149,14 +149,20 @@ SHAPES: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("changes", SHAPES, ids=str)
-def test_any_shape_of_gpt2_is_read_back_as_it_was(
-    changes: dict[str, Any], tokenizer_folder: Path, tmp_path: Path, one_thread: None
-) -> None:
-    model = make_model(**changes)
+@pytest.fixture(params=SHAPES, ids=str)
+def shaped(
+    request: pytest.FixtureRequest, tokenizer_folder: Path, tmp_path: Path, one_thread: None
+) -> tuple[GPT2LMHeadModel, Path]:
+    """A model of each shape, and its file in float32."""
+    model = make_model(**request.param)
     write_gguf(model, tokenizer_folder, tmp_path / "model.gguf", "f32")
+    return model, tmp_path / "model.gguf"
+
+
+def test_any_shape_of_gpt2_is_read_back_as_it_was(shaped: tuple[GPT2LMHeadModel, Path]) -> None:
+    model, file = shaped
     expected = TorchReference(model).logits(TEXT)
-    found = TorchReference(read_gguf(tmp_path / "model.gguf", model.config)).logits(TEXT)
+    found = TorchReference(read_gguf(file, model.config)).logits(TEXT)
     np.testing.assert_allclose(found, expected, atol=2e-4, rtol=0)
 
 
@@ -346,13 +352,9 @@ def test_llama_cpp_says_what_pytorch_says(
         assert llama.greedy(ids, 24) == reference.greedy(ids, 24)
 
 
-@pytest.mark.parametrize("changes", SHAPES, ids=str)
-def test_llama_cpp_runs_any_shape_of_gpt2(
-    changes: dict[str, Any], tokenizer_folder: Path, tmp_path: Path, one_thread: None
-) -> None:
-    model = make_model(**changes)
-    write_gguf(model, tokenizer_folder, tmp_path / "model.gguf", "f32")
-    with closing(LlamaCpp(tmp_path / "model.gguf")) as llama:
+def test_llama_cpp_runs_any_shape_of_gpt2(shaped: tuple[GPT2LMHeadModel, Path]) -> None:
+    model, file = shaped
+    with closing(LlamaCpp(file)) as llama:
         np.testing.assert_allclose(llama.logits(TEXT), TorchReference(model).logits(TEXT), atol=TABLE_ERROR, rtol=0)
 
 

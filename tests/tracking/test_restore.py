@@ -16,8 +16,8 @@ from pipeline.curves import write_curve
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_jsonl
 from pipeline.tracking import records, registry, runs, store
-from pipeline.tracking.evaluations import SAMPLES
 from pipeline.tracking.restore import holds_version, restore
+from pipeline.tracking.tags import SAMPLES
 
 PARAMETERS = {"finetune": {"seed": 1}, "register": {"name": "harbour-tales"}}
 NAME = "harbour-tales"

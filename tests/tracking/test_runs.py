@@ -41,12 +41,6 @@ def own_store(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def git(*arguments: str) -> str:
-    identity = ["-c", "user.name=A", "-c", "user.email=a@localhost"]
-    done = subprocess.run(["git", *identity, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def logged_run(stage: str = "finetune", **arguments: object) -> tuple[MlflowClient, Run]:
     """A finished run without parameters."""
     with runs.start_run(stage, {}, **arguments) as run:  # type: ignore[arg-type]
