@@ -386,7 +386,7 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
         write_gguf(model, plain, out, precision, license_id=read_license(checkpoint))
     _print_size(out)
     if texts is not None:
-        from pipeline.stages.export import TorchReference
+        from pipeline.export.reference import TorchReference
 
         _compare({precision: TorchReference(read_gguf(out, model.config)).logits}, model, texts)
 
@@ -401,7 +401,7 @@ def _texts_to_compare(split: Path | None, checkpoint: Path) -> list[list[int]] |
         return None
     from transformers import GPT2Config
 
-    from pipeline.stages.export import windows_of
+    from pipeline.export.reference import windows_of
     from pipeline.tokens import load_tokens, tokenizer_sha256
 
     context_length = GPT2Config.from_pretrained(checkpoint).n_positions
@@ -411,7 +411,7 @@ def _texts_to_compare(split: Path | None, checkpoint: Path) -> list[list[int]] |
 def _compare(readers: Any, model: Any, texts: list[list[int]]) -> None:
     """Print how close each precision is to the model in PyTorch."""
     from pipeline.export.parity import measure_closeness
-    from pipeline.stages.export import TorchReference
+    from pipeline.export.reference import TorchReference
 
     closeness = measure_closeness(readers, TorchReference(model).logits, texts, show_progress=sys.stderr.isatty())
     for precision, found in closeness.items():

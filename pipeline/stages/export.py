@@ -3,13 +3,10 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from optimum.exporters.onnx import main_export
 from optimum.utils import logging as optimum_logging
 from transformers import GPT2LMHeadModel, logging
@@ -20,13 +17,13 @@ from pipeline.engine.verbatim import VerbatimIndex, index_text
 from pipeline.errors import UserError, report_errors
 from pipeline.export.build import build_engine
 from pipeline.export.parity import Parity, broken_promises, measure_parity
+from pipeline.export.reference import TorchReference, windows_of
 from pipeline.files import whole_folder, write_json
 from pipeline.params.export import ExportParams
 from pipeline.params.file import load_section
 from pipeline.quality.lexicon import EMPTY_LEXICON, Lexicon, collect_words, load_lexicon
 from pipeline.stage_process import stage_process
-from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256
-from pipeline.training.packing import cut_windows
+from pipeline.tokens import load_tokenizer, load_tokens, tokenizer_sha256
 
 
 def main() -> None:
@@ -110,36 +107,6 @@ def certify(model: GPT2LMHeadModel, engine: Path, tokens: Path, params: ExportPa
             "this model can be left out of export.precisions)"
         )
     return parity
-
-
-def windows_of(arrays: TokenArrays, context_length: int) -> Iterator[list[int]]:
-    """Yield the documents of a split, each starting with end-of-text, cut if they exceed the context."""
-    documents = (arrays.document(index) for index in range(len(arrays)))
-    for document in documents:
-        for window in cut_windows([len(document)], context_length):
-            yield document[window.start : window.end].tolist()
-
-
-class TorchReference:
-    """The checkpoint in PyTorch, with the methods that `pipeline.export.parity` needs."""
-
-    def __init__(self, model: GPT2LMHeadModel) -> None:
-        self.model = model
-
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            return np.asarray(self.model(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy())
-
-    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        output: list[int] = []
-        fed, past = torch.tensor([list(ids)]), None
-        with torch.inference_mode():
-            while len(output) < new_tokens:
-                step = self.model(fed, past_key_values=past, use_cache=True)
-                past = step.past_key_values
-                fed = step.logits[:, -1:].argmax(dim=-1)
-                output.append(int(fed))
-        return output
 
 
 if __name__ == "__main__":

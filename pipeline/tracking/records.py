@@ -24,11 +24,10 @@ def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, An
 
     Such a run has the parameters, lineage, metrics and loss curves of the lost one, but not its samples.
     """
-    found = find_run(client, "finetune", finetune)
+    found = recorded_run(client, "finetune", finetune)
     if found is not None:
         return found
     curves = {name: read_curve(finetune / f"loss_{name}.csv") for name in ("train", "validation")}
-    print(f"the tracking store does not hold the run that wrote {finetune}; recording it again", file=sys.stderr)
     with start_run("finetune", parameters, restored=True) as run:
         for step, loss in curves["train"]:
             run.log_metrics({"train_loss": loss}, step)
@@ -36,6 +35,14 @@ def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, An
             run.log_checkpoint(step, {"validation_loss": loss})
         record_finetuning(run, finetune, parameters)
     return run.run_id
+
+
+def recorded_run(client: MlflowClient, stage: str, outputs: Path) -> str | None:
+    """Return the id of the run of `stage` that wrote `outputs`, or None, with a line that it is recorded again."""
+    found = find_run(client, stage, outputs)
+    if found is None:
+        print(f"the tracking store does not hold the run that wrote {outputs}; recording it again", file=sys.stderr)
+    return found
 
 
 def record_finetuning(run: RunLog, finetune: Path, parameters: Mapping[str, Any]) -> None:

@@ -21,8 +21,8 @@ from transformers import GPT2LMHeadModel
 from pipeline.engine.filters import log_softmax
 from pipeline.errors import UserError
 from pipeline.export.gguf import PRECISIONS, read_gguf, read_license, write_gguf
+from pipeline.export.reference import TorchReference
 from pipeline.files import read_json, write_json
-from pipeline.stages.export import TorchReference
 from pipeline.tokens import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, prompt_ids
 
 TABLE_ERROR = 0.05

@@ -15,8 +15,8 @@ from transformers import GPT2LMHeadModel
 from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.export.parity import Parity, Reference, broken_promises, measure_parity
+from pipeline.export.reference import TorchReference
 from pipeline.params.export import ParityParams
-from pipeline.stages.export import TorchReference
 from pipeline.tokens import prompt_ids
 
 TOLERANCE = ParityParams(
