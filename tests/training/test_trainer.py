@@ -44,6 +44,9 @@ class Recorder:
     def log_metrics(self, values: dict[str, float], step: int) -> None:
         self.metrics.append((step, values))
 
+    def log_checkpoint(self, step: int, scores: dict[str, float]) -> None:
+        self.log_metrics(scores, step)
+
 
 @pytest.fixture(autouse=True)
 def float32_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
