@@ -84,9 +84,11 @@ def render_card(card: Card) -> str:
         card.params.about or "Nobody has said what this model is for: set `register.about`.",
         join_links(card.links),
         "### Scores\n\n" + _scores(card.details),
+        f"What it writes after {card.details['protocol']['samples']} beginnings of the test split:",
         _samples(card.details),
         "### Use\n\n" + _use(f"models:/{card.params.name}/{card.version}", prompt.strip()[:LONGEST_PROMPT]),
         _presets(card.decoding),
+        "Each precision compared with PyTorch:",
         _precisions(card.parity, card.megabytes),
         "### Made from\n\n" + _sources(card.parameters, card.details) + "\n\n" + card.again,
         "### Limits\n\n" + _limits(card),
@@ -113,7 +115,7 @@ def _samples(details: Mapping[str, Any]) -> str:
         [label, *(number(system.get(name, of_people.get(name)), places) for system in shown.values())]
         for name, (label, places) in SAMPLE_FIGURES.items()
     ]
-    return table([f"{details['protocol']['samples']} samples", *shown], rows)
+    return table(["samples", *shown], rows)
 
 
 def _use(uri: str, prompt: str) -> str:
@@ -145,7 +147,7 @@ def _precisions(parity: Mapping[str, Mapping[str, Any]], megabytes: Mapping[str,
         ]
         for precision, found in parity.items()
     ]
-    return table(["precision", "MB", "KL divergence from PyTorch", "same next token"], rows)
+    return table(["precision", "MB", "KL divergence", "same next token"], rows)
 
 
 def _sources(parameters: Mapping[str, Any], details: Mapping[str, Any]) -> str:

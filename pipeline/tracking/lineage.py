@@ -73,12 +73,15 @@ def changes(parameters: Mapping[str, Any]) -> dict[str, str]:
     if text is None:
         return {}
     lock = parse_yaml(text, LOCK_FILE) or {}
+    # What a model is called and said to be does not change it.
+    sections = [section for section in parameters if section != "register"]
+    now = flatten({section: parameters[section] for section in sections})
     before: dict[str, Any] = {}
     for stage in lock.get("stages", {}).values():
-        before |= flatten(stage.get("params", {}).get("params.yaml", {}))
-    now = flatten({section: values for section, values in parameters.items() if section != "register"})
+        locked = stage.get("params", {}).get("params.yaml", {})
+        before |= flatten({section: locked[section] for section in sections if section in locked})
     found = {name: shorten(value) for name, value in now.items() if before.get(name, _MISSING) != value}
-    found |= {name: "removed" for name in before if name not in now and name.partition(".")[0] in parameters}
+    found |= {name: "removed" for name in before if name not in now}
     is_new = dvc_md5("data") not in (None, _locked_md5(lock, "deps", "data"))
     return {"data": "new", **found} if is_new else found
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from pipeline.tracking.tags import COMMIT_TAG, DIRTY_TAG, RESTORED_TAG
 
+GAP = "\u00a0" * 2
+"""Ends each cell of a table, as MLflow's page of a version puts no space between columns."""
+
 
 def set_section(note: str, heading: str, text: str) -> str:
     """Return the note with the text under the heading, in place of the text that was there; all else stays."""
@@ -19,8 +22,8 @@ def set_section(note: str, heading: str, text: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table; line ends in a cell become spaces."""
-    lines = [header, ["---"] * len(header), *rows]
-    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") + GAP for cell in line] for line in (header, *rows)]
+    cells.insert(1, ["---"] * len(header))
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 

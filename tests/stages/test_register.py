@@ -36,6 +36,7 @@ from pipeline.stages import register as stage
 from pipeline.stages.register import SERVED_MODULE, SIGNATURE, packed_code, register
 from pipeline.tokens import load_tokenizer, prompt_ids
 from pipeline.tracking import lineage, registry, runs, store
+from pipeline.tracking.notes import GAP
 from pipeline.tracking.records import record_evaluation
 from pipeline.tracking.registry import fetch_model
 
@@ -206,7 +207,7 @@ def test_the_card_describes_version_and_model(project: Project, evaluated: Path,
     card = client.get_model_version(version["name"], "1").description
     assert client.get_registered_model(version["name"]).description == card
     bits = read_json(project.out / "evaluate" / "details.json")["documents"]["finetuned"]["bits_per_byte"]
-    assert f"| {bits:.3f} |" in card
+    assert f"| {bits:.3f}{GAP} |" in card
     assert card.startswith(project.params.register_.about or "-")
     assert f"models:/{version['name']}/1" in card
     for run_id in (project.run_of("finetune"), runs.find_run(client, "evaluate", evaluated)):

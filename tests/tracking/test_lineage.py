@@ -51,7 +51,8 @@ def lock_of(parameters: dict[str, Any], data_md5: str = "24f1.dir") -> dict[str,
     """What DVC writes of a training with these parameters."""
     prepare = {"deps": [{"path": "data", "md5": data_md5}], "params": {"params.yaml": {"prepare": {"seed": 1}}}}
     finetune = {"params": {"params.yaml": {"finetune": parameters["finetune"]}}}
-    return {"schema": "2.0", "stages": {"prepare": prepare, "finetune": finetune}}
+    register = {"params": {"params.yaml": {"register": parameters["register"]}}}
+    return {"schema": "2.0", "stages": {"prepare": prepare, "finetune": finetune, "register": register}}
 
 
 def changed(**values: object) -> dict[str, Any]:
