@@ -9,12 +9,13 @@ import argparse
 import http.client
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,8 +161,16 @@ def body_of(asked: Asked, contender: Contender) -> dict[str, Any]:
 
 
 @contextmanager
-def served(contender: Contender, folder: Path, threads: int, *, max_queue: int) -> Iterator[int]:
-    """Start a server as a process, and yield its port once it answers."""
+def served(
+    contender: Contender,
+    folder: Path,
+    threads: int,
+    *,
+    max_queue: int,
+    options: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[int]:
+    """Start a server as a process with more options and environment variables; yield its port once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -173,8 +182,9 @@ def served(contender: Contender, folder: Path, threads: int, *, max_queue: int) 
         command += ["--n_threads", str(threads), "--n_threads_batch", str(threads), "--verbose", "false"]
         command += ["--interrupt_requests", "false"]
     process = subprocess.Popen(
-        [sys.executable, *command, "--port", str(port)],
+        [sys.executable, *command, *options, "--port", str(port)],
         cwd=ROOT,
+        env={**os.environ, **(variables or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

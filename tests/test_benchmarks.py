@@ -107,6 +107,26 @@ def test_serve_compares_the_server_with_the_engine_alone(tmp_path: Path) -> None
     assert str(tmp_path) not in result
 
 
+def test_every_request_of_the_benchmark_of_traces_has_one(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/traces.py", "--checkpoint", "tiny", "--precision", "float32", "--texts"]
+    command += [
+        "--work",
+        str(tmp_path / "work"),
+        "--threads",
+        "1",
+        "--streams",
+        "2",
+        "--requests",
+        "3",
+        "--rounds",
+        "2",
+    ]
+    done = run([*command, "--out", str(tmp_path / "result")])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "result").read_text() == done.stdout
+    assert "traces received: 9, with texts" in done.stdout
+
+
 def test_a_soak_leaves_the_server_as_it_was(tiny_engine_folder: Path) -> None:
     command = [sys.executable, "benchmarks/soak.py", "--engine", str(tiny_engine_folder), "--precision", "float32"]
     done = run([*command, "--seconds", "6", "--clients", "8", "--longest-wait-s", "60"])

@@ -34,9 +34,10 @@ logger = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """Prints its address, and reports not ready from the first signal on; a second signal ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, served: Served) -> None:
+    def __init__(self, config: uvicorn.Config, served: Served, traces: "Traces | None") -> None:
         super().__init__(config)
         self._served = served
+        self._traces = traces
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -44,6 +45,12 @@ class Server(uvicorn.Server):
             host, port = listener.getsockname()[:2]
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             print(f"{address}/ is the playground, {address}/v1 the API, and {address}/docs its description", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # Uvicorn ends the process by the same signal after this.
+        if self._traces is not None and not self.force_exit:
+            self._traces.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._served.draining = True
@@ -119,7 +126,7 @@ def serve(
         # By then every request has ended; only what a client does not read keeps its connection open.
         timeout_graceful_shutdown=math.ceil(limits.timeout_s) + GRACE_S,
     )
-    server = Server(config, served)
+    server = Server(config, served, traces)
     with bind_socket(address) as listener:
         # Before the port is open: nobody is answered until the model is ready, and an error is one line.
         served.start()
@@ -129,8 +136,6 @@ def serve(
         gc.freeze()
         gc.set_threshold(*COLLECTED_AT_ONCE)
         server.run(sockets=[listener])
-    if traces is not None and not server.force_exit:
-        traces.close()
     if died.is_set():
         raise UserError("the engine ended with the error above; start the server again, or report it")
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from isolated_store import VARIABLES
+from otlp_receiver import receiving
 from served_model import PATIENCE_S, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -30,16 +32,17 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pipeline", "serve", *arguments]
 
 
-@pytest.fixture
-def process(tiny_engine_folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+@contextmanager
+def running(folder: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a server with more environment variables, and yield its process and its address."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     options = ["--port", "0", "--precision", "float32", "--provider", "cpu", "--threads", "1"]
     started = subprocess.Popen(
-        command("--model", str(tiny_engine_folder), *options),
+        command("--model", str(folder), *options),
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=environment,
+        env=environment | variables,
     )
     assert started.stdout is not None
     found = re.match(r"(http://127\.0\.0\.1:\d+)/ ", started.stdout.readline())
@@ -51,6 +54,12 @@ def process(tiny_engine_folder: Path) -> Iterator[tuple[subprocess.Popen[str], s
         started.kill()
         started.wait()
         started.stdout.close()
+
+
+@pytest.fixture
+def process(tiny_engine_folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    with running(tiny_engine_folder) as started:
+        yield started
 
 
 def test_a_signal_lets_it_finish_what_runs(process: tuple[subprocess.Popen[str], str]) -> None:
@@ -85,6 +94,18 @@ def test_a_signal_ends_an_idle_server(process: tuple[subprocess.Popen[str], str]
     assert requests.get(f"{url}/ready", timeout=PATIENCE_S).status_code == 200
     started.send_signal(signal.SIGINT)
     wait_for(lambda: started.poll() is not None)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_it_send_the_traces_that_wait(sent: signal.Signals, tiny_engine_folder: Path) -> None:
+    with receiving() as receiver:
+        # They would wait for an hour.
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, "OTEL_BSP_SCHEDULE_DELAY": "3600000"}
+        with running(tiny_engine_folder, **variables) as (started, url):
+            requests.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=PATIENCE_S)
+            started.send_signal(sent)
+            wait_for(lambda: started.poll() is not None)
+        assert len(receiver.spans) == 1
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

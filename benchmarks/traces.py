@@ -1,0 +1,124 @@
+"""Measure what traces cost a server: the same requests to two servers in turn, of which one sends a trace of each.
+
+Both servers run all the time, and the one that is not asked waits. A receiver in a process of its own reads the traces.
+Each round asks both, in an order that changes; the result is the ratio of their rates.
+"""
+
+import argparse
+import http.server
+import multiprocessing
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from contenders import PEER_LIBRARIES, parse_contender
+from decode import find_checkpoint, prepare
+from serve import drive, requests_of, served
+
+from pipeline import machine
+from pipeline.cores import usable_cores
+from pipeline.errors import UserError, report_errors
+from pipeline.files import whole_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="out/finetune", help="a folder, medium or tiny (default: %(default)s)")
+    parser.add_argument("--precision", default="int8", help="default: %(default)s")
+    parser.add_argument("--texts", action="store_true", help="the traces contain the texts")
+    parser.add_argument("--streams", type=int, default=8, help="number of clients at once (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=48, help="requests per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="default: the number of physical cores")
+    parser.add_argument("--work", type=Path, default=Path("out") / "benchmarks", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="also write the result to this file")
+    arguments = parser.parse_args()
+    with report_errors():
+        text = benchmark(arguments, arguments.threads or usable_cores())
+        print(text, end="")
+        if arguments.out is not None:
+            with whole_file(arguments.out) as partial:
+                partial.write_text(text, encoding="utf-8")
+
+
+def benchmark(arguments: argparse.Namespace, threads: int) -> str:
+    contender = parse_contender(f"engine-{arguments.precision}", "cpu")
+    checkpoint = find_checkpoint(arguments.checkpoint, arguments.work)
+    engine, _ = prepare(checkpoint, [contender], threads, arguments.work / "traces", {})[contender]
+    asked = requests_of(arguments.requests)
+    ends, receiving = multiprocessing.Pipe()
+    receiver = multiprocessing.Process(target=receive, args=(receiving,), daemon=True)
+    receiver.start()
+    address = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://127.0.0.1:{ends.recv()}/v1/traces"}
+    options = ["--trace-texts"] if arguments.texts else []
+    rates: dict[str, list[float]] = {"silent": [], "traced": []}
+    most = len(asked)
+    with (
+        served(contender, engine, threads, max_queue=most) as silent,
+        served(contender, engine, threads, max_queue=most, options=options, variables=address) as traced,
+    ):
+        ports = {"silent": silent, "traced": traced}
+        for port in ports.values():
+            drive(port, contender, asked, arguments.streams)
+        for number in range(arguments.rounds):
+            print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+            for name in sorted(ports, reverse=bool(number % 2)):
+                done = drive(ports[name], contender, asked, arguments.streams)
+                if done.lost:
+                    raise UserError(f"{name}: {done.lost} requests were lost")
+                rates[name].append(done.rate)
+    ends.send(None)
+    received = ends.recv()
+    expected = (arguments.rounds + 1) * len(asked)
+    if received != expected:
+        raise UserError(f"the receiver got {received} traces of {expected} requests")
+    return report(arguments, threads, rates, received)
+
+
+def report(arguments: argparse.Namespace, threads: int, rates: dict[str, list[float]], received: int) -> str:
+    ratios = np.array(rates["traced"]) / np.array(rates["silent"])
+    low, middle, high = np.percentile(ratios, (25, 50, 75))
+    lines = [
+        *(f"{name}: {value}" for name, value in machine.describe(PEER_LIBRARIES).items()),
+        f"checkpoint: {Path(arguments.checkpoint).name}, {arguments.precision}; {threads} threads",
+        f"{arguments.requests} requests per round, from {arguments.streams} clients at once",
+        "",
+        *(f"{name}: median of {np.median(own):.0f} tokens/s" for name, own in rates.items()),
+        f"traces received: {received:,}{', with texts' if arguments.texts else ''}",
+        f"traced / silent: {middle:.3f} × ({low:.3f} to {high:.3f} between the quartiles of {len(ratios)} rounds)",
+        f"standard error of the mean ratio {ratios.mean():.3f}: {ratios.std(ddof=1) / np.sqrt(len(ratios)):.3f}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def receive(ends: Connection) -> None:
+    """Send the port of a receiver of OTLP over HTTP; at a message, send how many spans it got, and end."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    spans = 0
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            nonlocal spans
+            message = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
+            spans += sum(len(scope.spans) for part in message.resource_spans for scope in part.scope_spans)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        server.timeout = 0.1
+        ends.send(server.server_port)
+        while not ends.poll():
+            server.handle_request()
+        ends.send(spans)
+
+
+if __name__ == "__main__":
+    main()
