@@ -14,7 +14,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 from pipeline import machine
 from pipeline.files import read_jsonl
 from pipeline.params.section import parse_yaml, read_yaml
-from pipeline.tracking.tags import COMMIT_TAG, DATA_TAG, DIRTY_TAG
+from pipeline.tracking.tags import COMMIT_TAG, DATA_TAG, DIRTY_TAG, EXPERIMENT_TAG
 
 LOCK_FILE = Path("dvc.lock")
 SHOWN_CHANGES = 3
@@ -33,7 +33,7 @@ def lineage() -> dict[str, str]:
         # The same again under a name that the UI shows.
         COMMIT_TAG: commit,
         DIRTY_TAG: checkout and str(checkout.is_changed).lower(),
-        "dvc.experiment": os.environ.get("DVC_EXP_NAME"),
+        EXPERIMENT_TAG: os.environ.get("DVC_EXP_NAME"),
         DATA_TAG: dvc_md5("data"),
         "dvc.base_md5": dvc_md5("out/base"),
         "machine.platform": platform.platform(),

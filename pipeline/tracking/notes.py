@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.tracking.tags import COMMIT_TAG, DIRTY_TAG, RESTORED_TAG
+from pipeline.tracking.tags import COMMIT_TAG, DIRTY_TAG, EXPERIMENT_TAG, RESTORED_TAG
 
 GAP = "\u00a0" * 2
 """Ends each cell of a table, as MLflow's page of a version puts no space between columns."""
@@ -39,6 +39,9 @@ def how_to_make_again(tags: Mapping[str, str]) -> str:
         return "Recorded again from its files, in a store that lacked it."
     if commit is None:
         return "Made outside of git: which code made it is unknown."
+    if EXPERIMENT_TAG in tags:
+        # It holds all that was changed.
+        return f"`git checkout {commit} && dvc exp apply {tags[EXPERIMENT_TAG]} && dvc repro` makes it again."
     if tags.get(DIRTY_TAG) == "true":
         return f"Made from commit `{commit}` with changes that were not committed."
     return f"`git checkout {commit} && dvc repro` makes it again."

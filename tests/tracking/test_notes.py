@@ -51,6 +51,10 @@ def test_figures_read_as_people_write_them() -> None:
     [
         ({"git.commit": "c0ffee", "git.dirty": "false"}, "`git checkout c0ffee && dvc repro` makes it again."),
         ({"git.commit": "c0ffee", "git.dirty": "true"}, "from commit `c0ffee` with changes that were not committed"),
+        (
+            {"git.commit": "c0ffee", "git.dirty": "true", "dvc.experiment": "two-epochs"},
+            "`git checkout c0ffee && dvc exp apply two-epochs && dvc repro` makes it again.",
+        ),
         ({}, "outside of git"),
         ({"git.commit": "c0ffee", "git.dirty": "false", "pipeline.restored": "true"}, "Recorded again from its files"),
     ],

@@ -201,7 +201,8 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
 def computed(log: Recorder) -> list[tuple[int, dict[str, float]]]:
     """Return what a training logged, without what differs from one process to the next."""
     measured = ("tokens_per_second", "peak_memory_mib")
-    return [(step, {name: values[name] for name in values if name not in measured}) for step, values in log.metrics]
+    same = [(step, {name: values[name] for name in values if name not in measured}) for step, values in log.metrics]
+    return [(step, values) for step, values in same if values]
 
 
 def on_step(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[ScoredGPT2], None]) -> None:
