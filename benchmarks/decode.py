@@ -24,14 +24,14 @@ import onnx
 import psutil
 from contenders import DEFAULTS, MODULES, PACKAGES, PEER_LIBRARIES, Contender, parse_contender
 from conversion import ROOT, export_engine, run_python
-from report import Entry, Group, Measurement, report
+from report import Entry, Group, Measurement, publish, report
 from worker import Answer, Start, Worker
 
 from pipeline import doctor, machine
 from pipeline.cores import usable_cores
 from pipeline.engine.manifest import GRAPH_FILE
 from pipeline.errors import UserError, report_errors
-from pipeline.files import read_json, sha256_file, whole_file
+from pipeline.files import read_json, sha256_file
 from pipeline.tokens import end_of_text_id, load_tokenizer
 
 HERE = Path(__file__).parent
@@ -88,10 +88,7 @@ def main() -> None:
             work=arguments.work,
             command=_shown_command(arguments, parser),
         )
-        print(text, end="")
-        if arguments.out:
-            with whole_file(arguments.out) as partial:
-                partial.write_text(text, encoding="utf-8")
+        publish(text, arguments.out)
 
 
 def benchmark(

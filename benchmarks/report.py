@@ -3,13 +3,24 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 from contenders import SAMPLED, Contender
 from worker import Start
 
+from pipeline.files import whole_file
+
 REFERENCE = "transformers-float32"
 """The contender that the greedy tokens of the others are compared with."""
+
+
+def publish(text: str, out: Path | None) -> None:
+    """Print a result, and write it to a file if one is given."""
+    print(text, end="")
+    if out is not None:
+        with whole_file(out) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ import numpy as np
 from contenders import PEER_LIBRARIES, SAMPLED, Contender, parse_contender
 from conversion import GGUF_FILE, ROOT
 from decode import find_checkpoint, prepare
+from report import publish
 
 from pipeline import machine
 from pipeline.cores import usable_cores
 from pipeline.decoding import SamplingParams
 from pipeline.errors import UserError, report_errors
-from pipeline.files import whole_file
 
 PROMPT_WORDS = (4, 40)
 NEW_TOKENS = (16, 192)
@@ -94,10 +94,7 @@ def main() -> None:
             return
         streams = [int(number) for number in arguments.streams.split(",")]
         text = benchmark(arguments, streams, threads)
-        print(text, end="")
-        if arguments.out is not None:
-            with whole_file(arguments.out) as partial:
-                partial.write_text(text, encoding="utf-8")
+        publish(text, arguments.out)
 
 
 def benchmark(arguments: argparse.Namespace, streams: Sequence[int], threads: int) -> str:

@@ -8,18 +8,20 @@ import argparse
 import http.server
 import multiprocessing
 import sys
+import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 from contenders import PEER_LIBRARIES, parse_contender
-from decode import find_checkpoint, prepare
+from conversion import export_engine
+from decode import find_checkpoint
+from report import publish
 from serve import drive, requests_of, served
 
 from pipeline import machine
 from pipeline.cores import usable_cores
 from pipeline.errors import UserError, report_errors
-from pipeline.files import whole_file
 
 
 def main() -> None:
@@ -35,17 +37,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     with report_errors():
-        text = benchmark(arguments, arguments.threads or usable_cores())
-        print(text, end="")
-        if arguments.out is not None:
-            with whole_file(arguments.out) as partial:
-                partial.write_text(text, encoding="utf-8")
+        checkpoint = find_checkpoint(arguments.checkpoint, arguments.work)
+        with tempfile.TemporaryDirectory() as folder:
+            engine = Path(folder) / "engine"
+            export_engine(checkpoint, engine, [arguments.precision])
+            text = benchmark(arguments, engine, arguments.threads or usable_cores())
+        publish(text, arguments.out)
 
 
-def benchmark(arguments: argparse.Namespace, threads: int) -> str:
+def benchmark(arguments: argparse.Namespace, engine: Path, threads: int) -> str:
     contender = parse_contender(f"engine-{arguments.precision}", "cpu")
-    checkpoint = find_checkpoint(arguments.checkpoint, arguments.work)
-    engine, _ = prepare(checkpoint, [contender], threads, arguments.work / "traces", {})[contender]
     asked = requests_of(arguments.requests)
     ends, receiving = multiprocessing.Pipe()
     receiver = multiprocessing.Process(target=receive, args=(receiving,), daemon=True)

@@ -109,19 +109,8 @@ def test_serve_compares_the_server_with_the_engine_alone(tmp_path: Path) -> None
 
 def test_every_request_of_the_benchmark_of_traces_has_one(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/traces.py", "--checkpoint", "tiny", "--precision", "float32", "--texts"]
-    command += [
-        "--work",
-        str(tmp_path / "work"),
-        "--threads",
-        "1",
-        "--streams",
-        "2",
-        "--requests",
-        "3",
-        "--rounds",
-        "2",
-    ]
-    done = run([*command, "--out", str(tmp_path / "result")])
+    command += ["--threads", "1", "--streams", "2", "--requests", "3", "--rounds", "2"]
+    done = run([*command, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "result")])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "result").read_text() == done.stdout
     assert "traces received: 9, with texts" in done.stdout
