@@ -6,6 +6,7 @@ So MLflow's page of evaluation runs shows the samples of two fine-tunings side b
 import hashlib
 import io
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -107,7 +108,8 @@ def _evaluate(run_id: str, dataset: Any, drawn: Mapping[str, Mapping[str, Any]])
 
 @contextmanager
 def _without_banner() -> Iterator[None]:
-    """Leave out what MLflow prints for notebooks and, unless on a terminal, its progress bar."""
+    """Leave out what MLflow says about itself and to notebooks and, unless on a terminal, its progress bar."""
+    logging.getLogger("mlflow.models.evaluation.utils.trace").setLevel(logging.WARNING)
     lines = io.StringIO()
     with redirect_stdout(io.StringIO()):
         if sys.stderr.isatty():

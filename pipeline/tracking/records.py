@@ -1,6 +1,5 @@
 """Recording what a stage wrote in MLflow, from its files alone: as it ends, or later in a store that lacks it."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,17 @@ def parent_run(client: MlflowClient, finetune: Path, parameters: Mapping[str, An
 
     Such a run has the parameters, lineage, metrics and loss curves of the lost one, but not its samples.
     """
-    found = recorded_run(client, "finetune", finetune)
+    found = find_run(client, "finetune", finetune)
     if found is not None:
         return found
     curves = {name: read_curve(finetune / f"loss_{name}.csv") for name in ("train", "validation")}
-    with start_run("finetune", parameters, restored=True) as run:
+    with start_run("finetune", parameters, restored=finetune) as run:
         for step, loss in curves["train"]:
             run.log_metrics({"train_loss": loss}, step)
         for step, loss in curves["validation"]:
             run.log_checkpoint(step, {"validation_loss": loss})
         record_finetuning(run, finetune, parameters)
     return run.run_id
-
-
-def recorded_run(client: MlflowClient, stage: str, outputs: Path) -> str | None:
-    """Return the id of the run of `stage` that wrote `outputs`, or None, with a line that it is recorded again."""
-    found = find_run(client, stage, outputs)
-    if found is None:
-        print(f"the tracking store does not hold the run that wrote {outputs}; recording it again", file=sys.stderr)
-    return found
 
 
 def record_finetuning(run: RunLog, finetune: Path, parameters: Mapping[str, Any]) -> None:

@@ -10,9 +10,9 @@ from mlflow import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.tracking.records import parent_run, record_evaluation, record_search, recorded_run
+from pipeline.tracking.records import parent_run, record_evaluation, record_search
 from pipeline.tracking.registry import find_version
-from pipeline.tracking.runs import start_run
+from pipeline.tracking.runs import find_run, start_run
 from pipeline.tracking.store import connect
 
 
@@ -24,11 +24,11 @@ def restore(out: Path, parameters: Mapping[str, Any]) -> None:
     """
     client = connect()
     parent = parent_run(client, out / "finetune", parameters)
-    if recorded_run(client, "tune", out / "tune") is None:
-        with start_run("tune", parameters, parent_run_id=parent, restored=True) as run:
+    if find_run(client, "tune", out / "tune") is None:
+        with start_run("tune", parameters, parent_run_id=parent, restored=out / "tune") as run:
             record_search(run, out / "tune")
-    if recorded_run(client, "evaluate", out / "evaluate") is None:
-        with start_run("evaluate", parameters, parent_run_id=parent, restored=True) as run:
+    if find_run(client, "evaluate", out / "evaluate") is None:
+        with start_run("evaluate", parameters, parent_run_id=parent, restored=out / "evaluate") as run:
             parity, test = out / "export" / "parity.json", out / "prepare" / "test.jsonl"
             record_evaluation(run, out / "evaluate", parity, test, parameters)
     if not holds_version(client, out / "register" / "version.json"):

@@ -216,20 +216,21 @@ def start_run(
     parent_run_id: str | None = None,
     run_id: str | None = None,
     fingerprint: str | None = None,
-    restored: bool = False,
+    restored: Path | None = None,
 ) -> Iterator[RunLog]:
     """Open a run with its parameters and lineage; it ends as finished, or as failed if the block raises.
 
     `parameters` is the parsed `params.yaml`; the run gets the sections of its stage and of those before it, which made
     it. `run_id` names an interrupted run of the store, which is resumed and keeps its parameters: MLflow changes none.
-    `fingerprint` names all that the outputs depend on, for `fingerprint_of`. `restored` marks a run that is recorded
-    again from files.
+    `fingerprint` names all that the outputs depend on, for `fingerprint_of`. `restored` is the folder from
+    which a run that the store lost is recorded again.
     """
     client = connect()
     tags = {**stage_tags(stage), **lineage.lineage()}
     if fingerprint is not None:
         tags[FINGERPRINT_TAG] = fingerprint
-    if restored:
+    if restored is not None:
+        print(f"the tracking store does not hold the run that wrote {restored}; recording it again", file=sys.stderr)
         tags[RESTORED_TAG] = "true"
     if parent_run_id is not None:
         tags[MLFLOW_PARENT_RUN_ID] = parent_run_id
