@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL_SUFFIX = ".partial"
+TEMPORARY_SUFFIX = ".temporary"
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -33,6 +34,23 @@ def whole_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         shutil.rmtree(path)
     partial.rename(path)
+
+
+@contextmanager
+def temporary_folder(out: Path, parent: str | None) -> Iterator[Path]:
+    """Yield an empty folder for files on the way to `out`, removed at the end, and after a kill by the next run.
+
+    It is in `parent` if that is given, under a name that other outputs do not have, else next to `out`.
+    """
+    name = f"{out.name}-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
+    path = out.with_name(out.name + TEMPORARY_SUFFIX) if parent is None else Path(parent, name + TEMPORARY_SUFFIX)
+    shutil.rmtree(path, ignore_errors=True)
+    with _name_full_disk(path):
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Rules that repair text: characters, markup, page marks, notices, wrapped lines, blank lines."""
 
 import re
+import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import ftfy
@@ -22,13 +23,35 @@ _INVISIBLE = re.compile(
     f"|(?<!{_DIVIDED})\u200b|\u200b(?!{_DIVIDED})"
     f"|(?<![^\\0-\u024f])[\u200c\u200d]|(?<!{_VIRAMA})[\u200c\u200d](?![^\\0-\u024f])"
 )
-_PLAIN = re.compile(r"[ -~\t]*")
 _ODD_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+_PLAIN = bytes([*b"\t", *range(0x21, 0x7F)])
+_REMOVED = re.compile("[\u00a0\u00ad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u2069\u3000\ufeff]")
+"""The characters of `_INVISIBLE` and `_ODD_SPACE`."""
+# ftfy looks for mojibake longer than all other rules take together, and what it finds are rare neighbours. Most texts
+# have only these, which are never found: quotes and dashes next to each other and to ASCII, and letters of one kind.
+_QUIET = "‘’“”–—…"
+_ACCENTED = "ß-öø-ÿ"
+_LETTER = "\u0386\u0388-\u038a\u038c\u038e-\u03ce\u0401\u0403-\u045f"  # Greek and Cyrillic; not Ђ, of "вЂ"
+_SEARCHED = "[\u00a0-\u052f\u2000-\u2e7f\uf8ff\ufb01\ufb02\ufffd]"  # has all characters that ftfy searches for
+_RARE = f"(?![{_QUIET}{_ACCENTED}{_LETTER}]){_SEARCHED}"
+_MAY_BE_BROKEN = re.compile(
+    # The first line is what ftfy finds alone: control characters, ligatures, line separators, halves of characters.
+    "[\0-\x08\x0b-\x1f\x7f-\x9fŒœÃÂĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u2028\u2029\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]"
+    f"|{_RARE}{_SEARCHED}|[{_QUIET}{_ACCENTED}{_LETTER}]{_RARE}|[{_LETTER}][{_ACCENTED}]|[{_ACCENTED}][{_LETTER}]"
+    f"|”[{_ACCENTED}]|[{_ACCENTED}][“”‘]|[ВГРСΒΓΞΟ][{_QUIET}][ВГРСΒΓΞΟ]"
+)
+_STRAIGHT = dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
+"""What ftfy makes of curly quotes."""
 _PAGE = r"(?:(?:p|pp|pg|page)\.?\s*\d{1,4}|(?:pp?\.|pg\.?|page)\s+[ivxlc]{1,8})"
 _PAGE_MARK = rf"\[\s*{_PAGE}\s*\]|\(\s*{_PAGE}\s*\)|\{{\s*(?:{_PAGE}|\d{{1,4}})\s*\}}|[-–—]\s*\d{{1,4}}\s*[-–—]"
 _PAGE_MARK += r"|page\s+\d{1,4}(?:\s+of\s+\d{1,4})?"
 _PAGE_MARK_LINE = re.compile(rf"^[ \t]*(?:{_PAGE_MARK})$", re.IGNORECASE | re.MULTILINE)
 _PAGE_BREAK = re.compile(rf"\n*(?:{_PAGE_MARK_LINE.pattern}\n*)+", re.IGNORECASE | re.MULTILINE)
+# How a line with a page mark begins. White space within a mark may be a line end.
+_PAGE_MARK_HINT = re.compile(r"[ \t]*(?:[\[({]\s*(?:p|\d|$)|[-–—]\s*(?:\d|$)|page(?:\s|$))", re.IGNORECASE)
+_CREDIT_WORDS = b"produced", b"prepared", b"scanned"
+_MAX_CREDIT_BYTES = 8 + 40 * 4 + 3
+"""The most bytes in UTF-8 from a word of `_CREDIT_WORDS` to the end of "by"."""
 _NOTICE_HINT = re.compile(r"transcriber|\b(?:produced|prepared|transcribed|scanned)\b.{0,40}\bby\b", re.IGNORECASE)
 _TRANSCRIBER = r"Transcriber['’]?s?['’]?\s+Notes?\b"
 _BRACKETED_NOTE = re.compile(
@@ -47,19 +70,25 @@ _MAX_CREDIT_LINES = 6
 Repair = Literal["markup", "repaired_characters", "space", "notices", "page_marks", "line_breaks"]
 
 
-@dataclass(frozen=True, slots=True)
-class CleanedText:
-    """A clean text, and the counts of what was repaired in it."""
+@dataclass(slots=True)
+class Repairs:
+    """The counts of what was repaired."""
 
-    text: str
-    page_marks: int
-    notices: int
-    joined_breaks: int
-    removed: Counter[Repair]
+    page_marks: int = 0
+    notices: int = 0
+    joined_breaks: int = 0
+    removed: Counter[Repair] = field(default_factory=Counter)
     """The number of characters by which each repair shortened the text; below 0 if it lengthened it."""
 
+    def add(self, other: "Repairs") -> None:
+        """Add the counts of another text."""
+        self.page_marks += other.page_marks
+        self.notices += other.notices
+        self.joined_breaks += other.joined_breaks
+        self.removed.update(other.removed)
 
-def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool, strip_markup: bool) -> CleanedText:
+
+def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool, strip_markup: bool) -> tuple[str, Repairs]:
     """Repair a section's text. `wrap_columns` is the column at which its file wraps lines; None if it does not."""
     plain = remove_markup(text) if strip_markup else text
     repaired = repair_characters(plain, straighten_quotes=straighten_quotes)
@@ -84,7 +113,7 @@ def clean(text: str, *, wrap_columns: int | None, straighten_quotes: bool, strip
     for repair, form in forms:
         removed[repair] += characters - len(form)
         characters = len(form)
-    return CleanedText(final, page_marks, notices, joined_breaks, removed)
+    return final, Repairs(page_marks, notices, joined_breaks, removed)
 
 
 def remove_markup(text: str) -> str:
@@ -102,24 +131,59 @@ def remove_markup(text: str) -> str:
 
 def repair_characters(text: str, *, straighten_quotes: bool) -> str:
     """Repair mojibake (ftfy), line ends, control and invisible characters, odd spaces, curly quotes if asked; NFC."""
-    config = ftfy.TextFixerConfig(
-        unescape_html=False,
-        uncurl_quotes=straighten_quotes,
-        fix_character_width=False,
-        normalization="NFC",
-        explain=False,
-    )
-    # ftfy works line by line and does not change plain ASCII, so such lines can skip its many checks.
-    lines = text.replace("\r\n", "\n").replace("\f", "\n").split("\n")
-    text = "\n".join(line if _PLAIN.fullmatch(line) else ftfy.fix_text(line, config) for line in lines)
+    text = text.replace("\r\n", "\n").replace("\f", "\n")
+    odd = _find_odd(text)
+    if _is_sound(text, odd):
+        text = _straighten(text, odd) if straighten_quotes else text
+        if not _REMOVED.search(odd):
+            return text
+    else:
+        config = ftfy.TextFixerConfig(
+            unescape_html=False,
+            uncurl_quotes=straighten_quotes,
+            fix_character_width=False,
+            normalization="NFC",
+            explain=False,
+        )
+        text = "\n".join(_fix_line(line, config) for line in text.split("\n"))
     return _ODD_SPACE.sub(" ", _INVISIBLE.sub("", text))
+
+
+def _fix_line(line: str, config: ftfy.TextFixerConfig) -> str:
+    odd = _find_odd(line)
+    if not _is_sound(line, odd):
+        return str(ftfy.fix_text(line, config))
+    return _straighten(line, odd) if config.uncurl_quotes else line
+
+
+def _find_odd(text: str) -> str:
+    """Return the characters beyond printable ASCII; those of different words have white space between them."""
+    odd = text.encode(errors="surrogatepass").translate(None, _PLAIN)
+    for spaces in (b" " * 16, b" " * 4, b" " * 2):
+        odd = odd.replace(spaces, b" ")
+    return odd.decode(errors="surrogatepass")
+
+
+def _is_sound(text: str, odd: str) -> bool:
+    """Check whether ftfy would change nothing but curly quotes."""
+    return _MAY_BE_BROKEN.search(odd) is None and unicodedata.is_normalized("NFC", text)
+
+
+def _straighten(text: str, odd: str) -> str:
+    for curly, straight in _STRAIGHT.items():
+        if curly in odd:
+            text = text.replace(curly, straight)
+    return text
 
 
 def tidy_space(text: str) -> str:
     """Remove spaces at line ends, blank lines at both ends, and all but one of several blank lines in a row."""
-    # Not a regular expression: it would search a run of spaces inside a line from each of them.
-    text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+    if " \n" in text or "\t\n" in text or text.endswith((" ", "\t")):
+        # Not a regular expression: it would search a run of spaces inside a line from each of them.
+        text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
+    if "\n\n\n" in text:
+        text = re.sub(r"\n{3,}", "\n\n", text)
+    return text.strip("\n")
 
 
 def remove_page_marks(text: str, *, wrapped: bool) -> tuple[str, int]:
@@ -143,6 +207,8 @@ def remove_page_marks(text: str, *, wrapped: bool) -> tuple[str, int]:
         has_neighbour = before_line.strip("\n") or after_line.strip("\n")
         return "\n" if wrapped or has_neighbour else find_joint(before, text[end])
 
+    if not any(map(_PAGE_MARK_HINT.match, text.split("\n"))):
+        return text, 0
     return _PAGE_BREAK.sub(mend, text), len(_PAGE_MARK_LINE.findall(text))
 
 
@@ -152,12 +218,26 @@ def remove_notices(text: str) -> tuple[str, int]:
     Notices are `[Transcriber's Note: …]`, a paragraph `Transcriber's Note: …`, and a short paragraph `Produced by …`
     that contains only names of people, or their project. Expects tidy space.
     """
-    if not _NOTICE_HINT.search(text):
+    if not _may_have_notice(text) or not _NOTICE_HINT.search(text):
         return text, 0
     text, notices = _BRACKETED_NOTE.subn("", text)
     paragraphs = text.split("\n\n")
     kept = [paragraph for paragraph in paragraphs if not (_PLAIN_NOTE.match(paragraph) or _is_credit(paragraph))]
     return "\n\n".join(kept), notices + len(paragraphs) - len(kept)
+
+
+def _may_have_notice(text: str) -> bool:
+    """Check whether `_NOTICE_HINT` may match, in a tenth of the time."""
+    lower = text.encode(errors="surrogatepass").lower()
+    if b"transcribe" in lower or any(letter in text for letter in "ſıİ"):  # for `re`, they equal letters of ASCII
+        return True
+    for word in _CREDIT_WORDS:
+        start = lower.find(word)
+        while start >= 0:
+            if b"by" in lower[start : start + _MAX_CREDIT_BYTES]:
+                return True
+            start = lower.find(word, start + 1)
+    return False
 
 
 def _is_credit(paragraph: str) -> bool:

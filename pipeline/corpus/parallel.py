@@ -6,7 +6,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from pipeline.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,6 +23,7 @@ def map_in_order(
     """Map in `workers` processes, or in this process if `workers` is 1.
 
     Reads at most a few items per worker ahead of the results taken, so neither items nor results pile up in memory.
+    Raises `UserError` if a process is killed.
     """
     if workers == 1:
         yield from map(function, items)
@@ -33,6 +37,10 @@ def map_in_order(
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of {workers} worker processes was killed, perhaps for lack of memory; free some, and run it again"
+            ) from error
         finally:
             for future in pending:
                 future.cancel()

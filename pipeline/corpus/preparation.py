@@ -2,85 +2,89 @@
 
 import json
 import os
-from collections import Counter
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import chain
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-from pipeline.corpus.deduplication import Deduplicator
-from pipeline.corpus.documents import Candidate, CleanedSection, clean_section
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.corpus.deduplication import Deduplicator, Relations
+from pipeline.corpus.documents import FAULTS, ROW, Chunk, clean_chunk, end_line, shingles_of
 from pipeline.corpus.parallel import map_in_order
-from pipeline.corpus.readers import Section, Source, find_files, read_sections, survey
+from pipeline.corpus.readers import Source, find_files, read_sections, survey
 from pipeline.corpus.report import FileReport, Report
-from pipeline.corpus.splits import SPLITS, choose_split
+from pipeline.corpus.similarity import Hashes, choose_bands
+from pipeline.corpus.splits import SPLITS
 from pipeline.errors import UserError
-from pipeline.files import whole_folder, write_json
+from pipeline.files import temporary_folder, whole_folder, write_json
 from pipeline.params.prepare import PrepareParams
 from pipeline.progress import progress
 
-PARALLEL_CHARACTERS = 2_000_000
+PARALLEL_BYTES = 2_000_000
 """The size of a corpus from which several processes gain more than starting them costs."""
 CHUNK_CHARACTERS = 200_000
 """The approximate size of the chunks of sections that a process gets."""
+BLOCK_BYTES = 1 << 20
+"""The approximate size of the blocks of rows that are written at a time."""
+BLOCK_ROWS = 1 << 12
+"""The most rows of a block."""
+DUPLICATES_FILE = "duplicates.jsonl"
 
-Chunk = list[tuple[int, int | None, Section]]
-"""Sections, each with the position of its file and the column at which the file wraps lines."""
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows that follow one another."""
+
+    start: int
+    rows: NDArray[Any]
+    lines: list[bytes]
+    """The beginning of each row's line; empty for a fault."""
+    relations: Relations
+
+    @property
+    def compared(self) -> list[int]:
+        """The rows that may be near-duplicates, by number."""
+        return [row for row in self.relations.buckets if row not in self.relations.first]
 
 
 def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None = None) -> Report:
-    """Write `{train,validation,test}.jsonl` and `report.json` to the folder `out`.
+    """Write `{train,validation,test}.jsonl`, `duplicates.jsonl` and `report.json` to the folder `out`.
 
     A document has `id` (first 16 hexadecimal digits of its words' SHA-256), `title`, `text`, and `source`: file and
     row, such as `volume-2.jsonl:17`. Rows count from 1 in each file, dropped ones included; the header of a CSV and
     blank lines of JSON lines do not count. The rows of a text file are its separated documents or the pieces it was cut
-    into. `workers` is the number of processes, by default one per core for larger corpora; it does not change the
-    output. Raises `UserError` if a file cannot be read, which leaves `out` as it
-    was, or if a split would be empty, which leaves only the report.
+    into. A line of `duplicates.jsonl` is a dropped row, the kept row that it repeats, and how alike they are. `workers`
+    is the number of processes, by default one per core for larger corpora; it does not change the output.
+
+    Memory does not grow with the text: cleaned rows and what is compared wait in temporary files, of about twice the
+    size of the text. Raises `UserError` if a file cannot be read, which leaves `out` as it was, or if a split would be
+    empty, which leaves only the report.
     """
     paths = find_files(data)
     _check_patterns([path.relative_to(data).as_posix() for path in paths], params)
-    sources = [
-        survey(path, path.relative_to(data).as_posix(), params)
-        for path in progress(paths, description="reading", unit="file")
-    ]
-    characters = sum(source.characters for source in sources)
     if workers is None:
-        workers = (os.cpu_count() or 1) if characters >= PARALLEL_CHARACTERS else 1
-    report = Report([FileReport(source) for source in sources])
-    deduplicator = Deduplicator(params.near_duplicate)
+        workers = (os.cpu_count() or 1) if sum(path.stat().st_size for path in paths) >= PARALLEL_BYTES else 1
+    report = Report([FileReport(source) for source in _survey(data, paths, params, workers)])
     with whole_folder(out) as folder:
-        with ExitStack() as stack:
-            files = {
-                split: stack.enter_context((folder / f"{split}.jsonl").open("w", encoding="utf-8")) for split in SPLITS
-            }
-            for file, row_name, candidate in _clean_rows(report, params, workers, characters):
-                if candidate.fault:
-                    file.add(candidate.fault, candidate.text)
-                    continue
-                repeat = deduplicator.admit(row_name, candidate.digest, candidate.shingles, candidate.signature)
-                if repeat:
-                    file.add(repeat.reason, candidate.text)
-                    report.add_duplicate(row_name, repeat)
-                    continue
-                file.add("kept", candidate.text)
-                split = choose_split(
-                    candidate.digest, validation_share=params.validation_share, test_share=params.test_share
-                )
-                report.splits[split].add(candidate.text)
-                document = {
-                    "id": candidate.digest.hex()[:16],
-                    "title": candidate.title,
-                    "text": candidate.text,
-                    "source": row_name,
-                }
-                files[split].write(json.dumps(document, ensure_ascii=False) + "\n")
+        with temporary_folder(out, params.temporary_folder) as temporary:
+            bands, _ = choose_bands(params.near_duplicate.permutations, params.near_duplicate.jaccard)
+            deduplicator = Deduplicator(temporary, bands=bands, min_jaccard=params.near_duplicate.jaccard)
+            file_rows = _clean(report, params, workers, deduplicator, temporary)
+            with progress(description="comparing", total=sum(file_rows), unit="row", unit_scale=True) as bar:
+                deduplicator.compare(bar.update)
+            _write(report, params, workers, deduplicator, file_rows, temporary, folder)
         empty = [split for split, size in report.splits.items() if size.documents == 0]
         if empty:
-            for split in SPLITS:
-                (folder / f"{split}.jsonl").unlink()
+            for name in (*(f"{split}.jsonl" for split in SPLITS), DUPLICATES_FILE):
+                (folder / name).unlink()
         write_json(folder / "report.json", report.to_json())
     if empty:
         raise UserError(
@@ -100,24 +104,46 @@ def _check_patterns(names: list[str], params: PrepareParams) -> None:
             raise UserError(f"prepare.encoding: {pattern!r} matches no file of the data; names: {', '.join(names[:5])}")
 
 
-def _clean_rows(
-    report: Report, params: PrepareParams, workers: int, characters: int
-) -> Iterator[tuple[FileReport, str, Candidate]]:
-    """Yield every row in order, with its file and its name; add what cleaning repaired to the file's counts."""
+def _survey(data: Path, paths: list[Path], params: PrepareParams, workers: int) -> Iterator[Source]:
+    """Yield what a first pass over each file finds."""
+    sources = map_in_order(partial(_survey_file, data, params), paths, workers if len(paths) > 1 else 1)
+    sizes = [path.stat().st_size for path in paths]
+    with progress(description="reading", total=sum(sizes), unit="B", unit_scale=True) as bar:
+        for size, source in zip(sizes, sources, strict=True):
+            yield source
+            bar.update(size)
+
+
+def _survey_file(data: Path, params: PrepareParams, path: Path) -> Source:
+    return survey(path, path.relative_to(data).as_posix(), params)
+
+
+def _clean(
+    report: Report, params: PrepareParams, workers: int, deduplicator: Deduplicator, temporary: Path
+) -> list[int]:
+    """Write all rows to temporary files, note what is compared, and return the number of rows of each file."""
     sources = [file.source for file in report.files]
-    chunks = map_in_order(partial(_clean_chunk, params), _read_chunks(sources, params), workers)
-    numbers = Counter[str]()
-    with progress(total=characters, description="cleaning", unit="character", unit_scale=True) as bar:
-        for position, section_characters, cleaned in chain.from_iterable(chunks):
-            file = report.files[position]
-            file.page_marks += cleaned.page_marks
-            file.notices += cleaned.notices
-            file.joined_breaks += cleaned.joined_breaks
-            file.removed.update(cleaned.removed)
-            for candidate in cleaned.candidates:
-                numbers[file.source.name] += 1
-                yield file, f"{file.source.name}:{numbers[file.source.name]}", candidate
-            bar.update(section_characters)
+    chunks = map_in_order(partial(clean_chunk, params), _read_chunks(sources, params), workers)
+    file_rows = [0] * len(sources)
+    characters = sum(source.characters for source in sources)
+    row_count = 0
+    with (
+        (temporary / "rows").open("wb") as rows_file,
+        (temporary / "lines").open("wb") as lines_file,
+        progress(description="cleaning", total=characters, unit="character", unit_scale=True) as bar,
+    ):
+        for chunk in chunks:
+            rows_file.write(chunk.rows.data)
+            lines_file.write(chunk.lines)
+            is_document = chunk.rows["fault"] == 0
+            numbers = row_count + np.flatnonzero(is_document).astype(np.uint64)
+            deduplicator.note(numbers, chunk.rows["id"][is_document], chunk.keys)
+            row_count += len(chunk.rows)
+            for part in chunk.parts:
+                report.files[part.position].repairs.add(part.repairs)
+                file_rows[part.position] += part.rows
+                bar.update(part.characters)
+    return file_rows
 
 
 def _read_chunks(sources: list[Source], params: PrepareParams) -> Iterator[Chunk]:
@@ -133,9 +159,74 @@ def _read_chunks(sources: list[Source], params: PrepareParams) -> Iterator[Chunk
     yield chunk
 
 
-def _clean_chunk(params: PrepareParams, chunk: Chunk) -> list[tuple[int, int, CleanedSection]]:
-    """Return for each section the position of its file, its characters before cleaning, and the cleaned section."""
-    return [
-        (position, len(section.text), clean_section(section, wrap_columns, params))
-        for position, wrap_columns, section in chunk
-    ]
+def _write(
+    report: Report,
+    params: PrepareParams,
+    workers: int,
+    deduplicator: Deduplicator,
+    file_rows: list[int],
+    temporary: Path,
+    folder: Path,
+) -> None:
+    """Write the rows that are kept to their splits, and those that repeat others to the duplicates."""
+    ends = list(accumulate(file_rows))
+
+    def name(row: int) -> str:
+        position = bisect_right(ends, row)
+        return f"{report.files[position].source.name}:{row - ends[position] + file_rows[position] + 1}"
+
+    with ExitStack() as stack:
+        splits = [stack.enter_context((folder / f"{split}.jsonl").open("wb")) for split in SPLITS]
+        duplicates = stack.enter_context((folder / DUPLICATES_FILE).open("w", encoding="utf-8"))
+        bar = stack.enter_context(progress(description="writing", total=sum(file_rows), unit="row", unit_scale=True))
+        for block, shingles in _compared_blocks(params, workers, deduplicator, temporary):
+            for row, (values, line) in enumerate(zip(block.rows.tolist(), block.lines, strict=True), start=block.start):
+                fault, split, characters, words, text_bytes, _, _ = values
+                file = report.files[bisect_right(ends, row)]
+                if fault:
+                    file.add(FAULTS[fault], characters)
+                    continue
+                repeat = deduplicator.admit(row, block.relations, shingles.get(row))
+                if repeat:
+                    file.add(repeat.reason, characters)
+                    entry = {
+                        "source": name(row),
+                        "repeats": name(repeat.row),
+                        "reason": repeat.reason,
+                        "jaccard": round(repeat.jaccard, 4),
+                    }
+                    duplicates.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                    continue
+                file.add("kept", characters)
+                report.splits[SPLITS[split]].add(words, text_bytes)
+                splits[split].write(end_line(line, name(row)))
+            bar.update(len(block.rows))
+
+
+def _compared_blocks(
+    params: PrepareParams, workers: int, deduplicator: Deduplicator, temporary: Path
+) -> Iterator[tuple[_Block, dict[int, Hashes]]]:
+    """Yield the blocks in order, each with the shingles of its rows that may be near-duplicates."""
+    waiting: deque[_Block] = deque()
+
+    def lines_to_compare() -> Iterator[list[bytes]]:
+        for block in _read_blocks(deduplicator, temporary):
+            waiting.append(block)
+            yield [block.lines[row - block.start] for row in block.compared]
+
+    compare = partial(shingles_of, params.near_duplicate.ngram_words)
+    for shingles in map_in_order(compare, lines_to_compare(), workers):
+        block = waiting.popleft()
+        yield block, dict(zip(block.compared, shingles, strict=True))
+
+
+def _read_blocks(deduplicator: Deduplicator, temporary: Path) -> Iterator[_Block]:
+    start = 0
+    with (temporary / "rows").open("rb") as rows_file, (temporary / "lines").open("rb") as lines_file:
+        while len(read := np.fromfile(rows_file, ROW, BLOCK_ROWS)):
+            while len(read):
+                count = 1 + int(np.searchsorted(np.cumsum(read["line_bytes"]), BLOCK_BYTES))
+                rows, read = read[:count], read[count:]
+                lines = [lines_file.read(size) for size in rows["line_bytes"].tolist()]
+                yield _Block(start, rows, lines, deduplicator.relate(start + len(rows)))
+                start += len(rows)

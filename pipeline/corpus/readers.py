@@ -455,6 +455,8 @@ def _check_column(place: str, columns: list[str], params: PrepareParams) -> None
 
 
 def _check_repeats(place: str, columns: list[str]) -> None:
+    if len(set(columns)) == len(columns):
+        return
     repeated = [column for column, count in Counter(columns).items() if count > 1 and column]
     if repeated:
         raise UserError(f"{place}: the column {repeated[0]!r} occurs more than once; rename or remove the others")

@@ -4,11 +4,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from pipeline.corpus.cleaning import Repair
-from pipeline.corpus.deduplication import Repeat
+from pipeline.corpus.cleaning import Repair, Repairs
 from pipeline.corpus.readers import Source
 from pipeline.corpus.splits import SPLITS, Split
-from pipeline.corpus.words import count_words
 
 Outcome = Literal["kept", "empty", "fragment", "exact_duplicate", "near_duplicate"]
 DROPPED = tuple(outcome for outcome in get_args(Outcome) if outcome != "kept")
@@ -25,16 +23,12 @@ class FileReport:
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     characters: Counter[Outcome] = field(default_factory=Counter)
     """The characters of the rows by outcome, after the repairs."""
-    removed: Counter[Repair] = field(default_factory=Counter)
-    """The characters that each repair removed."""
-    page_marks: int = 0
-    notices: int = 0
-    joined_breaks: int = 0
+    repairs: Repairs = field(default_factory=Repairs)
 
-    def add(self, outcome: Outcome, text: str) -> None:
+    def add(self, outcome: Outcome, characters: int) -> None:
         """Count a row."""
         self.outcomes[outcome] += 1
-        self.characters[outcome] += len(text)
+        self.characters[outcome] += characters
 
     def count_characters(self) -> dict[str, Any]:
         """Return the characters that were read, those kept, and those that each rule dropped: kept and dropped add up.
@@ -43,7 +37,7 @@ class FileReport:
         """
         source = self.source
         dropped = {"separators": source.separator_characters}
-        dropped |= {repair: self.removed[repair] for repair in get_args(Repair)}
+        dropped |= {repair: self.repairs.removed[repair] for repair in get_args(Repair)}
         dropped["notices"] += source.notice_characters
         dropped["front_matter"] = source.front_matter_characters
         dropped |= {outcome: self.characters[outcome] for outcome in DROPPED}
@@ -58,10 +52,10 @@ class FileReport:
             "form": self.source.form,
             **_count_rows(self.outcomes),
             "characters": self.count_characters(),
-            "notices": self.source.notices + self.notices,
-            "page_marks": self.page_marks,
+            "notices": self.source.notices + self.repairs.notices,
+            "page_marks": self.repairs.page_marks,
             "wrap_columns": self.source.wrap_columns,
-            "joined_line_breaks": self.joined_breaks,
+            "joined_line_breaks": self.repairs.joined_breaks,
         }
 
 
@@ -74,11 +68,11 @@ class SplitReport:
     bytes: int = 0
     """The size of the texts in UTF-8."""
 
-    def add(self, text: str) -> None:
+    def add(self, words: int, text_bytes: int) -> None:
         """Count a document."""
         self.documents += 1
-        self.words += count_words(text)
-        self.bytes += len(text.encode())
+        self.words += words
+        self.bytes += text_bytes
 
     def to_json(self) -> dict[str, int]:
         """Return the entry for report.json."""
@@ -91,12 +85,6 @@ class Report:
 
     files: list[FileReport]
     splits: dict[Split, SplitReport] = field(default_factory=lambda: {split: SplitReport() for split in SPLITS})
-    duplicates: list[dict[str, Any]] = field(default_factory=list)
-
-    def add_duplicate(self, source: str, repeat: Repeat) -> None:
-        """Add a dropped document and the one that it repeats."""
-        entry = {"source": source, "repeats": repeat.source, "reason": repeat.reason}
-        self.duplicates.append({**entry, "jaccard": round(repeat.jaccard, 4)})
 
     @property
     def outcomes(self) -> Counter[Outcome]:
@@ -118,7 +106,9 @@ class Report:
 
     def _name_markup_files(self) -> str:
         """Return the files from which most markup was removed, with its characters."""
-        by_file = Counter({file.source.name: file.removed["markup"] for file in self.files if file.removed["markup"]})
+        by_file = Counter(
+            {file.source.name: file.repairs.removed["markup"] for file in self.files if file.repairs.removed["markup"]}
+        )
         names = [f"{name} {count:,}" for name, count in by_file.most_common(_MAX_NAMES)]
         return ", ".join(names) + (f" and {len(by_file) - _MAX_NAMES} more" if len(by_file) > _MAX_NAMES else "")
 
@@ -142,7 +132,6 @@ class Report:
             **{name: sum(file[name] for file in files.values()) for name in ("notices", "page_marks")},
             "splits": {split: size.to_json() for split, size in self.splits.items()},
             "files": files,
-            "duplicates": self.duplicates,
         }
 
 

@@ -32,6 +32,12 @@ _COUNTED = regex.compile(rf"{_NATIVE}|{_RUN}(?:['’.,]{_RUN})*", regex.VERSION1
 
 _PLAIN_WORD = re.compile(r"[^\W_]+")
 _TOKEN = re.compile(r"\S+")
+_ASCII = bytes(range(128))
+_WIDE_SPACE = re.compile(r"\s")
+_WORDS_AND_SPACES = bytes(ord(" ") if byte < 128 and chr(byte).isspace() else ord("w") for byte in range(256))
+_BETWEEN_WORDS = "‘’“”–—…"  # also in NFC, as no other character combines with them
+_LATIN_WORDS = "".join(c.lower() if _PLAIN_WORD.match(c) else " " for c in map(chr, range(256))).encode("latin-1")
+"""The byte that each character of Latin-1 becomes in a normalized word, or a space between words."""
 # The blocks of scripts without spaces, of marks and of scripts with marks. Most texts have no such character, and this
 # is five times as fast to see as by properties.
 _MAY_BE_UNSPACED = re.compile(
@@ -47,9 +53,12 @@ _MAY_HAVE_MARKS = re.compile(
 
 def count_words(text: str) -> int:
     """Return the number of words: what white space separates, and each word of a script without spaces."""
-    if not has_unspaced(text):
+    if has_unspaced(text):
+        return sum(max(1, len(_find_words(token))) for token in text.split())
+    if _WIDE_SPACE.search(_beyond_ascii(text)):
         return len(text.split())
-    return sum(max(1, len(_find_words(token))) for token in text.split())
+    words = text.encode(errors="surrogatepass").translate(_WORDS_AND_SPACES)
+    return words.count(b" w") + words.startswith(b"w")
 
 
 def leading_words(text: str, count: int) -> str:
@@ -74,7 +83,7 @@ def word_starts(text: str) -> Iterator[int]:
 
 def has_unspaced(text: str) -> bool:
     """Check whether a text may have words without spaces between them."""
-    return not text.isascii() and _MAY_BE_UNSPACED.search(text) is not None
+    return not text.isascii() and _MAY_BE_UNSPACED.search(_beyond_ascii(text)) is not None
 
 
 def normalize_words(text: str) -> list[str]:
@@ -91,9 +100,25 @@ def normalize_words(text: str) -> list[str]:
     return (_COMPARED if _MAY_HAVE_MARKS.search(text) else _PLAIN_WORD).findall(text)
 
 
+def word_bytes(text: str) -> list[bytes]:
+    """Return `normalize_words` in UTF-8. Texts in Latin-1, curly quotes and dashes aside, take a third of the time."""
+    for mark in _BETWEEN_WORDS:
+        text = text.replace(mark, " ")
+    try:
+        latin = text.encode("latin-1")
+    except UnicodeEncodeError:
+        return [word.encode() for word in normalize_words(text)]
+    return latin.translate(_LATIN_WORDS).decode("latin-1").encode().split()
+
+
 def digest(words: Sequence[str]) -> bytes:
     """Return the SHA-256 of normalized words."""
     return hashlib.sha256(" ".join(words).encode()).digest()
+
+
+def _beyond_ascii(text: str) -> str:
+    """Return the characters beyond ASCII, in which a search is faster than in the text."""
+    return text.encode(errors="surrogatepass").translate(None, _ASCII).decode(errors="surrogatepass")
 
 
 def _find_words(token: str) -> list[tuple[int, int]]:

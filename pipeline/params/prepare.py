@@ -60,6 +60,8 @@ class PrepareParams(Section):
     straighten_quotes: bool
     """Whether curly quotes are replaced by straight ones."""
     near_duplicate: NearDuplicateParams
+    temporary_folder: Annotated[str, Field(min_length=1)] | None
+    """The folder for temporary files, of about twice the size of the text; None for that of the output."""
     validation_share: Share
     """The share of documents in the validation split, chosen by the hash of their content."""
     test_share: Share

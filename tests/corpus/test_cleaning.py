@@ -1,15 +1,18 @@
 """Each repair of a text, alone and in their order."""
 
+import re
 import time
 from collections import Counter
 
 import ftfy
 import pytest
+from ftfy.badness import BADNESS_RE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.corpus import cleaning
 from pipeline.corpus.cleaning import (
-    CleanedText,
+    Repairs,
     clean,
     remove_notices,
     remove_page_marks,
@@ -19,7 +22,7 @@ from pipeline.corpus.cleaning import (
 
 
 def cleaned(text: str, *, straighten_quotes: bool = True) -> str:
-    return clean(text, wrap_columns=None, straighten_quotes=straighten_quotes, strip_markup=True).text
+    return clean(text, wrap_columns=None, straighten_quotes=straighten_quotes, strip_markup=True)[0]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,59 @@ def test_curly_quotes_follow_the_parameter(straighten: bool, text: str) -> None:
     assert cleaned("“It’s” &lsquo;so&rsquo;", straighten_quotes=straighten) == text
 
 
+# What ftfy's search for mojibake distinguishes, and what it does not.
+ODD = "‘’“”–—…•éèßæøüÿÉÀØÖÃÂŒœſžЂвГСиўβΒά²×£€§°¯\xa0\xad\x9d\ufffdﬁ中ب´©'\"\u0301\u200b\u2028\x07\r\x0b\f"
+
+
+@given(st.text(alphabet=ODD + " \n\taZ.9", max_size=40), st.booleans())
+def test_characters_are_those_of_ftfy_line_by_line(text: str, straighten: bool) -> None:
+    config = ftfy.TextFixerConfig(
+        unescape_html=False, uncurl_quotes=straighten, fix_character_width=False, normalization="NFC", explain=False
+    )
+    lines = text.replace("\r\n", "\n").replace("\f", "\n").split("\n")
+    fixed = "\n".join(ftfy.fix_text(line, config) for line in lines)
+    expected = cleaning._ODD_SPACE.sub(" ", cleaning._INVISIBLE.sub("", fixed))
+    assert repair_characters(text, straighten_quotes=straighten) == expected
+
+
+def test_a_text_is_not_searched_for_mojibake_only_if_none_can_be_found() -> None:
+    # All strings of three characters, one for each way in which the search tells characters apart; those of more than
+    # three that it finds begin with two that are searched.
+    classes = [re.compile(found) for found in re.findall(r"\[[^\]]+\]", BADNESS_RE.pattern)]
+    sets = cleaning._QUIET, cleaning._ACCENTED, cleaning._LETTER, cleaning._SEARCHED[1:-1]
+    classes += [re.compile(f"[{own}]") for own in sets]
+    literals = {character for character in re.sub(r"\[[^\]]+\]", "", BADNESS_RE.pattern) if character > "\x7f"}
+    kinds: dict[object, str] = {literal: literal for literal in literals}
+    for character in map(chr, (*range(0xD800), *range(0xE000, 0x11000))):
+        kinds.setdefault((*(found.match(character) is None for found in classes), character.isalnum()), character)
+    alphabet = [kind for kind in kinds.values() if not may_be_broken(kind)]
+    after = {first: [second for second in alphabet if not may_be_broken(first + second)] for first in alphabet}
+    assert len(alphabet) > 50
+    for first in alphabet:
+        for second in after[first]:
+            for third in after[second]:
+                text = first + second + third
+                assert may_be_broken(text) or not BADNESS_RE.search(text), ascii(text)
+
+
+def may_be_broken(text: str) -> bool:
+    return not cleaning._is_sound(text, cleaning._find_odd(text))
+
+
+NOTICE_PARTS = ["produced", "Scanned", "transcrıber", "Tranſcriber", "tranſcribed", " ", "x", "é" * 20, "by", "\n"]
+
+
+@given(st.lists(st.sampled_from(NOTICE_PARTS), max_size=12).map("".join))
+def test_a_text_is_searched_for_notices_if_there_may_be_one(text: str) -> None:
+    assert cleaning._may_have_notice(text) or not cleaning._NOTICE_HINT.search(text)
+
+
+@given(st.lists(st.sampled_from([*"[](){}-—\n\t 1x", "p. ", "Page ", "PG", "vi", "of"]), max_size=12).map("".join))
+def test_a_text_is_searched_for_page_marks_if_there_may_be_one(text: str) -> None:
+    marks = len(cleaning._PAGE_MARK_LINE.findall(text))
+    assert remove_page_marks(text, wrapped=False)[1] == marks
+
+
 @given(st.text(alphabet=st.characters(min_codepoint=0x20, max_codepoint=0x7E)))
 def test_ftfy_leaves_plain_ascii_as_it_is(line: str) -> None:
     config = ftfy.TextFixerConfig(unescape_html=False, explain=False)
@@ -69,7 +125,7 @@ def test_entities_stay_in_code_and_chats_and_where_the_parameter_says_so() -> No
     chat = "<anna> Fish &amp; chips"
     assert (cleaned(code), cleaned(chat)) == (code, chat)
     kept = "<p>Fish &amp; chips</p>"
-    assert clean(kept, wrap_columns=None, straighten_quotes=True, strip_markup=False).text == kept
+    assert clean(kept, wrap_columns=None, straighten_quotes=True, strip_markup=False)[0] == kept
     assert cleaned("Fish &amp; chips at Marks & Sons &quot;here&quot;") == 'Fish & chips at Marks & Sons "here"'
 
 
@@ -187,9 +243,9 @@ def test_what_may_be_text_is_no_notice(paragraph: str) -> None:
     ],
 )
 def test_code_in_fences_and_backticks_stays(text: str) -> None:
-    assert clean(text, wrap_columns=None, straighten_quotes=True, strip_markup=True).text == text
+    assert cleaned(text) == text
     marked = f"<p>See</p>\n\n{text}\n\n<b>there</b>"
-    assert clean(marked, wrap_columns=None, straighten_quotes=True, strip_markup=True).text == f"See\n\n{text}\n\nthere"
+    assert cleaned(marked) == f"See\n\n{text}\n\nthere"
 
 
 def test_clean_counts_what_it_repaired() -> None:
@@ -203,5 +259,5 @@ def test_clean_counts_what_it_repaired() -> None:
         "page_marks": len("[page 1]\n\n"),
         "line_breaks": 0,
     }
-    expected = CleanedText("one two\n\nThree.", 1, 1, 0, Counter(removed))
+    expected = "one two\n\nThree.", Repairs(1, 1, 0, Counter(removed))
     assert clean(text, wrap_columns=None, straighten_quotes=True, strip_markup=True) == expected

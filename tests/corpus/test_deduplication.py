@@ -1,37 +1,47 @@
-"""Exact and near-duplicates, compared with sets of n-grams."""
+"""Exact and near-duplicates found on disk are those that an index in memory finds."""
 
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from datasketch import MinHash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from index_in_memory import IndexInMemory
 
-from pipeline.corpus.deduplication import (
-    MIN_CANDIDATE_RECALL,
-    Deduplicator,
-    Repeat,
-    choose_bands,
-    jaccard,
-    minhash,
-    shingle,
-)
-from pipeline.corpus.words import digest, normalize_words
+from pipeline.corpus import deduplication, sorting
+from pipeline.corpus.deduplication import Deduplicator, Repeat
+from pipeline.corpus.similarity import band_keys, choose_bands, fingerprint, minhash
 from pipeline.params.prepare import NearDuplicateParams
 
 PARAMS = NearDuplicateParams(ngram_words=5, jaccard=0.6, permutations=128)
-WORDS = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=30)
+LOOSE = NearDuplicateParams(ngram_words=1, jaccard=0.4, permutations=64)
 
 
-def ngrams(words: list[str], size: int) -> set[tuple[str, ...]]:
-    size = min(size, len(words))
-    return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
+def find_repeats(texts: list[str], params: NearDuplicateParams = PARAMS, step: int = 3) -> list[Repeat | None]:
+    """Return what each text repeats; rows are related `step` at a time."""
+    bands, rows = choose_bands(params.permutations, params.jaccard)
+    prints = [fingerprint(text, params.ngram_words) for text in texts]
+    with tempfile.TemporaryDirectory() as folder:
+        found = Deduplicator(Path(folder), bands=bands, min_jaccard=params.jaccard)
+        for row, (digest, shingles) in enumerate(prints):
+            keys = band_keys(minhash(shingles, params.permutations)[None], bands, rows)
+            found.note(np.array([row], np.uint64), np.array([int.from_bytes(digest[:8], "big")], np.uint64), keys)
+        found.compare(lambda _: None)
+        repeats = []
+        for start in range(0, len(texts), step):
+            rows_here = range(start, min(start + step, len(texts)))
+            relations = found.relate(rows_here.stop)
+            repeats += [
+                found.admit(row, relations, prints[row][1] if row in relations.buckets else None) for row in rows_here
+            ]
+    return repeats
 
 
-def admit(deduplicator: Deduplicator, source: str, words: list[str]) -> Repeat | None:
-    shingles = shingle(words, PARAMS.ngram_words)
-    return deduplicator.admit(source, digest(words), shingles, minhash(shingles, PARAMS.permutations))
+def in_memory(texts: list[str], params: NearDuplicateParams) -> list[Repeat | None]:
+    index = IndexInMemory(params)
+    return [index.admit(row, text) for row, text in enumerate(texts)]
 
 
 def random_words(seed: int, count: int) -> list[str]:
@@ -39,64 +49,64 @@ def random_words(seed: int, count: int) -> list[str]:
     return [f"w{numbers.randrange(10_000)}" for _ in range(count)]
 
 
-def test_normalized_words_ignore_case_space_and_punctuation() -> None:
-    assert normalize_words("It's  THE\n_Old_ clock—No. 7!") == ["it", "s", "the", "old", "clock", "no", "7"]
+def changed(words: list[str], changes: list[int]) -> list[str]:
+    return [f"new{index}" if index in changes else word for index, word in enumerate(words)]
 
 
-@given(WORDS, WORDS, st.integers(1, 6))
-def test_jaccard_of_shingles_is_that_of_the_ngram_sets(first: list[str], second: list[str], size: int) -> None:
-    a, b = ngrams(first, size), ngrams(second, size)
-    # n-grams of different lengths, as when a text is shorter than n, have different hashes because their tuples differ
-    assert jaccard(shingle(first, size), shingle(second, size)) == pytest.approx(len(a & b) / len(a | b))
+FAMILIES = st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 23), max_size=10)), min_size=1, max_size=40)
 
 
-def test_minhash_in_batches_equals_datasketch_on_the_whole_set() -> None:
-    shingles = shingle(random_words(1, 40_000), 3)
-    whole = MinHash(num_perm=16, seed=1, hashfunc=int, scheme="affine64")
-    whole.update_batch(shingles)
-    np.testing.assert_array_equal(minhash(shingles, 16), whole.hashvalues)
-
-
-@pytest.mark.parametrize("min_jaccard", [0.3, 0.6, 0.8, 0.95, 1.0])
-def test_bands_find_a_pair_just_alike_enough(min_jaccard: float) -> None:
-    band_count, rows = choose_bands(128, min_jaccard)
-    assert band_count >= 2  # datasketch takes no fewer
-    assert band_count * rows <= 128
-    assert 1 - (1 - min_jaccard**rows) ** band_count >= MIN_CANDIDATE_RECALL
+@settings(max_examples=60, deadline=None)
+@given(FAMILIES, st.sampled_from([PARAMS, LOOSE]), st.sampled_from([1, 7, 100]), st.sampled_from([4, 1 << 21]))
+def test_families_of_duplicates_are_those_of_the_index_in_memory(
+    families: list[tuple[int, list[int]]], params: NearDuplicateParams, step: int, run_pairs: int
+) -> None:
+    texts = [" ".join(changed(random_words(family, 24), changes)) for family, changes in families]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sorting, "RUN_PAIRS", run_pairs)
+        patch.setattr(sorting, "_SAMPLE_STEP", 2)
+        patch.setattr(deduplication, "BATCH_ROWS", 5)
+        assert find_repeats(texts, params, step) == in_memory(texts, params)
 
 
 def test_exact_duplicate_repeats_the_first() -> None:
-    deduplicator = Deduplicator(PARAMS)
-    words = random_words(2, 50)
-    assert admit(deduplicator, "a:1", words) is None
-    assert admit(deduplicator, "b:1", words) == Repeat("exact_duplicate", "a:1", 1.0)
+    text = " ".join(random_words(2, 50))
+    assert find_repeats([text, text.upper(), text]) == [None, *[Repeat("exact_duplicate", 0, 1.0)] * 2]
 
 
-@pytest.mark.parametrize("changed", range(0, 60, 4))
-def test_exact_jaccard_decides_on_near_duplicates(changed: int) -> None:
-    deduplicator = Deduplicator(PARAMS)
+@pytest.mark.parametrize("changes", range(0, 60, 4))
+def test_exact_jaccard_decides_on_near_duplicates(changes: int) -> None:
     words = random_words(3, 300)
-    retold = [f"new{index}" if index < 5 * changed and index % 5 == 0 else word for index, word in enumerate(words)]
-    assert admit(deduplicator, "a:1", words) is None
-    similarity = len(ngrams(words, 5) & ngrams(retold, 5)) / len(ngrams(words, 5) | ngrams(retold, 5))
-    repeat = admit(deduplicator, "a:2", retold)
-    if retold == words:
-        assert repeat == Repeat("exact_duplicate", "a:1", 1.0)
-    elif similarity >= PARAMS.jaccard:
-        assert repeat == Repeat("near_duplicate", "a:1", pytest.approx(similarity))
-    else:
-        assert repeat is None
+    retold = changed(words, list(range(0, 5 * changes, 5)))
+    repeats = find_repeats([" ".join(words), " ".join(retold)])
+    assert repeats == in_memory([" ".join(words), " ".join(retold)], PARAMS)
+    assert (repeats[1] is not None) == (changes <= 12)
 
 
 def test_document_alike_to_a_dropped_one_only_is_kept() -> None:
-    deduplicator = Deduplicator(PARAMS)
     words = random_words(4, 200)
-    assert admit(deduplicator, "a:1", words) is None
-    assert admit(deduplicator, "a:2", words[45:] + random_words(5, 5)) is not None
-    assert admit(deduplicator, "a:3", words[90:] + random_words(5, 5)) is None
+    texts = [words, words[45:] + random_words(5, 5), words[90:] + random_words(5, 5)]
+    repeats = find_repeats([" ".join(own) for own in texts])
+    assert [repeat is None for repeat in repeats] == [True, False, True]
+
+
+def test_copy_of_a_near_duplicate_repeats_what_that_repeats() -> None:
+    words = random_words(6, 100)
+    near = " ".join(words[:-2])
+    repeats = find_repeats([" ".join(words), near, near.upper()], step=1)
+    assert repeats[1] == repeats[2] == Repeat("near_duplicate", 0, pytest.approx(94 / 96))
 
 
 def test_documents_shorter_than_an_ngram_are_compared() -> None:
-    deduplicator = Deduplicator(PARAMS)
-    assert admit(deduplicator, "a:1", ["one", "two"]) is None
-    assert admit(deduplicator, "a:2", ["two", "one"]) is None
+    assert find_repeats(["one two", "two one", "One, two!"]) == [None, None, Repeat("exact_duplicate", 0, 1.0)]
+
+
+def test_rows_without_words_are_numbered_too(tmp_path: Path) -> None:
+    found = Deduplicator(tmp_path, bands=2, min_jaccard=0.6)
+    numbers = np.array([3, 8], np.uint64)
+    found.note(numbers, np.array([7, 7], np.uint64), np.array([[1, 2], [1, 2]], np.uint64))
+    found.compare(lambda _: None)
+    relations = found.relate(9)
+    assert relations.first == {8: 3}
+    assert not relations.buckets
+    assert found.admit(8, relations, None) == Repeat("exact_duplicate", 3, 1.0)

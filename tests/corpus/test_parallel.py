@@ -1,11 +1,14 @@
 """Results come in the order of the items, and workers end with their parent."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from pipeline.corpus.parallel import map_in_order
+from pipeline.errors import UserError
 
 
 def square(number: int) -> int:
@@ -32,6 +35,17 @@ def test_items_are_drawn_as_results_are_taken(workers: int) -> None:
 def test_error_in_a_worker_is_raised(workers: int) -> None:
     with pytest.raises(ValueError, match="negative"):
         list(map_in_order(square, [1, -1, 2], workers))
+
+
+def die(number: int) -> int:
+    if number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_killed_worker_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^one of 2 worker processes was killed, perhaps for lack of memory;"):
+        list(map_in_order(die, [0, 1, 0, 0], 2))
 
 
 def test_workers_end_when_their_parent_is_killed() -> None:

@@ -56,7 +56,8 @@ def test_report_counts_every_row_and_names_every_duplicate(tmp_path: Path, param
         assert counts["rows"] == counts["kept"] + sum(counts["dropped"].values())
     assert report["files"]["4.txt"]["wrap_columns"] in (71, 72)
     assert report["files"]["4.txt"]["encoding"] == "utf-8"
-    assert [(entry["source"], entry["repeats"], entry["reason"]) for entry in report["duplicates"]] == [
+    duplicates = [json.loads(line) for line in (tmp_path / "out" / "duplicates.jsonl").open(encoding="utf-8")]
+    assert [(entry["source"], entry["repeats"], entry["reason"]) for entry in duplicates] == [
         ("1.txt:6", "1.txt:1", "exact_duplicate"),
         ("2.jsonl:6", "1.txt:2", "near_duplicate"),
         ("3.csv:6", "2.jsonl:3", "exact_duplicate"),
@@ -127,7 +128,7 @@ def test_same_input_gives_the_same_bytes_in_any_number_of_processes(
     write_tales(tmp_path / "data")
     for out, workers in (("one", 1), ("again", 1), ("three", 3)):
         prepare(tmp_path / "data", tmp_path / out, params, workers=workers)
-    for name in (*(f"{split}.jsonl" for split in SPLITS), "report.json"):
+    for name in (*(f"{split}.jsonl" for split in SPLITS), "duplicates.jsonl", "report.json"):
         contents = {(tmp_path / out / name).read_bytes() for out in ("one", "again", "three")}
         assert len(contents) == 1, name
 
@@ -305,7 +306,7 @@ def test_chats_and_code_come_out_as_they_are(tmp_path: Path, params: PreparePara
     report = prepare(tmp_path / "data", tmp_path / "out", params)
     texts = {document["text"] for split in read_documents(tmp_path / "out").values() for document in split}
     assert texts == {*chats, *code}
-    assert report.files[0].removed["markup"] == 0
+    assert report.files[0].repairs.removed["markup"] == 0
 
 
 def test_markup_is_counted_by_file_and_a_parameter_keeps_it(tmp_path: Path, params: PrepareParams) -> None:
@@ -314,5 +315,5 @@ def test_markup_is_counted_by_file_and_a_parameter_keeps_it(tmp_path: Path, para
     counts = {name: file["characters"]["dropped"]["markup"] for name, file in report.to_json()["files"].items()}
     assert {name: count for name, count in counts.items() if count} == {"2.jsonl": 60}
     kept = prepare(tmp_path / "data", tmp_path / "out", params.model_copy(update={"strip_markup": False}))
-    assert all(file.removed["markup"] == 0 for file in kept.files)
+    assert all(file.repairs.removed["markup"] == 0 for file in kept.files)
     assert "<p>" in (tmp_path / "out" / "train.jsonl").read_text()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus.words import count_words, digest, leading_words, normalize_words, word_starts
+from pipeline.corpus.words import count_words, digest, leading_words, normalize_words, word_bytes, word_starts
 
 UNSPACED = [
     ("我们去了北京。", "我 们 去 了 北 京"),
@@ -81,6 +81,17 @@ def test_between_spaces_is_one_word_in_other_scripts(text: str, words: int) -> N
 )
 def test_a_prompt_is_words_with_what_stands_between_them(text: str, count: int, leading: str) -> None:
     assert leading_words(text, count) == leading
+
+
+@given(st.text(alphabet="abÉİßµªÿ²Σς’—…\u0301\u200dЖ中\ud800 _.'\x1c\xa0\u2003\u2329\ufb2a", max_size=30))
+def test_words_in_bytes_are_the_normalized_words(text: str) -> None:
+    text = text.replace("\ud800", "")
+    assert word_bytes(text) == [word.encode() for word in normalize_words(text)]
+
+
+@given(st.text(alphabet="ab é\x1c\x85\xa0\u2003\u2028\r\f\ud800", max_size=30))
+def test_any_white_space_divides_words(text: str) -> None:
+    assert count_words(text) == len(text.split())
 
 
 @given(st.text(alphabet="ab é’—.'\n\t_7Жß", max_size=60), st.integers(0, 8))
