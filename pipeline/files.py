@@ -25,7 +25,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with name_full_disk(path):
+        with _name_full_disk(path):
             yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -41,7 +41,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        with name_full_disk(path):
+        with _name_full_disk(path):
             yield partial
         partial.replace(path)
     finally:
@@ -104,7 +104,7 @@ def digest_of(paths: Iterable[Path]) -> str:
 
 
 @contextmanager
-def name_full_disk(path: Path) -> Iterator[None]:
+def _name_full_disk(path: Path) -> Iterator[None]:
     """Add the path to the error of a full disk, because the operating system does not name it."""
     try:
         yield

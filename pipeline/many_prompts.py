@@ -32,7 +32,7 @@ from pipeline.engine.generator import SLOTS
 from pipeline.engine.manifest import MANIFEST_FILE, read_manifest
 from pipeline.engine.text import Asked, Choice, Piece, TextGenerator, join_pieces, report_logprobs
 from pipeline.errors import UserError
-from pipeline.files import PARTIAL_SUFFIX, name_full_disk, read_json, sha256_file, write_json
+from pipeline.files import PARTIAL_SUFFIX, read_json, sha256_file, write_json
 from pipeline.progress import progress
 from pipeline.stage_process import LOCK_SUFFIX, LOCK_WAIT_S, only_writer
 from pipeline.tokens import prompt_ids
@@ -355,11 +355,15 @@ def _finish(many: ManyPrompts) -> tuple[Tally, str]:
         tally, whole_bytes = _read_tally(many.partial)
     try:
         # Before the model is loaded, which may take long: what cannot be written must show now.
-        with name_full_disk(many.partial), many.partial.open("ab") as file:
+        with many.partial.open("ab") as file:
             file.truncate(whole_bytes)
             text = _append(many, made, file, tally, rows)
             os.fsync(file.fileno())
         many.partial.replace(many.out)
+    except OSError as error:
+        # The operating system does not name the file that a full disk cuts off.
+        error.filename = error.filename or str(many.partial)
+        raise
     finally:
         if many.partial.exists() and many.partial.stat().st_size == 0:
             many.partial.unlink()

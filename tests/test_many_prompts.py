@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -382,6 +381,7 @@ def test_an_engine_that_does_not_load_leaves_nothing(many: ManyPrompts) -> None:
 
 
 def test_a_full_disk_loses_no_row(many: ManyPrompts, capsys: pytest.CaptureFixture[str]) -> None:
+    resource = pytest.importorskip("resource", reason="Windows has no such limits")
     generate_many(many)
     written = many.out.read_bytes()
     many.out.unlink()
