@@ -2,7 +2,9 @@
 
 Each round takes all of them, in an order that rotates: the core of the command (read the file, continue its rows,
 write and flush each), `TextGenerator.complete`, and `Engine.generate`, which knows only token ids. The result is the
-median of the ratios of their rates within the rounds. Neither loading nor the digest of the prompts is timed.
+median of the ratios of their rates within the rounds. Neither loading nor the digest of the prompts is timed. All take
+the same steps, so what they differ by is the processor time outside of them, which other work on the machine disturbs
+less than the rates: it is reported per token.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from pipeline import machine
 from pipeline.cores import usable_cores
 from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.engine.generator import SLOTS
+from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.text import TextGenerator
 from pipeline.errors import UserError, report_errors
 from pipeline.files import write_jsonl
@@ -70,6 +73,9 @@ def benchmark(arguments: argparse.Namespace, folder: Path, threads: int) -> str:
         "generate": lambda: generate(generator, [row.prompt for row in rows], each),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    outside_us: dict[str, list[float]] = {name: [] for name in ways}
+    counts: dict[str, int] = {}
+    steps = count_steps(generator.engine.scheduler)
     names = list(ways)
     for way in ways.values():
         way()
@@ -77,11 +83,30 @@ def benchmark(arguments: argparse.Namespace, folder: Path, threads: int) -> str:
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            began_s = time.perf_counter()
+            steps.clear()
+            began_s, began_cpu_s = time.perf_counter(), time.thread_time()
             tokens = ways[name]()
             rates[name].append(tokens / (time.perf_counter() - began_s))
+            outside_us[name].append(1e6 * (time.thread_time() - began_cpu_s - sum(steps)) / tokens)
+            counts[name] = len(steps)
+    if len(set(counts.values())) != 1:
+        raise UserError(f"the ways took different numbers of steps: {counts}")
     check_texts(generator, rows, folder / "texts.jsonl")
-    return report(arguments, threads, rates, sum(own.max_new_tokens or 0 for own in each))
+    return report(arguments, threads, rates, outside_us, sum(own.max_new_tokens or 0 for own in each))
+
+
+def count_steps(scheduler: Scheduler) -> list[float]:
+    """Return a list that gains the processor time of this thread in each step, in seconds."""
+    taken: list[float] = []
+    step = scheduler.step
+
+    def counted(prefill_tokens: float | None = None) -> None:
+        began_s = time.thread_time()
+        step(prefill_tokens)
+        taken.append(time.thread_time() - began_s)
+
+    scheduler.step = counted  # type: ignore[method-assign]
+    return taken
 
 
 def run_command(generator: TextGenerator, prompts: Path, out: Path, decoding: ModelDecoding) -> int:
@@ -105,13 +130,23 @@ def check_texts(generator: TextGenerator, rows: list[Row], out: Path) -> None:
         raise UserError("the command wrote other texts than the engine's batch")
 
 
-def report(arguments: argparse.Namespace, threads: int, rates: dict[str, list[float]], tokens: int) -> str:
+def report(
+    arguments: argparse.Namespace,
+    threads: int,
+    rates: dict[str, list[float]],
+    outside_us: dict[str, list[float]],
+    tokens: int,
+) -> str:
     lines = [
         *(f"{name}: {value}" for name, value in machine.describe(PEER_LIBRARIES).items()),
         f"checkpoint: {Path(arguments.checkpoint).name}, {arguments.precision}; {threads} threads",
         f"{arguments.rows} rows with {tokens:,} tokens per round, {arguments.slots} slots",
         "",
-        *(f"{name}: median of {np.median(own):.0f} tokens/s" for name, own in rates.items()),
+        *(
+            f"{name}: median of {np.median(own):.0f} tokens/s; outside of the engine's steps, "
+            f"{np.median(outside_us[name]):.0f} µs of a core per token"
+            for name, own in rates.items()
+        ),
     ]
     for name in ("complete", "generate"):
         ratios = np.array(rates["command"]) / np.array(rates[name])
