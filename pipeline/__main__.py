@@ -68,21 +68,37 @@ def _add_generate(commands: Any) -> None:
     parser = _add_command(
         commands,
         "generate",
-        summary="continue a text",
-        description="Continue a text with the latest export or a registered model, and print it as it is generated. "
-        "Options override the preset, which overrides the model's own decoding. A registered model has its own "
-        "decoding and presets. The latest export uses out/evaluate/decoding.json and out/evaluate/presets.json if "
-        "evaluate has written them. Otherwise, and for an engine folder (--model), the decoding is "
-        "evaluate.decoding of params.yaml, and there are no presets.",
+        summary="continue a text, or a file of prompts",
+        description="Continue a text with the latest export or a registered model, and print it as it is generated; or "
+        "continue every prompt of a file into another, in the same order. What a kill interrupts goes on when the "
+        "command is given again (docs/scale.md). Options override the preset, which overrides the model's own "
+        "decoding. A registered model has its own decoding and presets. The latest export uses "
+        "out/evaluate/decoding.json and out/evaluate/presets.json if evaluate has written them. Otherwise, and for an "
+        "engine folder (--model), the decoding is evaluate.decoding of params.yaml, and there are no presets.",
         examples="""
             python -m pipeline generate 'The lamp on Gull Rock' --max-new-tokens 60 --seed 7
             python -m pipeline generate 'The lamp' --model models:/harbour-tales@champion --preset faithful
+            python -m pipeline generate --prompts prompts.jsonl --out texts.jsonl --seed 7
         """,
     )
-    parser.add_argument("prompt", help="the text to continue; '' starts from nothing")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; '' starts from nothing")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="continue the prompts of this file instead: a JSON object per line, with prompt and, if a row needs them, "
+        "id, preset and decoding parameters of its own",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write for --prompts")
     parser.add_argument("--model", help="models:/NAME@ALIAS, models:/NAME/VERSION, or an engine folder")
     parser.add_argument("--preset", metavar="NAME", help="a preset of the model; other options override it")
     _add_placement(parser)
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=EngineOptions.slots,
+        help="continuations to generate at once for --prompts (default: %(default)s)",
+    )
     group = parser.add_argument_group("decoding parameters (explained in pipeline/decoding.py)")
     for name, kind in scalar_types().items():
         if name not in ("n", "logprobs", "ignore_eos"):
@@ -95,27 +111,64 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_placement(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where an engine runs and in which precision."""
+    """Add the options that say where an engine runs, on how many cores, and in which precision."""
     parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--precision", default="auto", help="a precision that the engine has (default: its first)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="cores that one operator may use (default: all, or what the container's quota leaves)",
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    # Imported here, so that `--help` answers at once.
-    from pipeline.engine.text import TextGenerator
-
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise UserError("prompt: give a text to continue, or --prompts FILE with --out FILE, and not both")
+    if (arguments.prompts is None) != (arguments.out is None):
+        raise UserError("--out: names the file to write for --prompts; give both or neither")
     folder, decoding = _engine_and_decoding(arguments.model)
     values = {name: value for name, value in vars(arguments).items() if name in SamplingParams.__dataclass_fields__}
     if arguments.logit_bias:
         values["logit_bias"] = dict(arguments.logit_bias)
-    params = merge_decoding(decoding.preset(arguments.preset), values)
-    generator = TextGenerator.load(folder, precision=arguments.precision, provider=arguments.provider)
+    if arguments.prompts is None:
+        _generate_one(arguments, folder, merge_decoding(decoding.preset(arguments.preset), values))
+    else:
+        _generate_many(arguments, folder, decoding, values)
+
+
+def _generate_one(arguments: argparse.Namespace, folder: Path, params: SamplingParams) -> None:
+    # Imported here, so that `--help` answers at once.
+    from pipeline.engine.text import TextGenerator
+
+    generator = TextGenerator.load(
+        folder, precision=arguments.precision, provider=arguments.provider, threads=arguments.threads
+    )
     # A prompt that does not fit raises here, before anything is printed.
     pieces = generator.stream(arguments.prompt, params)
     print(arguments.prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _generate_many(
+    arguments: argparse.Namespace, folder: Path, decoding: ModelDecoding, values: dict[str, Any]
+) -> None:
+    from pipeline.many_prompts import ManyPrompts, decoding_of_rows, generate_many
+
+    of_rows = decoding_of_rows(decoding, arguments.preset, values)
+    many = ManyPrompts(
+        arguments.prompts,
+        arguments.out,
+        folder,
+        of_rows,
+        seed=of_rows.default.seed,
+        precision=arguments.precision,
+        provider=arguments.provider,
+        threads=arguments.threads,
+        slots=arguments.slots,
+    )
+    print(generate_many(many))
 
 
 def _add_serve(commands: Any) -> None:
@@ -147,11 +200,6 @@ def _add_serve(commands: Any) -> None:
         help="the path under which a proxy shows the server, such as /llm (default: the root)",
     )
     _add_placement(parser)
-    parser.add_argument(
-        "--threads",
-        type=int,
-        help="cores that one operator may use (default: all, or what the container's quota leaves)",
-    )
     parser.add_argument(
         "--slots",
         type=int,

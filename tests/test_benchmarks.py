@@ -64,6 +64,16 @@ def test_decode_compares_the_engine_with_its_peers(tmp_path: Path) -> None:
     assert str(tmp_path) not in result
 
 
+@pytest.mark.slow
+def test_many_prompts_writes_what_the_engine_generates(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/many_prompts.py", "--checkpoint", "tiny", "--work", str(tmp_path / "work")]
+    command += ["--precision", "float32", "--rows", "6", "--slots", "2", "--rounds", "2"]
+    done = run([*command, "--out", str(tmp_path / "result")])
+    assert done.returncode == 0, done.stderr
+    assert "command / complete: " in done.stdout
+    assert done.stdout == (tmp_path / "result").read_text()
+
+
 @pytest.fixture
 def tokens(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Path:
     """What `dvc repro tokenize` writes."""

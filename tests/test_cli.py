@@ -17,7 +17,8 @@ from unused_model import log_unused_model
 import pipeline
 from pipeline.__main__ import main
 from pipeline.decoding import SamplingParams
-from pipeline.files import write_json, write_jsonl
+from pipeline.files import read_jsonl, write_json, write_jsonl
+from pipeline.many_prompts import row_seed
 from pipeline.params.section import PARAMS_FILE
 from pipeline.quality.lexicon import load_lexicon
 from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
@@ -222,6 +223,37 @@ def test_a_registered_model_needs_no_parameters_file(
 ) -> None:
     (tmp_path / PARAMS_FILE).unlink()
     assert generated(capsys, "--model", champion).startswith(PROMPT)
+
+
+def test_many_prompts_are_continued_with_the_decoding_of_the_model(
+    champion: str, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": PROMPT}, {"prompt": PROMPT, "preset": "faithful", "id": "f"}])
+    many = ("generate", "--prompts", "prompts.jsonl", "--out", "new/texts.jsonl", "--provider", "cpu", "--threads", "1")
+    main([*many, "--model", champion, "--top-k", "9"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("new/texts.jsonl: 2 rows, 2 of them now, with ")
+    first, second = read_jsonl(tmp_path / "new" / "texts.jsonl")
+    neutral = ("--model", engine, *NEUTRAL, "--top-k", "9", "--max-new-tokens")
+    # The seed of the model's decoding is 5.
+    assert generated(capsys, *neutral, "3", "--seed", str(row_seed(5, 1))) == f"{PROMPT}{first['text']}\n"
+    assert generated(capsys, *neutral, "10", "--temperature", "0") == f"{PROMPT}{second['text']}\n"
+    assert (first.keys(), second["id"]) == ({"row", "prompt", "text", "finish_reason"}, "f")
+    refusal = refused(capsys, *many, "--model", champion)
+    assert refusal.startswith("error: new/texts.jsonl: its rows were made with top_k 9, not 0, other presets; ask for")
+    (tmp_path / "prompts.jsonl").write_text("{}\n")
+    bad = refused(capsys, *many[:3], "--out", "bad.jsonl", "--provider", "cpu", "--model", champion)
+    assert bad.endswith("error: prompts.jsonl: 1 of 1 rows could not be continued: 1; bad.jsonl has the error of each, "
+                        "and the texts of the others\n")  # fmt: skip
+
+
+def test_generate_takes_one_prompt_or_a_file_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "error: prompt: give a text to continue, or --prompts FILE with --out FILE, and not both\n"
+    assert refused(capsys, "generate") == message
+    assert refused(capsys, "generate", PROMPT, "--prompts", "a", "--out", "b") == message
+    message = "error: --out: names the file to write for --prompts; give both or neither\n"
+    assert refused(capsys, "generate", "--prompts", "a") == message
+    assert refused(capsys, "generate", PROMPT, "--out", "b") == message
 
 
 @pytest.mark.parametrize("model", ["models:/nobody@champion", "models:/nobody/1", "models:nobody", "models:/"])

@@ -12,7 +12,7 @@ TIERS = (
     {"errors", "files", "imports", "machine", "cores", "charts", "progress", "stage_process"},
     {"decoding", "tokens", "curves", "checkpoint", "params"},
     {"engine", "quality", "corpus", "tracking", "base"},
-    {"export", "evaluation", "training", "resume", "doctor"},
+    {"export", "evaluation", "training", "resume", "doctor", "many_prompts"},
     {"serving", "stages"},
     {"advice", "__main__"},
 )

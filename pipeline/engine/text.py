@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -400,6 +401,16 @@ def join_pieces(pieces: Sequence[Piece]) -> Piece:
         pieces[-1].finish_reason,
         pieces[-1].error,
     )
+
+
+def report_logprobs(tokens: Sequence[TokenText]) -> dict[str, list[Any]]:
+    """Return tokens with their log-probabilities in the shape of OpenAI's API."""
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [token.top_logprobs for token in tokens],
+        "text_offset": [token.offset for token in tokens],
+    }
 
 
 def _completion(pieces: Sequence[Piece]) -> TextCompletion:

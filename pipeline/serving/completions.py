@@ -17,7 +17,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from pipeline.engine.text import Piece, join_pieces
+from pipeline.engine.text import Piece, join_pieces, report_logprobs
 from pipeline.errors import UserError
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.openai import ApiError, CompletionRequest, Outcome, StreamOptions, to_api_error
@@ -325,14 +325,7 @@ def json_response(body: dict[str, Any], status: int = 200, headers: dict[str, st
 
 def _choice_body(piece: Piece, *, reports: bool) -> dict[str, Any]:
     """Return a choice, or a piece of one, in the shape of OpenAI's API; one that failed has an `error`, too."""
-    logprobs = None
-    if reports:
-        logprobs = {
-            "tokens": [token.text for token in piece.tokens],
-            "token_logprobs": [token.logprob for token in piece.tokens],
-            "top_logprobs": [token.top_logprobs for token in piece.tokens],
-            "text_offset": [token.offset for token in piece.tokens],
-        }
+    logprobs = report_logprobs(piece.tokens) if reports else None
     body = {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
     return body if piece.error is None else {**body, **_shown_error(piece.error).body()}
 
