@@ -20,6 +20,8 @@ FAMILY_REACH = 2000
 """How many of the latest originals a duplicate may repeat."""
 LONGEST_REPLACED = 0.1
 """The share of a document's words that the replaced sentence may have: the Jaccard similarity stays above 0.7."""
+_PLAIN = re.compile(r"(?!.*(?i:produced|prepared|scanned|transcri))[^<>&{}\[\]()_*#|`~^\\]+")
+"""A sentence that cleaning leaves as it is, alone and among others, so that what is planted is found."""
 _SENTENCE_END = re.compile(r"(?<=[.!?][\"”’]) +|(?<=[.!?]) +")
 
 
@@ -38,7 +40,7 @@ def read_sentences(texts: Sequence[Path]) -> list[str]:
     for text in texts:
         for paragraph in text.read_text(encoding="utf-8-sig", errors="replace").split("\n\n"):
             for sentence in _SENTENCE_END.split(" ".join(paragraph.split())):
-                if 4 <= len(sentence.split()) <= 60:
+                if 4 <= len(sentence.split()) <= 60 and _PLAIN.fullmatch(sentence):
                     found[sentence] = None
     return list(found)
 

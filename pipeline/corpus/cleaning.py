@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import ftfy
+from ftfy.badness import BADNESS_RE, MOJIBAKE_CATEGORIES
 from ftfy.fixes import unescape_html
 
 from pipeline.corpus.fences import split_code
@@ -31,15 +32,19 @@ _REMOVED = re.compile("[\u00a0\u00ad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206
 # have only these, which are never found: quotes and dashes next to each other and to ASCII, and letters of one kind.
 _QUIET = "‘’“”–—…"
 _ACCENTED = "ß-öø-ÿ"
+_CAPITAL = "ÀÁÄ-ÍÏÑ-ÕÙ-Þ"
 _LETTER = "\u0386\u0388-\u038a\u038c\u038e-\u03ce\u0401\u0403-\u045f"  # Greek and Cyrillic; not Ђ, of "вЂ"
-_SEARCHED = "[\u00a0-\u052f\u2000-\u2e7f\uf8ff\ufb01\ufb02\ufffd]"  # has all characters that ftfy searches for
-_RARE = f"(?![{_QUIET}{_ACCENTED}{_LETTER}]){_SEARCHED}"
-_MAY_BE_BROKEN = re.compile(
+_SEARCHED = "".join({*MOJIBAKE_CATEGORIES.values(), *re.findall("[^\0-\x7f]", BADNESS_RE.pattern)})
+_RARE = f"(?![{_QUIET}{_ACCENTED}{_LETTER}])[{_SEARCHED}]"
+_BROKEN = (
     # The first line is what ftfy finds alone: control characters, ligatures, line separators, halves of characters.
-    "[\0-\x08\x0b-\x1f\x7f-\x9fŒœÃÂĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u2028\u2029\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]"
-    f"|{_RARE}{_SEARCHED}|[{_QUIET}{_ACCENTED}{_LETTER}]{_RARE}|[{_LETTER}][{_ACCENTED}]|[{_ACCENTED}][{_LETTER}]"
-    f"|”[{_ACCENTED}]|[{_ACCENTED}][“”‘]|[ВГРСΒΓΞΟ][{_QUIET}][ВГРСΒΓΞΟ]"
+    "[\0-\x08\x0b-\x1f\x7f-\x9fÃÂĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u2028\u2029\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]"
+    f"|{_RARE}[{_SEARCHED}]|[”{_ACCENTED}{_LETTER}]{_RARE}|[{_QUIET}](?![{_CAPITAL}]){_RARE}"
+    f"|[{_LETTER}][{_ACCENTED}]|[{_ACCENTED}][{_LETTER}]|”[{_ACCENTED}]|[ВГРСΒΓΞΟ][{_QUIET}][ВГРСΒΓΞΟ]"
 )
+_MAY_BE_BROKEN = re.compile(rf"{_BROKEN}|[Œœ]|[{_ACCENTED}][“”‘]")
+_BROKEN_BEFORE_ASCII = re.compile(rf"{_BROKEN}|[Œœ](?![A-Za-z])|[{_ACCENTED}][“”‘][\w“‘]")
+"""The same where ASCII is seen, too."""
 _STRAIGHT = dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
 """What ftfy makes of curly quotes."""
 _PAGE = r"(?:(?:p|pp|pg|page)\.?\s*\d{1,4}|(?:pp?\.|pg\.?|page)\s+[ivxlc]{1,8})"
@@ -151,7 +156,7 @@ def repair_characters(text: str, *, straighten_quotes: bool) -> str:
 
 def _fix_line(line: str, config: ftfy.TextFixerConfig) -> str:
     odd = _find_odd(line)
-    if not _is_sound(line, odd):
+    if not _is_sound(line, odd) and (_BROKEN_BEFORE_ASCII.search(line) or not unicodedata.is_normalized("NFC", line)):
         return str(ftfy.fix_text(line, config))
     return _straighten(line, odd) if config.uncurl_quotes else line
 

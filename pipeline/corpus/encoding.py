@@ -114,7 +114,12 @@ def detect_encoding(path: Path) -> str:
 def _is_iso_2022_jp(path: Path) -> bool:
     """Check whether a file switches to Japanese by an escape sequence, as e-mails do (RFC 1468)."""
     with path.open("rb") as file:
-        return any(b"\x1b$B" in line or b"\x1b$@" in line for line in file)
+        end = b""
+        while block := file.read(_CHUNK_CHARACTERS):
+            if any(escape in end + block for escape in (b"\x1b$B", b"\x1b$@")):
+                return True
+            end = block[-2:]
+    return False
 
 
 def _read_mark(path: Path) -> str | None:

@@ -1,19 +1,28 @@
-"""Map a function over items on all cores, with results in the order of the items."""
+"""Map a function over items on all cores, or on a Ray cluster, with results in the order of the items."""
 
+import logging
 import multiprocessing
 import os
+import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+RAY_ADDRESS = "RAY_ADDRESS"
+"""The variable with the address of the Ray cluster; without it, Ray runs on this machine alone."""
+RAY_PORT = 6379
+ANSWER_S = 10
 _ITEMS_AHEAD = 3
 
 
@@ -44,6 +53,70 @@ def map_in_order(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def map_on_ray(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Generator[Result, None, None]:
+    """Map as `map_in_order` does, on the cores of a Ray cluster; a task of a worker that dies runs again elsewhere."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    task: Any = ray.remote(_call)
+    shared = ray.put(function)
+    pending: deque[Any] = deque()
+    try:
+        for item in items:
+            pending.append(task.remote(shared, item))
+            if len(pending) > _ITEMS_AHEAD * workers:
+                yield ray.get(pending.popleft())
+        while pending:
+            yield ray.get(pending.popleft())
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        raise UserError(
+            f"prepare.executor: Ray: {str(error).splitlines()[0]}; look at the cluster, and run it again"
+        ) from error
+    finally:
+        for result in pending:
+            ray.cancel(result)
+
+
+@contextmanager
+def ray_cluster(workers: int | None) -> Iterator[int]:
+    """Connect to the cluster that `RAY_ADDRESS` names, or start Ray on this machine; yield the number of its cores.
+
+    `workers` limits those of this machine. Raises `UserError` if Ray is not installed, or the cluster does not answer.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("prepare.executor: Ray is not installed; run pip install 'gpt2-pipeline[ray]'") from error
+    address = os.environ.get(RAY_ADDRESS)
+    options: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
+    if address:
+        options = {"address": address, "runtime_env": {"py_modules": [str(Path(__file__).parents[1])]}}
+    try:
+        if address and address != "auto":
+            # Ray itself would try for minutes.
+            parts = urlsplit(address if "://" in address else f"ray://{address}")
+            socket.create_connection((parts.hostname or "", parts.port or RAY_PORT), ANSWER_S).close()
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{RAY_ADDRESS}: no cluster answers at {address} ({reason}); start it, or correct it"
+        ) from error
+    try:
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        yield max(1, int(resources.get("CPU", 1)))
+    finally:
+        ray.shutdown()
+
+
+def _call(function: Callable[[Item], Result], item: Item) -> Result:
+    return function(item)
 
 
 def _end_with_parent() -> None:

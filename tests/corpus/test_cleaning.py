@@ -2,6 +2,7 @@
 
 import re
 import time
+import unicodedata
 from collections import Counter
 
 import ftfy
@@ -76,7 +77,7 @@ def test_a_text_is_not_searched_for_mojibake_only_if_none_can_be_found() -> None
     # All strings of three characters, one for each way in which the search tells characters apart; those of more than
     # three that it finds begin with two that are searched.
     classes = [re.compile(found) for found in re.findall(r"\[[^\]]+\]", BADNESS_RE.pattern)]
-    sets = cleaning._QUIET, cleaning._ACCENTED, cleaning._LETTER, cleaning._SEARCHED[1:-1]
+    sets = cleaning._QUIET, cleaning._ACCENTED, cleaning._CAPITAL, cleaning._LETTER, cleaning._SEARCHED
     classes += [re.compile(f"[{own}]") for own in sets]
     literals = {character for character in re.sub(r"\[[^\]]+\]", "", BADNESS_RE.pattern) if character > "\x7f"}
     kinds: dict[object, str] = {literal: literal for literal in literals}
@@ -93,7 +94,9 @@ def test_a_text_is_not_searched_for_mojibake_only_if_none_can_be_found() -> None
 
 
 def may_be_broken(text: str) -> bool:
-    return not cleaning._is_sound(text, cleaning._find_odd(text))
+    by_odd_characters = not cleaning._is_sound(text, cleaning._find_odd(text))
+    assert by_odd_characters or not cleaning._BROKEN_BEFORE_ASCII.search(text), ascii(text)
+    return cleaning._BROKEN_BEFORE_ASCII.search(text) is not None or not unicodedata.is_normalized("NFC", text)
 
 
 NOTICE_PARTS = ["produced", "Scanned", "transcrıber", "Tranſcriber", "tranſcribed", " ", "x", "é" * 20, "by", "\n"]
