@@ -105,6 +105,7 @@ def test_finetune_compares_training_with_transformers_recipe(tokens: Path, tmp_p
     assert str(tmp_path) not in result
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the machine from /proc")
 def test_serve_compares_the_server_with_the_engine_alone(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/serve.py", "--checkpoint", "tiny", "--precision", "float32"]
@@ -117,6 +118,7 @@ def test_serve_compares_the_server_with_the_engine_alone(tmp_path: Path) -> None
     assert str(tmp_path) not in result
 
 
+@pytest.mark.slow
 def test_every_request_of_the_benchmark_of_traces_has_one(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/traces.py", "--checkpoint", "tiny", "--precision", "float32", "--texts"]
     command += ["--threads", "1", "--streams", "2", "--requests", "3", "--rounds", "2"]
@@ -126,6 +128,7 @@ def test_every_request_of_the_benchmark_of_traces_has_one(tmp_path: Path) -> Non
     assert "traces received: 9, with texts" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_soak_leaves_the_server_as_it_was(tiny_engine_folder: Path) -> None:
     command = [sys.executable, "benchmarks/soak.py", "--engine", str(tiny_engine_folder), "--precision", "float32"]
     done = run([*command, "--seconds", "6", "--clients", "8", "--longest-wait-s", "60"])
@@ -161,6 +164,7 @@ def test_settings_are_compared_with_none(tiny_checkpoint: Path, tmp_path: Path) 
     ]
 
 
+@pytest.mark.slow
 def test_figures_are_tried_on_corrupted_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = make_project(tmp_path, tiny_checkpoint).out
     write_changed_params(tmp_path / PARAMS_FILE, {"tune": {"max_new_tokens": 40}}, tmp_path / PARAMS_FILE)

@@ -311,6 +311,7 @@ def test_a_kill_in_the_middle_is_recovered_from_and_two_clones_agree(
         assert locks[0][stage] == locks[1][stage], stage
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_resumes_when_dvc_is_killed_alone_or_with_it(
     built: tuple[Clone, list[str]], make_clone: Callable[[], Clone]
 ) -> None:

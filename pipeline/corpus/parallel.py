@@ -10,8 +10,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
@@ -19,11 +20,32 @@ from pipeline.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+Executor = Literal["local", "ray"]
+"""The processes of this machine, or the cores of a Ray cluster."""
 RAY_ADDRESS = "RAY_ADDRESS"
 """The variable with the address of the Ray cluster; without it, Ray runs on this machine alone."""
 RAY_PORT = 6379
 ANSWER_S = 10
 _ITEMS_AHEAD = 3
+
+
+class MapInOrder(Protocol):
+    """Maps a function that can be pickled over items, and yields the results in the order of the items."""
+
+    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]: ...
+
+
+@contextmanager
+def open_executor(executor: Executor, workers: int) -> Iterator[MapInOrder]:
+    """Yield what maps on an executor. `workers` is the number of processes of this machine; Ray uses its own number.
+
+    Raises `UserError` if Ray is not installed, or its cluster does not answer.
+    """
+    if executor == "local":
+        yield partial(map_in_order, workers=workers)
+        return
+    with _ray_cluster(workers) as cores:
+        yield partial(_map_on_ray, workers=cores)
 
 
 def map_in_order(
@@ -55,7 +77,7 @@ def map_in_order(
                 future.cancel()
 
 
-def map_on_ray(
+def _map_on_ray(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[Result, None, None]:
     """Map as `map_in_order` does, on the cores of a Ray cluster; a task of a worker that dies runs again elsewhere."""
@@ -72,27 +94,23 @@ def map_on_ray(
                 yield ray.get(pending.popleft())
         while pending:
             yield ray.get(pending.popleft())
-    except RayTaskError as error:
-        raise error.cause from error
     except RayError as error:
-        raise UserError(
-            f"prepare.executor: Ray: {str(error).splitlines()[0]}; look at the cluster, and run it again"
-        ) from error
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if not isinstance(cause, RayError):
+            raise cause from error  # what the function raised
+        raise UserError(f"prepare.executor: Ray: {str(cause).splitlines()[0]}; mend that, and run it again") from error
     finally:
         for result in pending:
             ray.cancel(result)
 
 
 @contextmanager
-def ray_cluster(workers: int | None) -> Iterator[int]:
-    """Connect to the cluster that `RAY_ADDRESS` names, or start Ray on this machine; yield the number of its cores.
-
-    `workers` limits those of this machine. Raises `UserError` if Ray is not installed, or the cluster does not answer.
-    """
+def _ray_cluster(workers: int) -> Iterator[int]:
+    """Connect to the cluster that `RAY_ADDRESS` names, or start Ray here with `workers` cores; yield their number."""
     try:
         import ray
     except ImportError as error:
-        raise UserError("prepare.executor: Ray is not installed; run pip install 'gpt2-pipeline[ray]'") from error
+        raise UserError("prepare.executor: Ray is not installed; run pip install '.[ray]'") from error
     address = os.environ.get(RAY_ADDRESS)
     options: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
     if address:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.corpus.deduplication import Deduplicator, Relations
 from pipeline.corpus.documents import FAULTS, ROW, Chunk, clean_chunk, end_line, shingles_of
-from pipeline.corpus.parallel import map_in_order
+from pipeline.corpus.parallel import MapInOrder, open_executor
 from pipeline.corpus.readers import Source, find_files, read_sections, survey
 from pipeline.corpus.report import FileReport, Report
 from pipeline.corpus.similarity import Hashes, choose_bands
@@ -72,15 +72,15 @@ def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None
     _check_patterns([path.relative_to(data).as_posix() for path in paths], params)
     if workers is None:
         workers = (os.cpu_count() or 1) if sum(path.stat().st_size for path in paths) >= PARALLEL_BYTES else 1
-    report = Report([FileReport(source) for source in _survey(data, paths, params, workers)])
-    with whole_folder(out) as folder:
+    with open_executor(params.executor, workers) as map_in_order, whole_folder(out) as folder:
+        report = Report([FileReport(source) for source in _survey(data, paths, params, map_in_order)])
         with temporary_folder(out, params.temporary_folder) as temporary:
             bands, _ = choose_bands(params.near_duplicate.permutations, params.near_duplicate.jaccard)
             deduplicator = Deduplicator(temporary, bands=bands, min_jaccard=params.near_duplicate.jaccard)
-            file_rows = _clean(report, params, workers, deduplicator, temporary)
+            file_rows = _clean(report, params, map_in_order, deduplicator, temporary)
             with progress(description="comparing", total=sum(file_rows), unit="row", unit_scale=True) as bar:
                 deduplicator.compare(bar.update)
-            _write(report, params, workers, deduplicator, file_rows, temporary, folder)
+            _write(report, params, map_in_order, deduplicator, file_rows, temporary, folder)
         empty = [split for split, size in report.splits.items() if size.documents == 0]
         if empty:
             for name in (*(f"{split}.jsonl" for split in SPLITS), DUPLICATES_FILE):
@@ -104,9 +104,9 @@ def _check_patterns(names: list[str], params: PrepareParams) -> None:
             raise UserError(f"prepare.encoding: {pattern!r} matches no file of the data; names: {', '.join(names[:5])}")
 
 
-def _survey(data: Path, paths: list[Path], params: PrepareParams, workers: int) -> Iterator[Source]:
+def _survey(data: Path, paths: list[Path], params: PrepareParams, map_in_order: MapInOrder) -> Iterator[Source]:
     """Yield what a first pass over each file finds."""
-    sources = map_in_order(partial(_survey_file, data, params), paths, workers if len(paths) > 1 else 1)
+    sources = map_in_order(partial(_survey_file, data, params), paths)
     sizes = [path.stat().st_size for path in paths]
     with progress(description="reading", total=sum(sizes), unit="B", unit_scale=True) as bar:
         for size, source in zip(sizes, sources, strict=True):
@@ -119,11 +119,11 @@ def _survey_file(data: Path, params: PrepareParams, path: Path) -> Source:
 
 
 def _clean(
-    report: Report, params: PrepareParams, workers: int, deduplicator: Deduplicator, temporary: Path
+    report: Report, params: PrepareParams, map_in_order: MapInOrder, deduplicator: Deduplicator, temporary: Path
 ) -> list[int]:
     """Write all rows to temporary files, note what is compared, and return the number of rows of each file."""
     sources = [file.source for file in report.files]
-    chunks = map_in_order(partial(clean_chunk, params), _read_chunks(sources, params), workers)
+    chunks = map_in_order(partial(clean_chunk, params), _read_chunks(sources, params))
     file_rows = [0] * len(sources)
     characters = sum(source.characters for source in sources)
     row_count = 0
@@ -162,7 +162,7 @@ def _read_chunks(sources: list[Source], params: PrepareParams) -> Iterator[Chunk
 def _write(
     report: Report,
     params: PrepareParams,
-    workers: int,
+    map_in_order: MapInOrder,
     deduplicator: Deduplicator,
     file_rows: list[int],
     temporary: Path,
@@ -179,7 +179,7 @@ def _write(
         splits = [stack.enter_context((folder / f"{split}.jsonl").open("wb")) for split in SPLITS]
         duplicates = stack.enter_context((folder / DUPLICATES_FILE).open("w", encoding="utf-8"))
         bar = stack.enter_context(progress(description="writing", total=sum(file_rows), unit="row", unit_scale=True))
-        for block, shingles in _compared_blocks(params, workers, deduplicator, temporary):
+        for block, shingles in _compared_blocks(params, map_in_order, deduplicator, temporary):
             for row, (values, line) in enumerate(zip(block.rows.tolist(), block.lines, strict=True), start=block.start):
                 fault, split, characters, words, text_bytes, _, _ = values
                 file = report.files[bisect_right(ends, row)]
@@ -204,7 +204,7 @@ def _write(
 
 
 def _compared_blocks(
-    params: PrepareParams, workers: int, deduplicator: Deduplicator, temporary: Path
+    params: PrepareParams, map_in_order: MapInOrder, deduplicator: Deduplicator, temporary: Path
 ) -> Iterator[tuple[_Block, dict[int, Hashes]]]:
     """Yield the blocks in order, each with the shingles of its rows that may be near-duplicates."""
     waiting: deque[_Block] = deque()
@@ -215,7 +215,7 @@ def _compared_blocks(
             yield [block.lines[row - block.start] for row in block.compared]
 
     compare = partial(shingles_of, params.near_duplicate.ngram_words)
-    for shingles in map_in_order(compare, lines_to_compare(), workers):
+    for shingles in map_in_order(compare, lines_to_compare()):
         block = waiting.popleft()
         yield block, dict(zip(block.compared, shingles, strict=True))
 

@@ -1,7 +1,7 @@
 """The section `prepare`: how files become documents."""
 
 import codecs
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
@@ -60,6 +60,9 @@ class PrepareParams(Section):
     straighten_quotes: bool
     """Whether curly quotes are replaced by straight ones."""
     near_duplicate: NearDuplicateParams
+    executor: Literal["local", "ray"]
+    """Where text is cleaned: on the cores of this machine, or of the Ray cluster at the address in `RAY_ADDRESS`. The
+    documents are the same."""
     temporary_folder: Annotated[str, Field(min_length=1)] | None
     """The folder for temporary files, of about twice the size of the text; None for that of the output."""
     validation_share: Share

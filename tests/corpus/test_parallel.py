@@ -2,12 +2,14 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.parallel import map_in_order
+from pipeline.corpus.parallel import RAY_ADDRESS, map_in_order, open_executor
 from pipeline.errors import UserError
 
 
@@ -46,6 +48,47 @@ def die(number: int) -> int:
 def test_a_killed_worker_is_one_line() -> None:
     with pytest.raises(UserError, match=r"^one of 2 worker processes was killed, perhaps for lack of memory;"):
         list(map_in_order(die, [0, 1, 0, 0], 2))
+
+
+def die_once(item: tuple[Path, int]) -> int:
+    marker, number = item
+    if number == 3 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_ray_calls_again_what_a_killed_worker_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (the extra ray)")
+    monkeypatch.delenv(RAY_ADDRESS, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where Ray's workers find these functions
+    with open_executor("ray", 2) as mapped:
+        items = [(tmp_path / "died", number) for number in range(30)]
+        assert list(mapped(die_once, items)) == list(range(30))
+        with pytest.raises(ValueError, match="negative"):
+            list(mapped(square, [1, -1, 2]))
+    assert (tmp_path / "died").exists()
+
+
+def test_a_ray_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (the extra ray)")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv(RAY_ADDRESS, f"127.0.0.1:{port}")
+    with (
+        pytest.raises(UserError, match=rf"^RAY_ADDRESS: no cluster answers at 127\.0\.0\.1:{port} \("),
+        open_executor("ray", 2),
+    ):
+        pass
+
+
+def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(UserError, match=r"^prepare\.executor: Ray is not installed; run pip install"),
+        open_executor("ray", 2),
+    ):
+        pass
 
 
 def test_workers_end_when_their_parent_is_killed() -> None:

@@ -133,6 +133,22 @@ def test_same_input_gives_the_same_bytes_in_any_number_of_processes(
         assert len(contents) == 1, name
 
 
+def test_a_ray_cluster_writes_the_same_bytes(
+    tmp_path: Path, params: PrepareParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (the extra ray)")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("pipeline.corpus.preparation.CHUNK_CHARACTERS", 1000)
+    write_tales(tmp_path / "data")
+    prepare(tmp_path / "data", tmp_path / "local", params, workers=1)
+    prepare(tmp_path / "data", tmp_path / "ray", params.model_copy(update={"executor": "ray"}), workers=2)
+    for name in (*(f"{split}.jsonl" for split in SPLITS), "duplicates.jsonl", "report.json"):
+        assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes(), name
+    (tmp_path / "data" / "bad.jsonl").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        prepare(tmp_path / "data", tmp_path / "ray", params.model_copy(update={"executor": "ray"}), workers=2)
+
+
 def test_added_documents_move_none(tmp_path: Path, params: PrepareParams) -> None:
     write_tales(tmp_path / "data")
     prepare(tmp_path / "data", tmp_path / "before", params)

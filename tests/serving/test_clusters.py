@@ -62,11 +62,13 @@ def check(rows: list[dict[str, str]]) -> None:
     assert first != second
 
 
+@pytest.mark.slow
 @without_ray
 def test_ray_runs_the_registered_model(champion: Path) -> None:
     check(run_example("With Ray Data", champion))
 
 
+@pytest.mark.slow
 @without_spark
 @without_java
 def test_spark_runs_the_registered_model(champion: Path) -> None:

@@ -153,6 +153,7 @@ def test_one_that_sigterm_stops_saves_first_and_resumes_whatever_else_has_change
         compare_histories(client, run_id, whole)
 
 
+@pytest.mark.slow
 def test_one_that_ctrl_c_stops_saves_first_and_resumes_where_the_store_is_another(
     project: Project, whole: Path, tmp_path: Path
 ) -> None:

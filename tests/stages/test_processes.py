@@ -100,6 +100,7 @@ def test_steps_of_one_window_leave_a_process_without_one(project: Project, tmp_p
     assert len(losses(folder, "train")) == 12
 
 
+@pytest.mark.slow
 def test_weights_shared_among_processes_are_trained_saved_and_gathered(
     project: Project, alone: Path, tmp_path: Path
 ) -> None:

@@ -152,7 +152,15 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("killed_at", "optimizer"), [(1, "adamw"), (8, "adamw"), (9, "muon"), (13, "adamw"), (13, "muon"), (24, "adamw")]
+    ("killed_at", "optimizer"),
+    [
+        (9, "muon"),
+        (13, "adamw"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(1, "adamw"), (8, "adamw"), (13, "muon"), (24, "adamw")]
+        ),
+    ],
 )
 def test_an_interrupted_training_ends_like_an_uninterrupted_one(
     killed_at: int,
@@ -220,7 +228,7 @@ def on_step(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[ScoredGPT2
     monkeypatch.setattr(trainer.PackedTrainer, "training_step", training_step_then)
 
 
-@pytest.mark.parametrize("stopped_at", [2, 11, 12, 16])
+@pytest.mark.parametrize("stopped_at", [2, 12, *(pytest.param(step, marks=pytest.mark.slow) for step in (11, 16))])
 def test_a_stopped_training_has_the_curves_of_an_uninterrupted_one(
     stopped_at: int,
     tiny_checkpoint: Path,
