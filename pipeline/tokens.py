@@ -12,14 +12,14 @@ Every document is end-of-text, its text, end-of-text: the first is context and n
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
@@ -38,8 +38,8 @@ TOKENIZER_FILES = (
 )
 """Every file that a tokenizer of `transformers` may consist of; this project reads only the first two."""
 
-BATCH_DOCUMENTS = 1000
-"""The number of documents to encode at a time: keeps every core busy, with little of the corpus in memory."""
+BATCH_CHARACTERS = 500_000
+"""The approximate size of the texts to encode at a time: keeps every core busy, with little of the corpus in memory."""
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
@@ -142,8 +142,7 @@ def write_tokens(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, token
         _write_header(bounds_file, np.int64, 0)
         digest.update(_append(tokens_file, np.array([end_of_text], dtype)))
         _append(bounds_file, np.zeros(1, np.int64))
-        for batch in _batches(texts):
-            encodings = tokenizer.encode_batch_fast(batch)
+        for batch, encodings in _encode(texts, tokenizer):
             ids = [token_id for encoding in encodings for token_id in (*encoding.ids, end_of_text)]
             lengths = np.array([len(encoding) + 1 for encoding in encodings], np.int64)
             digest.update(_append(tokens_file, np.array(ids, dtype)))
@@ -208,9 +207,29 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[list[str], list[Encoding]]]:
+    """Yield batches of texts with their encodings; a batch is encoded while the one before it is written."""
+    with ThreadPoolExecutor(1) as thread:
+        before: tuple[list[str], Future[list[Encoding]]] | None = None
+        for batch in _batches(texts):
+            encodings = thread.submit(tokenizer.encode_batch_fast, batch)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = batch, encodings
+        if before is not None:
+            yield before[0], before[1].result()
+
+
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    remaining = iter(texts)
-    while batch := list(islice(remaining, BATCH_DOCUMENTS)):
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch
 
 

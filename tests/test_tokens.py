@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.tokens import (
-    BATCH_DOCUMENTS,
     END_OF_TEXT,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
@@ -97,8 +96,12 @@ def test_meta_says_what_the_arrays_hold(tmp_path: Path, tokenizer: Tokenizer) ->
     }
 
 
-def test_more_documents_than_a_batch_read_as_one_array(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    texts = [str(number) for number in range(2 * BATCH_DOCUMENTS + 1)]
+@pytest.mark.parametrize("batch_characters", [1, 7, 100])
+def test_more_documents_than_a_batch_read_as_one_array(
+    batch_characters: int, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tokens.BATCH_CHARACTERS", batch_characters)
+    texts = [str(number) for number in range(101)]
     arrays = store(tmp_path, texts, tokenizer)
     assert len(arrays) == len(texts)
     assert [tokenizer.decode(arrays.document(index).tolist()[1:-1]) for index in range(len(arrays))] == texts
