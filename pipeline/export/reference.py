@@ -15,8 +15,8 @@ def windows_of(arrays: TokenArrays, context_length: int) -> Iterator[list[int]]:
     """Yield the documents of a split, each starting with end-of-text, cut if they exceed the context."""
     documents = (arrays.document(index) for index in range(len(arrays)))
     for document in documents:
-        for window in cut_windows([len(document)], context_length):
-            yield document[window.start : window.end].tolist()
+        for _, start, end in cut_windows([len(document)], context_length).tolist():
+            yield document[start:end].tolist()
 
 
 class TorchReference:

@@ -36,17 +36,17 @@ class TrainingWindow:
         return self.end - self.start
 
 
-def cut_windows(document_tokens: Sequence[int], context_length: int) -> list[TrainingWindow]:
-    """Cut documents into windows of at most `context_length` tokens.
+def cut_windows(document_tokens: ArrayLike, context_length: int) -> NDArray[np.int64]:
+    """Cut documents into windows of at most `context_length` tokens: the fields of `TrainingWindow`, `[windows, 3]`.
 
     `document_tokens` counts each document's tokens with both end-of-texts. A window begins with the last token of the
     one before, so that every token but a document's first is a label exactly once.
     """
-    return [
-        TrainingWindow(document, start, min(start + context_length, tokens))
-        for document, tokens in enumerate(document_tokens)
-        for start in range(0, max(tokens - 1, 1), context_length - 1)
-    ]
+    tokens = np.asarray(document_tokens, dtype=np.int64)
+    counts = np.maximum(1, -(-(tokens - 1) // (context_length - 1)))
+    documents = np.repeat(np.arange(len(tokens)), counts)
+    starts = (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)) * (context_length - 1)
+    return np.stack((documents, starts, np.minimum(starts + context_length, tokens[documents])), axis=1)
 
 
 def deal(sizes: ArrayLike, groups: int) -> NDArray[np.int64]:
@@ -88,9 +88,11 @@ class PackedSteps(Dataset[Batch]):
         share includes the documents of every smaller one.
         """
         self.tokens = tokens
-        lengths = tokens.document_tokens().tolist()
-        taken = set(np.random.default_rng(seed).permutation(len(lengths))[: math.ceil(share * len(lengths))].tolist())
-        self.windows = [window for window in cut_windows(lengths, context_length) if window.document in taken]
+        is_taken = np.zeros(len(tokens), dtype=bool)
+        is_taken[np.random.default_rng(seed).permutation(len(tokens))[: math.ceil(share * len(tokens))]] = True
+        windows = cut_windows(tokens.document_tokens(), context_length)
+        # An array, because a large text has millions of windows.
+        self.windows = windows[is_taken[windows[:, 0]]]
         self.seed = seed
         self.parts = parts
         self.steps_per_epoch = max(1, min(round(self.window_tokens / batch_tokens), len(self.windows)))
@@ -100,7 +102,7 @@ class PackedSteps(Dataset[Batch]):
     @property
     def window_tokens(self) -> int:
         """Count the tokens of all windows; a token that two windows share counts twice."""
-        return sum(window.tokens for window in self.windows)
+        return int((self.windows[:, 2] - self.windows[:, 1]).sum())
 
     def __len__(self) -> int:
         return self.steps * self.parts
@@ -117,14 +119,14 @@ class PackedSteps(Dataset[Batch]):
         """Return the windows that optimizer step `step` (from 0) learns from."""
         epoch, step = divmod(step, self.steps_per_epoch)
         order, bounds = self._epoch(epoch)
-        return [self.windows[index] for index in order[bounds[step] : bounds[step + 1]]]
+        return [TrainingWindow(*fields) for fields in self.windows[order[bounds[step] : bounds[step + 1]]].tolist()]
 
     def _deal_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the order of the windows in an epoch, and the bounds of its steps in that order."""
         order = np.arange(len(self.windows))
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        return order, deal([self.windows[index].tokens for index in order], self.steps_per_epoch)
+        return order, deal((self.windows[:, 2] - self.windows[:, 1])[order], self.steps_per_epoch)
 
     def batch(self, windows: Sequence[TrainingWindow]) -> Batch:
         """Return windows as one sequence: `input_ids`, `labels` and `position_ids`, each int64 `[1, tokens]`.
