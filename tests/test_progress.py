@@ -1,7 +1,9 @@
-"""Progress bars appear on terminals only."""
+"""Progress bars appear on terminals, and lines elsewhere if it takes long."""
 
 import io
+import re
 import sys
+import time
 
 import pytest
 
@@ -35,3 +37,17 @@ def test_a_bar_counts_what_it_is_given(is_terminal: bool, monkeypatch: pytest.Mo
     with progress(description="trials", total=10, initial=4) as bar:
         bar.update(6)
     assert ("10/10" in stream.getvalue()) == is_terminal
+
+
+def test_elsewhere_a_long_bar_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(is_terminal=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("pipeline.progress.LINE_S", 0.05)
+    with progress(description="cleaning", total=4_000_000, unit="character", unit_scale=True) as bar:
+        for _ in range(4):
+            time.sleep(0.06)
+            bar.update(1_000_000)
+    lines = stream.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"cleaning: {n}.00M of 4.00M character" for n in (1, 2, 3, 4)]
+    assert re.fullmatch(r"cleaning: 2.00M of 4.00M character, [\d.]+M?character/s, \d\d:\d\d left", lines[1])
+    assert "\r" not in stream.getvalue()
