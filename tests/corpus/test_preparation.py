@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -333,3 +335,19 @@ def test_markup_is_counted_by_file_and_a_parameter_keeps_it(tmp_path: Path, para
     kept = prepare(tmp_path / "data", tmp_path / "out", params.model_copy(update={"strip_markup": False}))
     assert all(file.repairs.removed["markup"] == 0 for file in kept.files)
     assert "<p>" in (tmp_path / "out" / "train.jsonl").read_text()
+
+
+def test_output_of_datatrove_is_read(tmp_path: Path, params: PrepareParams) -> None:
+    # As its JsonlWriter and ParquetWriter write documents, which have an id and metadata of any depth.
+    texts = [tale(f"Peer{number}") for number in range(40)]
+    rows = [
+        {"text": text, "id": f"f/{number}", "metadata": {"file_path": "f", "token_count": number, "tags": ["a"]}}
+        for number, text in enumerate(texts)
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    pq.write_table(pa.Table.from_pylist(rows[20:]), tmp_path / "data" / "00001.parquet")
+    report = prepare(tmp_path / "data", tmp_path / "out", params)
+    assert report.outcomes == {"kept": 40}
+    documents = [document for split in read_documents(tmp_path / "out").values() for document in split]
+    assert sorted(document["text"] for document in documents) == sorted(texts)
