@@ -44,8 +44,6 @@ WAITING_BYTES = 64 * 2**20
 """The most bytes of results that wait in memory for an earlier row to end; no row begins while there are more."""
 SHOWN_ROWS = 5
 """The number of bad rows that the last line names."""
-LINE_S = 30.0
-"""The time between two lines about progress where there is no terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,19 +400,14 @@ def append_rows(
     generator: TextGenerator, rows: Iterator[Row | Result], file: BinaryIO, tally: Tally, bar: "tqdm[Any]"
 ) -> None:
     """Append the result of each row to a file, count it in `tally`, and show how far that is."""
-    began_s = shown_s = time.perf_counter()
+    began_s = time.perf_counter()
     for result, line in complete_rows(generator, rows):
         file.write(line)
         # A kill loses at most a line.
         file.flush()
         tally.add(result.number, is_bad=result.is_bad, tokens=result.tokens)
-        now_s = time.perf_counter()
-        bar.set_postfix_str(f"{tally.tokens / (now_s - began_s):,.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(f"{tally.tokens / (time.perf_counter() - began_s):,.0f} tokens/s", refresh=False)
         bar.update()
-        if bar.disable and now_s - shown_s >= LINE_S:
-            shown_s = now_s
-            rate = tally.tokens / (now_s - began_s)
-            print(f"{tally.rows:,} of {bar.total:,} rows, {rate:,.0f} tokens/s", file=sys.stderr)
 
 
 def _check_same(file: Path, meta: Path, made: Mapping[str, Any]) -> dict[str, Any]:

@@ -409,7 +409,7 @@ def test_it_shows_how_far_it_is(is_terminal: bool, many: ManyPrompts, monkeypatc
     shown = io.StringIO()
     monkeypatch.setattr(shown, "isatty", lambda: is_terminal)
     monkeypatch.setattr(sys, "stderr", shown)
-    monkeypatch.setattr(many_prompts, "LINE_S", 0.0)
+    monkeypatch.setattr("pipeline.progress.LINE_S", 0)
     text = generate_many(many)
     assert text.startswith(f"{many.out}: 40 rows, 40 of them now, with ")
     if is_terminal:
@@ -417,8 +417,8 @@ def test_it_shows_how_far_it_is(is_terminal: bool, many: ManyPrompts, monkeypatc
         assert "40/40" in shown.getvalue()
         assert " tokens/s" in shown.getvalue()
     else:
-        assert len(shown.getvalue().splitlines()) == 40
-        assert "40 of 40 rows, " in shown.getvalue()
+        assert len(shown.getvalue().splitlines()) == 41
+        assert "texts.jsonl: 40 of 40 row, " in shown.getvalue()
 
 
 GENERATE = """
