@@ -11,26 +11,22 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import one_engine
 from contenders import PEER_LIBRARIES, SAMPLED
-from conversion import export_engine
-from decode import find_checkpoint
-from report import publish
 from serve import requests_of
 
 from pipeline import machine
-from pipeline.cores import usable_cores
 from pipeline.decoding import ModelDecoding, SamplingParams
 from pipeline.engine.generator import SLOTS
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.text import TextGenerator
-from pipeline.errors import UserError, report_errors
+from pipeline.errors import UserError
 from pipeline.files import write_jsonl
 from pipeline.many_prompts import Row, Tally, append_rows, read_rows
 from pipeline.progress import progress
@@ -41,25 +37,16 @@ SEED = 7
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="out/finetune", help="a folder, medium or tiny (default: %(default)s)")
-    parser.add_argument("--precision", default="int8", help="default: %(default)s")
+    one_engine.add_options(parser)
     parser.add_argument("--rows", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--slots", type=int, default=SLOTS, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="default: the number of physical cores")
-    parser.add_argument("--work", type=Path, default=Path("out") / "benchmarks", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="also write the result to this file")
-    arguments = parser.parse_args()
-    with report_errors():
-        checkpoint = find_checkpoint(arguments.checkpoint, arguments.work)
-        with tempfile.TemporaryDirectory() as name:
-            export_engine(checkpoint, Path(name) / "engine", [arguments.precision])
-            text = benchmark(arguments, Path(name), arguments.threads or usable_cores())
-        publish(text, arguments.out)
+    one_engine.run(parser.parse_args(), benchmark)
 
 
-def benchmark(arguments: argparse.Namespace, folder: Path, threads: int) -> str:
-    generator = TextGenerator.load(folder / "engine", provider="cpu", threads=threads, slots=arguments.slots)
+def benchmark(arguments: argparse.Namespace, engine: Path, threads: int) -> str:
+    folder = engine.parent
+    generator = TextGenerator.load(engine, provider="cpu", threads=threads, slots=arguments.slots)
     asked = requests_of(arguments.rows)
     prompts = folder / "prompts.jsonl"
     write_jsonl(prompts, [{"prompt": one.prompt, "max_new_tokens": one.max_tokens} for one in asked])

@@ -1,6 +1,5 @@
 """Documents of mixed sentences as JSON lines, with families of duplicates whose number is known."""
 
-import argparse
 import json
 import random
 import re
@@ -8,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipeline.corpus.readers import TEXT_ENDINGS
 
 DOCUMENT_CHARACTERS = 2150
 """The mean size of a document."""
@@ -34,10 +35,10 @@ class Planted:
     near: int = 0
 
 
-def read_sentences(texts: Sequence[Path]) -> list[str]:
-    """Return the distinct sentences of 4 to 60 words of text files, in order."""
+def read_sentences(folder: Path) -> list[str]:
+    """Return the distinct sentences of 4 to 60 words in the text files of a folder, in order."""
     found: dict[str, None] = {}
-    for text in texts:
+    for text in (file for file in sorted(folder.rglob("*")) if file.suffix in TEXT_ENDINGS):
         for paragraph in text.read_text(encoding="utf-8-sig", errors="replace").split("\n\n"):
             for sentence in _SENTENCE_END.split(" ".join(paragraph.split())):
                 if 4 <= len(sentence.split()) <= 60 and _PLAIN.fullmatch(sentence):
@@ -91,19 +92,3 @@ def _draw_original(sentences: Sequence[str], draw: random.Random) -> list[str]:
 def _lay_out(document: Sequence[str]) -> str:
     starts = range(0, len(document), SENTENCES_PER_PARAGRAPH)
     return "\n\n".join(" ".join(document[start : start + SENTENCES_PER_PARAGRAPH]) for start in starts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("texts", type=Path, help="folder of text files whose sentences are mixed")
-    parser.add_argument("out", type=Path, help="JSON lines to write")
-    parser.add_argument("--megabytes", type=float, default=400)
-    parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
-    texts = [file for file in sorted(arguments.texts.rglob("*")) if file.suffix in (".txt", ".md")]
-    planted = write_documents(arguments.out, read_sentences(texts), arguments.megabytes, arguments.seed)
-    print(f"{planted.documents} documents, {planted.exact} exact and {planted.near} near-duplicates")
-
-
-if __name__ == "__main__":
-    main()

@@ -84,7 +84,7 @@ def benchmark(texts: Path, megabytes: float, peer_python: str | None, work: Path
 def plant(data: Path, texts: Path, megabytes: float, count: int) -> Planted:
     """Write documents to `count` files, each with families of its own, and return how many there are in all."""
     data.mkdir()
-    sentences = read_sentences([file for file in sorted(texts.rglob("*")) if file.suffix in (".txt", ".md")])
+    sentences = read_sentences(texts)
     parts = [
         write_documents(data / f"{number}.jsonl", sentences, megabytes / count, seed=number + 1)
         for number in range(count)

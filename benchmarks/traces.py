@@ -8,41 +8,26 @@ import argparse
 import http.server
 import multiprocessing
 import sys
-import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import one_engine
 from contenders import PEER_LIBRARIES, parse_contender
-from conversion import export_engine
-from decode import find_checkpoint
-from report import publish
 from serve import drive, requests_of, served
 
 from pipeline import machine
-from pipeline.cores import usable_cores
-from pipeline.errors import UserError, report_errors
+from pipeline.errors import UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="out/finetune", help="a folder, medium or tiny (default: %(default)s)")
-    parser.add_argument("--precision", default="int8", help="default: %(default)s")
+    one_engine.add_options(parser)
     parser.add_argument("--texts", action="store_true", help="the traces contain the texts")
     parser.add_argument("--streams", type=int, default=8, help="number of clients at once (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=48, help="requests per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="default: the number of physical cores")
-    parser.add_argument("--work", type=Path, default=Path("out") / "benchmarks", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="also write the result to this file")
-    arguments = parser.parse_args()
-    with report_errors():
-        checkpoint = find_checkpoint(arguments.checkpoint, arguments.work)
-        with tempfile.TemporaryDirectory() as folder:
-            engine = Path(folder) / "engine"
-            export_engine(checkpoint, engine, [arguments.precision])
-            text = benchmark(arguments, engine, arguments.threads or usable_cores())
-        publish(text, arguments.out)
+    one_engine.run(parser.parse_args(), benchmark)
 
 
 def benchmark(arguments: argparse.Namespace, engine: Path, threads: int) -> str:

@@ -1,6 +1,7 @@
 """The benchmark runs from end to end on a tiny model; what it measures there means nothing."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -72,6 +73,18 @@ def test_many_prompts_writes_what_the_engine_generates(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "command / complete: " in done.stdout
     assert done.stdout == (tmp_path / "result").read_text()
+
+
+@pytest.mark.slow
+def test_prepare_finds_what_was_planted(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    sentences = (f"The number {number} bell of pier {number % 97} rang {number % 89} times." for number in range(9000))
+    (tmp_path / "texts" / "bells.txt").write_text(" ".join(sentences))
+    done = run([sys.executable, "benchmarks/prepare.py", str(tmp_path / "texts"), "--megabytes", "1"])
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"([\d,]+) exact and ([\d,]+) near", done.stdout)
+    assert len(found) == 2
+    assert found[0] == found[1]
 
 
 @pytest.fixture
