@@ -42,7 +42,7 @@ def temporary_folder(out: Path, parent: str | None) -> Iterator[Path]:
 
     It is in `parent` if that is given, under a name that other outputs do not have, else next to `out`.
     """
-    name = f"{out.name}-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
+    name = f"{out.name}-{short_digest(str(out.resolve()))}"
     path = out.with_name(out.name + TEMPORARY_SUFFIX) if parent is None else Path(parent, name + TEMPORARY_SUFFIX)
     shutil.rmtree(path, ignore_errors=True)
     with _name_full_disk(path):
@@ -92,10 +92,24 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def count_lines(path: Path) -> int:
+    """Return the number of line ends in a file."""
+    count = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            count += block.count(b"\n")
+    return count
+
+
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     """Write a table as CSV, its header first."""
     with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
+
+
+def short_digest(name: str) -> str:
+    """Return eight hexadecimal digits that tell names apart."""
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def sha256_file(path: Path) -> str:

@@ -42,5 +42,5 @@ def progress(
     options = {"desc": description, "unit": unit, "unit_scale": unit_scale, "total": total, "initial": initial}
     if description is None or sys.stderr.isatty():
         return tqdm(items, disable=description is None, **options)
-    form = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left"
+    form = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
     return _Lines(items, bar_format=form, delay=LINE_S, mininterval=LINE_S, maxinterval=LINE_S, miniters=1, **options)

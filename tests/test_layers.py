@@ -9,7 +9,7 @@ import pytest
 from dag import ROOT
 
 TIERS = (
-    {"errors", "files", "imports", "machine", "cores", "charts", "progress", "stage_process"},
+    {"errors", "files", "imports", "machine", "cores", "charts", "object_store", "progress", "stage_process"},
     {"decoding", "tokens", "curves", "checkpoint", "params"},
     {"engine", "quality", "corpus", "tracking", "base"},
     {"export", "evaluation", "training", "resume", "doctor", "many_prompts"},

@@ -27,7 +27,7 @@ _INVISIBLE = re.compile(
 _ODD_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 _PLAIN = bytes([*b"\t", *range(0x21, 0x7F)])
 _REMOVED = re.compile("[\u00a0\u00ad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u2069\u3000\ufeff]")
-"""The characters of `_INVISIBLE` and `_ODD_SPACE`."""
+"""Holds all characters of `_INVISIBLE` and `_ODD_SPACE`, and a few more."""
 # ftfy looks for mojibake longer than all other rules take together, and what it finds are rare neighbours. Most texts
 # have only these, which are never found: quotes and dashes next to each other and to ASCII, and letters of one kind.
 _QUIET = "‘’“”–—…"

@@ -126,9 +126,9 @@ class Deduplicator:
         """
         by_key = ExternalSort(self._folder / "by_key")
         for noted in self._read_keys():
+            on_progress(len(noted))
             noted = noted[~is_later.has(noted[:, 0])]
             by_key.add(noted[:, 1:].ravel(), np.repeat(noted[:, 0], self._bands))
-            on_progress(len(noted))
         (self._folder / "keys").unlink()
         buckets, places = ExternalSort(self._folder / "buckets"), 0
         for keys, rows in by_key.blocks():

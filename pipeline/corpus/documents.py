@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from pipeline.corpus.cleaning import Repairs, clean
 from pipeline.corpus.pieces import cut_pieces
 from pipeline.corpus.readers import Section
-from pipeline.corpus.similarity import Hashes, band_keys, choose_bands, fingerprint, minhash
+from pipeline.corpus.similarity import Hashes, band_keys, choose_bands, hash_ngrams, make_set, minhash
 from pipeline.corpus.splits import SPLITS, choose_split
-from pipeline.corpus.words import count_words
+from pipeline.corpus.words import count_words, digest, join_words
 from pipeline.params.prepare import PrepareParams
 
 Chunk = list[tuple[int, int | None, Section]]
@@ -66,7 +66,7 @@ def clean_chunk(params: PrepareParams, chunk: Chunk) -> CleanedChunk:
     parts: list[FilePart] = []
     rows: list[tuple[int, ...]] = []
     lines: list[bytes] = []
-    shingle_sets: list[Hashes] = []
+    documents: list[bytes] = []
     for position, wrap_columns, section in chunk:
         if not parts or parts[-1].position != position:
             parts.append(FilePart(position))
@@ -76,13 +76,13 @@ def clean_chunk(params: PrepareParams, chunk: Chunk) -> CleanedChunk:
         parts[-1].repairs.add(repairs)
         min_words = 0 if section.running or section.whole else params.minimum_words
         for text in texts:
-            row, line, shingles = _make_row(text, title, min_words, params)
+            row, line, words = _make_row(text, title, min_words, params)
             rows.append(row)
             if line:
                 lines.append(line)
-                shingle_sets.append(shingles)
+                documents.append(words)
     near = params.near_duplicate
-    signatures = [minhash(shingles, near.permutations) for shingles in shingle_sets]
+    signatures = [minhash(shingles, near.permutations) for shingles in hash_ngrams(documents, near.ngram_words)]
     keys = band_keys(
         np.array(signatures, np.uint64).reshape(-1, near.permutations), *choose_bands(near.permutations, near.jaccard)
     )
@@ -96,7 +96,8 @@ def end_line(line: bytes, source: str) -> bytes:
 
 def shingles_of(ngram_words: int, lines: list[bytes]) -> list[Hashes]:
     """Return the shingles of documents from the beginnings of their lines."""
-    return [fingerprint(json.loads(end_line(line, ""))["text"], ngram_words)[1] for line in lines]
+    texts = [json.loads(end_line(line, ""))["text"] for line in lines]
+    return [make_set(hashes) for hashes in hash_ngrams([join_words(text) for text in texts], ngram_words)]
 
 
 def _clean_section(section: Section, wrap_columns: int | None, params: PrepareParams) -> tuple[list[str], str, Repairs]:
@@ -109,20 +110,21 @@ def _clean_section(section: Section, wrap_columns: int | None, params: PreparePa
     return texts, " ".join(title.split()), repairs
 
 
-def _make_row(text: str, title: str, min_words: int, params: PrepareParams) -> tuple[tuple[int, ...], bytes, Hashes]:
-    """Return a row, the beginning of its line, which is empty for a fault, and its shingles."""
-    digest, shingles = fingerprint(text, params.near_duplicate.ngram_words)
+def _make_row(text: str, title: str, min_words: int, params: PrepareParams) -> tuple[tuple[int, ...], bytes, bytes]:
+    """Return a row, the beginning of its line, which is empty for a fault, and its words, joined."""
+    joined_words = join_words(text)
     words = count_words(text)
     fault: Fault = ""
-    if not digest:
+    if not joined_words:
         fault = "empty"
     elif words < min_words or ("#" in text and count_words(_HEADING_LINE.sub("", text)) < min_words):
         fault = "fragment"
     if fault:
-        return (FAULTS.index(fault), 0, len(text), 0, 0, 0, 0), b"", shingles
+        return (FAULTS.index(fault), 0, len(text), 0, 0, 0, 0), b"", joined_words
+    words_digest = digest(joined_words)
     heading = _TITLE.match(text)
-    document = {"id": digest.hex()[:16], "title": title or (heading[1] if heading else ""), "text": text}
+    document = {"id": words_digest.hex()[:16], "title": title or (heading[1] if heading else ""), "text": text}
     line = json.dumps(document, ensure_ascii=False).encode()[:-1] + b', "source": '
-    split = choose_split(digest, validation_share=params.validation_share, test_share=params.test_share)
-    number = int.from_bytes(digest[:8], "big")
-    return (0, SPLITS.index(split), len(text), words, len(text.encode()), len(line), number), line, shingles
+    split = choose_split(words_digest, validation_share=params.validation_share, test_share=params.test_share)
+    number = int.from_bytes(words_digest[:8], "big")
+    return (0, SPLITS.index(split), len(text), words, len(text.encode()), len(line), number), line, joined_words

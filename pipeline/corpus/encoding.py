@@ -2,13 +2,14 @@
 
 import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import charset_normalizer
+import numpy as np
 from charset_normalizer import CharsetMatch
 
 from pipeline.errors import UserError
@@ -28,7 +29,6 @@ RIVALS = "windows-1257", "mac-roman", "mac-cyrillic", "cp850", "cp852", "cp855"
 _CHUNK_CHARACTERS = 1 << 20
 _CONTROL = re.compile(r"[\x01-\x08\x0e-\x1f\x7f]")  # except \t to \r, which are white space
 _CONTROL_BYTES = bytes(byte for byte in range(128) if _CONTROL.match(chr(byte)))
-_WIDE_BYTES = bytes(range(128, 256))
 _C1_CONTROL = re.compile("[\x80-\x9f]")  # what ISO pages make of bytes that have characters in Windows pages
 _BAD = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are wrong
 _WIDE = re.compile("[^\0-\x7f\udc80-\udcff]")
@@ -71,11 +71,14 @@ class _Counts(NamedTuple):
     """The bytes that are no character."""
 
 
-def find_encoding(path: Path, name: str, encodings: str | Mapping[str, str] | None) -> str:
+def find_encoding(
+    path: Path, name: str, encodings: str | Mapping[str, str] | None, on_read: Callable[[int], object] = int
+) -> str:
     """Return the encoding that `prepare.encoding` names for a file, after checking it, or the one that is detected.
 
     `name` is the path relative to the data folder; in a mapping, an exact name counts before the patterns, and of these
-    the first that matches. Raises `UserError` as `detect_encoding` does.
+    the first that matches. `on_read` is called with the number of characters that were read. Raises `UserError` as
+    `detect_encoding` does.
     """
     if isinstance(encodings, Mapping):
         patterns = (pattern for pattern in encodings if fnmatchcase(name, pattern))
@@ -83,14 +86,15 @@ def find_encoding(path: Path, name: str, encodings: str | Mapping[str, str] | No
     else:
         encoding = encodings
     if encoding is None:
-        return detect_encoding(path)
+        return detect_encoding(path, on_read)
     if codecs.lookup(encoding).name == "utf-8" and _read_mark(path) == "utf-8-sig":
         encoding = "utf-8-sig"
-    _check(path, encoding, _count(path, encoding), "is not {encoding}, which prepare.encoding names; correct either")
+    counts = _count(path, encoding, on_read)
+    _check(path, encoding, counts, "is not {encoding}, which prepare.encoding names; correct either")
     return encoding
 
 
-def detect_encoding(path: Path) -> str:
+def detect_encoding(path: Path, on_read: Callable[[int], object] = int) -> str:
     """Return the name of the encoding that reads the whole file.
 
     That of the byte-order mark if there is one (`utf-8-sig`, `utf-16`, `utf-32`); `iso-2022-jp` if it has its escapes;
@@ -100,10 +104,10 @@ def detect_encoding(path: Path) -> str:
     page is not certain.
     """
     encoding = _read_mark(path) or ("iso-2022-jp" if _is_iso_2022_jp(path) else "utf-8")
-    counts = _count(path, encoding)
+    counts = _count(path, encoding, on_read)
     if encoding == "utf-8" and counts.bad > counts.wide:
         encoding = _detect_page(path)
-        counts = _count(path, encoding)
+        counts = _count(path, encoding, int)
     if encoding.startswith("utf"):
         _check(path, encoding, counts, "is not UTF-8; correct it, or save the file as UTF-8")
     else:
@@ -116,7 +120,8 @@ def _is_iso_2022_jp(path: Path) -> bool:
     with path.open("rb") as file:
         end = b""
         while block := file.read(_CHUNK_CHARACTERS):
-            if any(escape in end + block for escape in (b"\x1b$B", b"\x1b$@")):
+            block = end + block
+            if b"\x1b" in block and any(escape in block for escape in (b"\x1b$B", b"\x1b$@")):
                 return True
             end = block[-2:]
     return False
@@ -128,7 +133,7 @@ def _read_mark(path: Path) -> str | None:
     return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), None)
 
 
-def _count(path: Path, encoding: str) -> _Counts:
+def _count(path: Path, encoding: str, on_read: Callable[[int], object]) -> _Counts:
     """Count the characters of a file. Raises `UserError` if it is binary."""
     counts = _Counts(0, 0, 0, 0)
     errors = "strict" if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")) else "surrogateescape"
@@ -141,6 +146,7 @@ def _count(path: Path, encoding: str) -> _Counts:
                     raise _refuse_binary(path, f"a NUL character on line {lines}")
                 lines += chunk.count("\n")
                 counts = _Counts(*map(sum, zip(counts, _count_chunk(chunk), strict=True)))
+                on_read(len(chunk))
         except UnicodeError as error:
             raise UserError(
                 f"{path}: bytes that are not {encoding}; name another encoding in prepare.encoding (utf-16-le or "
@@ -153,13 +159,15 @@ def _count(path: Path, encoding: str) -> _Counts:
 
 def _count_chunk(chunk: str) -> _Counts:
     try:
-        # Counted by what is left without them, which is much faster than a search.
         data = chunk.encode()
     except UnicodeEncodeError:
         controls, wide, bad = (len(kind.findall(chunk)) for kind in (_CONTROL, _WIDE, _BAD))
         return _Counts(len(chunk), controls, wide, bad)
+    # Counted by what is left without them, which is much faster than a search.
     controls = len(data) - len(data.translate(None, _CONTROL_BYTES))
-    return _Counts(len(chunk), controls, len(chunk) - len(data.translate(None, _WIDE_BYTES)), 0)
+    # A character of several bytes has as many bytes beyond ASCII, and adds one less to the length.
+    wide_bytes = int(np.count_nonzero(np.frombuffer(data, np.int8) < 0))
+    return _Counts(len(chunk), controls, wide_bytes - (len(data) - len(chunk)), 0)
 
 
 def _refuse_binary(path: Path, finding: str) -> UserError:

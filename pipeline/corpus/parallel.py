@@ -12,16 +12,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
+from pipeline.params.prepare import Executor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Executor = Literal["local", "ray"]
-"""The processes of this machine, or the cores of a Ray cluster."""
 RAY_ADDRESS = "RAY_ADDRESS"
 """The variable with the address of the Ray cluster; without it, Ray runs on this machine alone."""
 RAY_PORT = 6379

@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterator
 from itertools import accumulate
 
-from pipeline.corpus.words import count_words, digest, has_unspaced, normalize_words, word_starts
+from pipeline.corpus.words import count_words, digest, has_unspaced, join_words, word_starts
 
 MAX_PARAGRAPH_PIECES = 2
 """The longest paragraph that stays whole, as a multiple of the words of a piece."""
@@ -62,7 +62,7 @@ def _find_cut(units: list[tuple[str, str]], words_before: list[int], start: int,
             break
         if 2 * words >= piece_words and not _HEADING.match(units[index - 1][1]):
             allowed.append(index)
-    return min(allowed, key=lambda index: digest(normalize_words(units[index][1])), default=len(units))
+    return min(allowed, key=lambda index: digest(join_words(units[index][1])), default=len(units))
 
 
 def _split_units(text: str, max_words: int, level: int = 0) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ import json
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -106,16 +106,22 @@ def _check_patterns(names: list[str], params: PrepareParams) -> None:
 
 def _survey(data: Path, paths: list[Path], params: PrepareParams, map_in_order: MapInOrder) -> Iterator[Source]:
     """Yield what a first pass over each file finds."""
-    sources = map_in_order(partial(_survey_file, data, params), paths)
     sizes = [path.stat().st_size for path in paths]
     with progress(description="reading", total=sum(sizes), unit="B", unit_scale=True) as bar:
+        one_file = partial(_survey_file, data, params)
+        if len(paths) > 1:
+            sources = map_in_order(one_file, paths)
+        else:  # perhaps a large one: the bar moves within it
+            sources = iter([one_file(paths[0], lambda characters: bar.update(characters / 2))])
+        done = 0
         for size, source in zip(sizes, sources, strict=True):
             yield source
-            bar.update(size)
+            done += size
+            bar.update(done - bar.n)
 
 
-def _survey_file(data: Path, params: PrepareParams, path: Path) -> Source:
-    return survey(path, path.relative_to(data).as_posix(), params)
+def _survey_file(data: Path, params: PrepareParams, path: Path, on_read: Callable[[int], object] = int) -> Source:
+    return survey(path, path.relative_to(data).as_posix(), params, on_read)
 
 
 def _clean(

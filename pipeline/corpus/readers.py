@@ -2,10 +2,9 @@
 
 import csv
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -103,29 +102,30 @@ def find_files(data: Path) -> list[Path]:
 
     Raises `UserError` if there are none, or one has an ending that no reader knows.
     """
+    then = f" and run `dvc add {data}`" if isinstance(data, Path) else ""  # not on an object store
     if not data.is_dir():
-        raise UserError(f"{data}: no such folder; put text files there and run `dvc add {data}`")
+        raise UserError(f"{data}: no such folder; put text files there{then}")
     files = []
-    for folder, folders, names in os.walk(data, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in (*names, *(name for name in folders if Path(folder, name).is_symlink())):
-            path = Path(folder, name)
-            if name.startswith(".") or path == data / DATA_CARD:
-                continue
-            if not path.is_file():
-                raise UserError(f"{path}: not a file; replace the link by a copy")
-            if path.suffix.lower() not in ENDINGS:
-                raise UserError(f"{path}: not an input format ({', '.join(ENDINGS)}); convert or remove it")
-            files.append(path)
+    for path in _walk(data):
+        if path == data / DATA_CARD:
+            continue
+        if not path.is_file():
+            raise UserError(f"{path}: not a file; replace the link by a copy")
+        if path.suffix.lower() not in ENDINGS:
+            raise UserError(f"{path}: not an input format ({', '.join(ENDINGS)}); convert or remove it")
+        files.append(path)
     if not files:
-        raise UserError(f"{data}: contains no text; put files ({', '.join(ENDINGS)}) there and run `dvc add {data}`")
+        raise UserError(f"{data}: contains no text; put files ({', '.join(ENDINGS)}) there{then}")
     return sorted(files, key=lambda path: path.relative_to(data).as_posix())
 
 
-def survey(path: Path, name: str, params: PrepareParams) -> Source:
-    """Read a file once, check all of it, and find what reading its sections needs. Raises `UserError` for bad files."""
+def survey(path: Path, name: str, params: PrepareParams, on_read: Callable[[int], object] = int) -> Source:
+    """Check all of a file, and find what reading its sections needs. Raises `UserError` for bad files.
+
+    `on_read` is called with the characters that were read, in two passes.
+    """
     is_text = path.suffix.lower() in TEXT_ENDINGS
-    encoding = None if path.suffix.lower() == ".parquet" else find_encoding(path, name, params.encoding)
+    encoding = None if path.suffix.lower() == ".parquet" else find_encoding(path, name, params.encoding, on_read)
     source = Source(path, name, encoding, "running" if is_text else "rows")
     if is_text:
         if _is_markdown(source):
@@ -139,6 +139,7 @@ def survey(path: Path, name: str, params: PrepareParams) -> Source:
         characters += len(section.text)
         separator_characters += section.separator_characters
         breaks.update(find_breaks(section.text))
+        on_read(len(section.text))
     return replace(
         source, wrap_columns=find_wrap(breaks), characters=characters, separator_characters=separator_characters
     )
@@ -161,8 +162,15 @@ def read_sections(source: Source, params: PrepareParams) -> Iterator[Section]:
             yield from _read_parquet(source, params)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield what a folder and its subfolders contain, except folders and what is hidden."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+        else:
+            yield path
 
 
 def _read_lines(source: Source) -> Iterator[str]:
@@ -415,7 +423,7 @@ def _find_header(source: Source, params: PrepareParams) -> tuple[int, str, list[
 
 def _read_parquet(source: Source, params: PrepareParams) -> Iterator[Section]:
     try:
-        with pq.ParquetFile(source.path) as file:
+        with source.path.open("rb") as data, pq.ParquetFile(data) as file:
             columns = file.schema_arrow.names
             _check_column(str(source.path), columns, params)
             wanted = [name for name in (params.text_column, params.title_column) if name in columns]

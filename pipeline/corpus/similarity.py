@@ -4,14 +4,11 @@ Two documents share one of the keys of their MinHashes (Broder 1997) with a prob
 near 0 if they are not (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4).
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-
-from pipeline.corpus.words import word_bytes
 
 MIN_CANDIDATE_RECALL = 0.999
 """The probability that a pair that is just alike enough shares a key; candidates are compared exactly."""
@@ -21,44 +18,40 @@ Hashes = NDArray[np.uint64]
 _SEED = 1
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that multiplication modulo 2**64 loses nothing
 _BATCH_SHINGLES = 1 << 9  # a book as one document: memory grows with shingles times permutations
-_MOST_WORDS = 1 << 17
+_PART_BYTES = 1 << 14
+"""The size of the parts of a text in which words are hashed; a part ends with a word."""
 
 
-class _WordHashes(dict[bytes, bytes]):
-    """The 64-bit hashes of words, of which most have been seen before."""
+def hash_ngrams(documents: Sequence[bytes], ngram_words: int) -> list[Hashes]:
+    """Return the 64-bit hashes of the n-grams of words of each document, in order; fewer words are one n-gram.
 
-    def __missing__(self, word: bytes) -> bytes:
-        if len(self) == _MOST_WORDS:
-            self.clear()
-        self[word] = found = hashlib.blake2b(word, digest_size=8).digest()
-        return found
-
-
-_WORD_HASHES = _WordHashes()
-
-
-def fingerprint(text: str, ngram_words: int) -> tuple[bytes, Hashes]:
-    """Return the SHA-256 of a text's normalized words, and its shingles; of a text without words, both are empty."""
-    words = word_bytes(text)
-    if not words:
-        return b"", np.empty(0, dtype=np.uint64)
-    return hashlib.sha256(b" ".join(words)).digest(), shingle(words, ngram_words)
-
-
-def shingle(words: Sequence[bytes], ngram_words: int) -> Hashes:
-    """Return the sorted distinct 64-bit hashes of the n-grams of words in UTF-8; a shorter text is one n-gram."""
-    hashes = np.frombuffer(b"".join(map(_WORD_HASHES.__getitem__, words)), dtype="<u8")
-    ngram_words = min(ngram_words, len(hashes))
-    positions = len(hashes) - ngram_words + 1
-    ngrams = np.zeros(positions, dtype=np.uint64)
+    A document is its words with a space between two (`join_words`), and has at least one.
+    """
+    if not documents:
+        return []
+    hashes = np.concatenate([_hash_words(part) for part in _parts(b" ".join(documents))])
+    word_counts = np.array([document.count(b" ") + 1 for document in documents])
+    # Behind each document are zeros for the words that an n-gram may lack.
+    zeros = ngram_words - 1
+    shifts = zeros * np.arange(len(documents))
+    padded = np.zeros(len(hashes) + zeros * len(documents), np.uint64)
+    padded[np.arange(len(hashes)) + np.repeat(shifts, word_counts)] = hashes
+    ngrams = np.zeros(len(padded) - zeros, np.uint64)
     for offset in range(ngram_words):
-        ngrams += hashes[offset : offset + positions] * _factor(offset)
-    ngrams.sort()  # faster than np.unique, which hashes first
-    return ngrams[np.concatenate(([True], ngrams[1:] != ngrams[:-1]))]
+        ngrams += padded[offset : offset + len(ngrams)] * np.uint64(pow(_MULTIPLIER, offset, 2**64))
+    starts = np.cumsum(word_counts) - word_counts + shifts
+    sizes = np.maximum(1, word_counts - zeros)
+    return [ngrams[start : start + size] for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)]
+
+
+def make_set(hashes: Hashes) -> Hashes:
+    """Return the distinct hashes in order."""
+    hashes = np.sort(hashes)  # faster than np.unique, which hashes first
+    return hashes[np.concatenate(([True], hashes[1:] != hashes[:-1]))]
 
 
 def minhash(shingles: Hashes, permutations: int) -> Hashes:
-    """Return the MinHash of a set of shingles, shape (permutations,), as the scheme `affine64` of datasketch 2."""
+    """Return the MinHash of shingles, shape (permutations,), as the scheme `affine64` of datasketch 2."""
     factors, terms = _permutations(permutations)
     smallest = np.full(permutations, 2**64 - 1, dtype=np.uint64)
     for start in range(0, len(shingles), _BATCH_SHINGLES):
@@ -97,6 +90,43 @@ def band_keys(signatures: Hashes, bands: int, rows: int) -> Hashes:
     return keys
 
 
+def _parts(words: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(words):
+        end = words.find(b" ", start + _PART_BYTES)
+        end = len(words) if end < 0 else end
+        yield words[start:end]
+        start = end + 1
+
+
+def _hash_words(words: bytes) -> Hashes:
+    """Return the 64-bit hash of each word: a polynomial of its bytes (Karp and Rabin 1987), mixed.
+
+    The sum over a word is the difference of two sums from the beginning of `words`, divided by the power of its place.
+    """
+    size = 1 << (len(words) - 1).bit_length()
+    powers, inverses = _powers(size) if size <= 2 * _PART_BYTES else _powers.__wrapped__(size)
+    sums = np.frombuffer(words, np.uint8) * powers[: len(words)]
+    np.cumsum(sums, out=sums)
+    spaces = np.flatnonzero(np.frombuffer(words, np.uint8) == ord(" "))
+    ends = np.append(sums[spaces - 1], sums[-1:])
+    starts = np.append(np.zeros(1, np.uint64), sums[spaces])
+    ends -= starts
+    ends[1:] *= inverses[spaces + 1]
+    return _mix(ends)
+
+
+@cache
+def _powers(count: int) -> tuple[Hashes, Hashes]:
+    """Return the powers of the multiplier modulo 2**64, and their inverses."""
+    powers = [np.ones(1, np.uint64), np.ones(1, np.uint64)]
+    for index, base in enumerate((_MULTIPLIER, pow(_MULTIPLIER, -1, 2**64))):
+        while len(powers[index]) < count:
+            factor = np.uint64(pow(base, len(powers[index]), 2**64))
+            powers[index] = np.concatenate((powers[index], powers[index] * factor))
+    return powers[0], powers[1]
+
+
 def _mix(values: Hashes) -> Hashes:
     """Return the finalizer of MurmurHash3 (fmix64), a bijection that spreads its input over all bits."""
     values = values ^ values >> np.uint64(33)
@@ -105,12 +135,6 @@ def _mix(values: Hashes) -> Hashes:
     values *= np.uint64(0xC4CEB9FE1A85EC53)
     values ^= values >> np.uint64(33)
     return values
-
-
-@cache
-def _factor(offset: int) -> np.uint64:
-    """Return the factor of a word's hash at its offset in an n-gram."""
-    return np.uint64(pow(_MULTIPLIER, offset, 2**64))
 
 
 @cache

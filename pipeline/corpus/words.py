@@ -8,10 +8,17 @@ its marks, the vowel written before it, and what is stacked below it or closes i
 
 import hashlib
 import re
+import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import cache
+from typing import TypeVar
 
+import numpy as np
 import regex
+from numpy.typing import NDArray
+
+Code = TypeVar("Code", np.uint8, np.uint32)
 
 _JOINERS = "\u200c\u200d"
 _ALONE = r"[\p{Han}\p{Hiragana}]"
@@ -30,13 +37,12 @@ _NATIVE = rf"{_SYLLABLE}|{_IDEOGRAPH}|[{_KATAKANA}&&\p{{L}}][{_KATAKANA}\p{{M}}]
 _COMPARED = regex.compile(f"{_NATIVE}|{_RUN}", regex.VERSION1)
 _COUNTED = regex.compile(rf"{_NATIVE}|{_RUN}(?:['’.,]{_RUN})*", regex.VERSION1)
 
-_PLAIN_WORD = re.compile(r"[^\W_]+")
 _TOKEN = re.compile(r"\S+")
 _ASCII = bytes(range(128))
 _WIDE_SPACE = re.compile(r"\s")
 _WORDS_AND_SPACES = bytes(ord(" ") if byte < 128 and chr(byte).isspace() else ord("w") for byte in range(256))
 _BETWEEN_WORDS = "‘’“”–—…"  # also in NFC, as no other character combines with them
-_LATIN_WORDS = "".join(c.lower() if _PLAIN_WORD.match(c) else " " for c in map(chr, range(256))).encode("latin-1")
+_LATIN_WORDS = "".join(c.lower() if c.isalnum() else " " for c in map(chr, range(256))).encode("latin-1")
 """The byte that each character of Latin-1 becomes in a normalized word, or a space between words."""
 # The blocks of scripts without spaces, of marks and of scripts with marks. Most texts have no such character, and this
 # is five times as fast to see as by properties.
@@ -53,9 +59,10 @@ _MAY_HAVE_MARKS = re.compile(
 
 def count_words(text: str) -> int:
     """Return the number of words: what white space separates, and each word of a script without spaces."""
-    if has_unspaced(text):
+    wide = "" if text.isascii() else _beyond_ascii(text)
+    if _MAY_BE_UNSPACED.search(wide):
         return sum(max(1, len(_find_words(token))) for token in text.split())
-    if _WIDE_SPACE.search(_beyond_ascii(text)):
+    if _WIDE_SPACE.search(wide):
         return len(text.split())
     words = text.encode(errors="surrogatepass").translate(_WORDS_AND_SPACES)
     return words.count(b" w") + words.startswith(b"w")
@@ -86,34 +93,50 @@ def has_unspaced(text: str) -> bool:
     return not text.isascii() and _MAY_BE_UNSPACED.search(_beyond_ascii(text)) is not None
 
 
-def normalize_words(text: str) -> list[str]:
-    """Return the words in lower case and NFC, letters and digits with their marks, without joiners.
+def join_words(text: str) -> bytes:
+    """Return the words for comparisons, in UTF-8 with a space between two.
 
-    They do not depend on spacing, case, punctuation and the form of accents. At an apostrophe a word ends.
+    They are in lower case and NFC: letters and digits with their marks, without joiners. They do not depend on spacing,
+    case, punctuation and the form of accents. At an apostrophe a word ends.
     """
-    text = text.lower()
-    if text.isascii():
-        return _PLAIN_WORD.findall(text)
-    text = unicodedata.normalize("NFC", text)
-    for joiner in _JOINERS:
-        text = text.replace(joiner, "")
-    return (_COMPARED if _MAY_HAVE_MARKS.search(text) else _PLAIN_WORD).findall(text)
-
-
-def word_bytes(text: str) -> list[bytes]:
-    """Return `normalize_words` in UTF-8. Texts in Latin-1, curly quotes and dashes aside, take a third of the time."""
     for mark in _BETWEEN_WORDS:
         text = text.replace(mark, " ")
     try:
-        latin = text.encode("latin-1")
+        latin = text.encode("latin-1").translate(_LATIN_WORDS)
     except UnicodeEncodeError:
-        return [word.encode() for word in normalize_words(text)]
-    return latin.translate(_LATIN_WORDS).decode("latin-1").encode().split()
+        return _join_wide_words(text)
+    words = _squeeze_spaces(np.frombuffer(latin, np.uint8)).tobytes()
+    return words if words.isascii() else words.decode("latin-1").encode()
 
 
-def digest(words: Sequence[str]) -> bytes:
-    """Return the SHA-256 of normalized words."""
-    return hashlib.sha256(" ".join(words).encode()).digest()
+def digest(joined_words: bytes) -> bytes:
+    """Return the SHA-256 of what `join_words` returns."""
+    return hashlib.sha256(joined_words).digest()
+
+
+def _join_wide_words(text: str) -> bytes:
+    text = unicodedata.normalize("NFC", text.lower())
+    for joiner in _JOINERS:
+        text = text.replace(joiner, "")
+    if _MAY_HAVE_MARKS.search(_beyond_ascii(text)):
+        return " ".join(_COMPARED.findall(text)).encode()
+    codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+    words = _squeeze_spaces(np.where(_in_words()[codes], codes, np.uint32(ord(" "))))
+    return words.tobytes().decode("utf-32-le").encode()
+
+
+@cache
+def _in_words() -> NDArray[np.bool_]:
+    """Return for each code point whether it is a letter or a digit, which belong to a word."""
+    return np.fromiter((chr(code).isalnum() for code in range(sys.maxunicode + 1)), bool)
+
+
+def _squeeze_spaces(codes: NDArray[Code]) -> NDArray[Code]:
+    """Return characters without spaces at both ends and with one where there are several."""
+    is_space = np.concatenate(([True], codes == ord(" "), [True]))
+    # A space stays if a word ends before it; that behind the last word goes.
+    kept: NDArray[Code] = codes[~(is_space[1:-1] & is_space[:-2])]
+    return kept[:-1] if len(kept) and kept[-1] == ord(" ") else kept
 
 
 def _beyond_ascii(text: str) -> str:

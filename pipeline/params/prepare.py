@@ -7,6 +7,7 @@ from pydantic import Field, PlainValidator, model_validator
 
 from pipeline.params.section import Count, Pattern, Section, Share
 
+Executor = Literal["local", "ray"]
 _NO_ENCODINGS = ("charmap", "idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 """The codecs of Python that take text but are not an encoding of files, or not the same on each machine."""
 
@@ -60,11 +61,12 @@ class PrepareParams(Section):
     straighten_quotes: bool
     """Whether curly quotes are replaced by straight ones."""
     near_duplicate: NearDuplicateParams
-    executor: Literal["local", "ray"]
+    executor: Executor
     """Where text is cleaned: on the cores of this machine, or of the Ray cluster at the address in `RAY_ADDRESS`. The
     documents are the same."""
     temporary_folder: Annotated[str, Field(min_length=1)] | None
-    """The folder for temporary files, of about twice the size of the text; None for that of the output."""
+    """The folder for temporary files, of about twice the size of the text; None for that of the output. An output that
+    goes to an object store is written there first, or for None to the system's temporary folder."""
     validation_share: Share
     """The share of documents in the validation split, chosen by the hash of their content."""
     test_share: Share

@@ -1,11 +1,11 @@
 """Turn the files of a folder into clean documents in three splits, each document once."""
 
 import argparse
-from pathlib import Path
 
 from pipeline.corpus.preparation import prepare
 from pipeline.corpus.report import Report
 from pipeline.errors import report_errors
+from pipeline.object_store import find_folder, local_folder, name_store, upload
 from pipeline.params.file import load_section
 from pipeline.params.prepare import PrepareParams
 from pipeline.stage_process import stage_process
@@ -13,11 +13,16 @@ from pipeline.stage_process import stage_process
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="folder of .txt, .md, .jsonl, .csv and .parquet files")
-    parser.add_argument("out", type=Path, help="folder to write the documents to")
+    parser.add_argument("data", help="folder of .txt, .md, .jsonl, .csv and .parquet files, or its s3:// address")
+    parser.add_argument("out", help="folder to write the documents to, or its s3:// address")
     arguments = parser.parse_args()
-    with report_errors(), stage_process(arguments.out):
-        print(summarize(prepare(arguments.data, arguments.out, load_section("prepare", PrepareParams))))
+    with report_errors():
+        params = load_section("prepare", PrepareParams)
+        out = local_folder(arguments.out, params.temporary_folder)
+        with stage_process(out), name_store(arguments.data):
+            report = prepare(find_folder(arguments.data), out, params)
+            upload(out, arguments.out)
+        print(summarize(report))
 
 
 def summarize(report: Report) -> str:

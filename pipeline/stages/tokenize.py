@@ -6,7 +6,8 @@ from pathlib import Path
 from pipeline.corpus.special_tokens import SpecialTokenCounts
 from pipeline.corpus.splits import SPLITS
 from pipeline.errors import UserError, report_errors
-from pipeline.files import read_json, read_jsonl, whole_folder, write_json
+from pipeline.files import count_lines, read_json, read_jsonl, whole_folder, write_json
+from pipeline.object_store import find_folder, name_store
 from pipeline.progress import progress
 from pipeline.stage_process import stage_process
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256, write_tokens
@@ -14,12 +15,12 @@ from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("documents", type=Path, help="folder of the prepare stage")
+    parser.add_argument("documents", help="folder of the prepare stage, or its s3:// address")
     parser.add_argument("base", type=Path, help="folder of the base stage")
     parser.add_argument("out", type=Path, help="folder to write the token arrays to")
     arguments = parser.parse_args()
-    with report_errors(), stage_process(arguments.out):
-        tokenize(arguments.documents, arguments.base, arguments.out)
+    with report_errors(), stage_process(arguments.out), name_store(arguments.documents):
+        tokenize(find_folder(arguments.documents), arguments.base, arguments.out)
 
 
 def tokenize(documents: Path, base: Path, out: Path) -> None:
@@ -35,9 +36,7 @@ def tokenize(documents: Path, base: Path, out: Path) -> None:
     with whole_folder(out) as partial:
         for split, file in files.items():
             (partial / split).mkdir()
-            with file.open("rb") as lines:
-                rows = sum(1 for _ in lines)
-            bar = progress(read_jsonl(file), description=split, total=rows, unit=" documents")
+            bar = progress(read_jsonl(file), description=split, total=count_lines(file), unit=" documents")
             write_tokens(partial / split, counts.count(row["text"] for row in bar), tokenizer, sha256)
             report[split] = summarize(load_tokens(partial / split, sha256), context_length)
             print(f"{split}: {report[split]['documents']:,} documents, {report[split]['tokens']:,} tokens")

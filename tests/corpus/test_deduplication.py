@@ -12,7 +12,8 @@ from index_in_memory import IndexInMemory
 
 from pipeline.corpus import deduplication, sorting
 from pipeline.corpus.deduplication import Deduplicator, Repeat
-from pipeline.corpus.similarity import band_keys, choose_bands, fingerprint, minhash
+from pipeline.corpus.similarity import band_keys, choose_bands, hash_ngrams, make_set, minhash
+from pipeline.corpus.words import digest, join_words
 from pipeline.params.prepare import NearDuplicateParams
 
 PARAMS = NearDuplicateParams(ngram_words=5, jaccard=0.6, permutations=128)
@@ -22,19 +23,21 @@ LOOSE = NearDuplicateParams(ngram_words=1, jaccard=0.4, permutations=64)
 def find_repeats(texts: list[str], params: NearDuplicateParams = PARAMS, step: int = 3) -> list[Repeat | None]:
     """Return what each text repeats; rows are related `step` at a time."""
     bands, rows = choose_bands(params.permutations, params.jaccard)
-    prints = [fingerprint(text, params.ngram_words) for text in texts]
+    words = [join_words(text) for text in texts]
+    sets = [make_set(hashes) for hashes in hash_ngrams(words, params.ngram_words)]
     with tempfile.TemporaryDirectory() as folder:
         found = Deduplicator(Path(folder), bands=bands, min_jaccard=params.jaccard)
-        for row, (digest, shingles) in enumerate(prints):
+        for row, (text, shingles) in enumerate(zip(words, sets, strict=True)):
             keys = band_keys(minhash(shingles, params.permutations)[None], bands, rows)
-            found.note(np.array([row], np.uint64), np.array([int.from_bytes(digest[:8], "big")], np.uint64), keys)
+            number = int.from_bytes(digest(text)[:8], "big")
+            found.note(np.array([row], np.uint64), np.array([number], np.uint64), keys)
         found.compare(lambda _: None)
         repeats = []
         for start in range(0, len(texts), step):
             rows_here = range(start, min(start + step, len(texts)))
             relations = found.relate(rows_here.stop)
             repeats += [
-                found.admit(row, relations, prints[row][1] if row in relations.buckets else None) for row in rows_here
+                found.admit(row, relations, sets[row] if row in relations.buckets else None) for row in rows_here
             ]
     return repeats
 
