@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 from planted import Planted, read_sentences, write_documents
@@ -27,6 +29,8 @@ from pipeline.params.file import load_section
 from pipeline.params.prepare import NearDuplicateParams, PrepareParams
 
 WATCH_S = 0.25
+PHASES = {"cleaning": "rows", "comparing": "firsts", "writing": "shingles"}
+"""The phases of `prepare` after the first, and the temporary file with which each begins."""
 PEER = Path(__file__).with_name("datatrove_peer.py")
 
 
@@ -38,6 +42,7 @@ class Run:
     peak_bytes: int
     written_bytes: int
     """The most that its files, output included, took at once."""
+    phase_seconds: dict[str, float]
     output: str
 
 
@@ -66,7 +71,8 @@ def benchmark(texts: Path, megabytes: float, peer_python: str | None, work: Path
         f"{planted.exact:,} exact and {planted.near:,} near-duplicates of others; {workers} processes",
         "",
     ]
-    own = watch([sys.executable, "-m", "pipeline.stages.prepare", str(data), str(work / "prepare")], work)
+    command = [sys.executable, "-m", "pipeline.stages.prepare", str(data), str(work / "prepare")]
+    own = watch(command, work, {phase: work / "prepare.temporary" / name for phase, name in PHASES.items()})
     dropped = read_json(work / "prepare" / "report.json")["dropped"]
     found = f"found {dropped['exact_duplicate']:,} exact and {dropped['near_duplicate']:,} near-duplicates"
     lines.append(describe("prepare", own, data_bytes, found))
@@ -98,24 +104,30 @@ def peer_command(python: str, params: NearDuplicateParams, data: Path, work: Pat
     return [python, str(PEER), str(data), str(work), *(f"--{name}={value}" for name, value in options.items())]
 
 
-def watch(command: list[str], work: Path) -> Run:
-    """Run a command, and look at its memory and at the size of what it writes in `work`."""
+def watch(command: list[str], work: Path, phase_files: Mapping[str, Path] = MappingProxyType({})) -> Run:
+    """Run a command, and look at its memory and at what it writes in `work`. A phase begins when its file is there."""
     before_bytes = size_of([work])
     peak_bytes = written_bytes = 0
     began_s = time.perf_counter()
+    phases = {"reading": began_s}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=output, stderr=errors, text=True) as process:
             while process.poll() is None:
                 peak_bytes = max(peak_bytes, memory_of(process.pid))
                 with suppress(FileNotFoundError):  # what is removed meanwhile
                     written_bytes = max(written_bytes, size_of([work]) - before_bytes)
+                for phase, file in phase_files.items():
+                    if phase not in phases and file.exists():
+                        phases[phase] = time.perf_counter()
                 time.sleep(WATCH_S)
-        seconds = time.perf_counter() - began_s
+        ended_s = time.perf_counter()
         for stream in (output, errors):
             stream.seek(0)
         if process.returncode:
             raise UserError(f"{command[1]}: {' '.join(errors.read().split())[-300:]}")
-        return Run(seconds, peak_bytes, written_bytes, output.read())
+        ends = [*phases.values(), ended_s][1:]
+        phase_seconds = {phase: end - start for (phase, start), end in zip(phases.items(), ends, strict=True)}
+        return Run(ended_s - began_s, peak_bytes, written_bytes, phase_seconds, output.read())
 
 
 def memory_of(process: int) -> int:
@@ -131,10 +143,11 @@ def memory_of(process: int) -> int:
 
 def describe(name: str, run: Run, data_bytes: int, found: str) -> str:
     rate = data_bytes / 1e6 / run.seconds
-    return (
-        f"{name}: {run.seconds:.0f} s, {rate:.2f} MB/s; memory {run.peak_bytes / 1e6:,.0f} MB; "
-        f"files {run.written_bytes / 1e6:,.0f} MB at once; {found}"
-    )
+    line = f"{name}: {run.seconds:.0f} s, {rate:.2f} MB/s; memory {run.peak_bytes / 1e6:,.0f} MB; "
+    line += f"files {run.written_bytes / 1e6:,.0f} MB at once; {found}"
+    if len(run.phase_seconds) > 1:
+        line += "; seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in run.phase_seconds.items())
+    return line
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.quality.comparison import measure_people
 from pipeline.stage_process import stage_process
 from pipeline.tokens import load_tokens, tokenizer_sha256
-from pipeline.tracking.lineage import dvc_md5
+from pipeline.tracking.lineage import base_md5, data_md5
 from pipeline.tracking.records import parent_run, record_evaluation
 from pipeline.tracking.runs import start_run
 from pipeline.tracking.store import connect, store_errors
@@ -114,8 +114,8 @@ def evaluate(
         trials=read_json(tune / "trials.json"),
         train_losses=read_curve(finetune / "loss_train.csv"),
         validation_losses=read_curve(finetune / "loss_validation.csv"),
-        data_md5=dvc_md5("data"),
-        base_md5=dvc_md5("out/base"),
+        data_md5=data_md5(),
+        base_md5=base_md5(),
     )
     presets = {name: replace_searched(params.decoding, values) for name, values in found.items()}
     with whole_folder(out) as partial:

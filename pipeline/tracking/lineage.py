@@ -7,7 +7,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
@@ -34,8 +34,8 @@ def lineage() -> dict[str, str]:
         COMMIT_TAG: commit,
         DIRTY_TAG: checkout and str(checkout.is_changed).lower(),
         EXPERIMENT_TAG: os.environ.get("DVC_EXP_NAME"),
-        DATA_TAG: dvc_md5("data"),
-        "dvc.base_md5": dvc_md5("out/base"),
+        DATA_TAG: data_md5(),
+        "dvc.base_md5": base_md5(),
         "machine.platform": platform.platform(),
         "machine.python": platform.python_version(),
         "machine.cpu": f"{machine.processor_name()}, {os.cpu_count()} cores",
@@ -56,12 +56,19 @@ def digest_texts(documents: Path) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def dvc_md5(path: str) -> str | None:
-    """Return DVC's hash of a tracked folder or a stage's output, from `PATH.dvc` or `dvc.lock`; None if unknown."""
-    pointer = Path(f"{path}.dvc")
-    if pointer.exists():
-        return read_yaml(pointer)["outs"][0].get("md5")
-    return _locked_md5(read_yaml(LOCK_FILE) or {}, "outs", path) if LOCK_FILE.exists() else None
+def data_md5(lock: Mapping[str, Any] | None = None) -> str | None:
+    """Return DVC's hash of the texts that `prepare` read, by a parsed `dvc.lock` or the current one; None if unknown.
+
+    They are a folder, or an address on an object store: the dependency of the stage that is no code.
+    """
+    read = [part for part in _parts("prepare", "deps", lock) if not part["path"].startswith("pipeline/")]
+    return read[0].get("md5") if read else None
+
+
+def base_md5() -> str | None:
+    """Return DVC's hash of the model that `base` made, by `dvc.lock`; None if unknown."""
+    made = _parts("base", "outs")
+    return made[0].get("md5") if made else None
 
 
 def changes(parameters: Mapping[str, Any]) -> dict[str, str]:
@@ -82,7 +89,7 @@ def changes(parameters: Mapping[str, Any]) -> dict[str, str]:
         before |= flatten({section: locked[section] for section in sections if section in locked})
     found = {name: shorten(value) for name, value in now.items() if before.get(name, _MISSING) != value}
     found |= {name: "removed" for name in before if name not in now}
-    is_new = dvc_md5("data") not in (None, _locked_md5(lock, "deps", "data"))
+    is_new = data_md5() not in (None, data_md5(lock))
     return {"data": "new", **found} if is_new else found
 
 
@@ -115,7 +122,9 @@ def shorten(value: Any) -> str:
     return text if len(text) <= LONGEST_VALUE else "changed"
 
 
-def _locked_md5(lock: Mapping[str, Any], kind: str, path: str) -> str | None:
-    """Return the hash of an output (`outs`) or a dependency (`deps`) of any stage in a parsed `dvc.lock`."""
-    stages = lock.get("stages", {}).values()
-    return next((part.get("md5") for stage in stages for part in stage.get(kind, []) if part["path"] == path), None)
+def _parts(stage: str, kind: Literal["deps", "outs"], lock: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Return the dependencies or outputs of a stage in a parsed `dvc.lock`, by default the current one."""
+    if lock is None:
+        lock = read_yaml(LOCK_FILE) or {} if LOCK_FILE.exists() else {}
+    found: list[dict[str, Any]] = lock.get("stages", {}).get(stage, {}).get(kind, [])
+    return found

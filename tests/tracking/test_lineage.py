@@ -1,5 +1,6 @@
 """What made a run, and what was changed for it."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,30 +93,31 @@ def test_an_experiment_of_dvc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.data.tags[MLFLOW_GIT_COMMIT] == "f" * 40
 
 
-def test_the_digest_of_data_comes_from_its_pointer_and_that_of_an_output_from_the_lock(tmp_path: Path) -> None:
-    (tmp_path / "data.dvc").write_text("outs:\n- md5: 24f1.dir\n  hash: md5\n  path: data\n")
+@pytest.mark.parametrize("data", ["data", "s3://texts/data"])
+def test_the_digests_of_data_and_base_are_those_of_the_lock(tmp_path: Path, data: str) -> None:
+    # What is tracked is not always what is read.
+    (tmp_path / "data.dvc").write_text("outs:\n- md5: 9999.dir\n  path: data\n")
     (tmp_path / "dvc.lock").write_text(
         "schema: '2.0'\n"
         "stages:\n"
+        f"  prepare:\n    deps:\n    - path: {data}\n      md5: 24f1.dir\n"
+        "    - path: pipeline/corpus\n      md5: 1111.dir\n"
         "  base:\n    outs:\n    - path: out/base\n      md5: 77aa.dir\n"
         "  tokenize:\n    deps:\n    - path: out/base\n      md5: 0000.dir\n"
     )
-    assert lineage.dvc_md5("data") == "24f1.dir"
-    assert lineage.dvc_md5("out/base") == "77aa.dir"
-    assert lineage.dvc_md5("out/export") is None
+    assert (lineage.data_md5(), lineage.base_md5()) == ("24f1.dir", "77aa.dir")
     run = logged_run()
     assert run.data.tags["dvc.data_md5"] == "24f1.dir"
     assert run.data.tags["dvc.base_md5"] == "77aa.dir"
 
 
-def test_an_output_that_dvc_does_not_hash_has_no_digest(tmp_path: Path) -> None:
+def test_what_dvc_does_not_hash_has_no_digest(tmp_path: Path) -> None:
+    assert (lineage.data_md5(), lineage.base_md5()) == (None, None)
     # A remote with versions of its own, as of a bucket, is recorded by those.
-    (tmp_path / "data.dvc").write_text("outs:\n- path: data\n  files:\n  - version_id: x\n")
-    assert lineage.dvc_md5("data") is None
-
-
-def test_without_dvc_there_is_no_digest() -> None:
-    assert lineage.dvc_md5("data") is None
+    (tmp_path / "dvc.lock").write_text("stages:\n  prepare:\n    deps:\n    - path: data\n      files: []\n")
+    assert (lineage.data_md5(), lineage.base_md5()) == (None, None)
+    (tmp_path / "dvc.lock").write_text("")
+    assert lineage.data_md5() is None
 
 
 def test_nothing_has_changed_since_the_committed_lock(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_a_run_is_named_by_what_was_changed(
 
 def test_new_data_is_a_change(tmp_path: Path) -> None:
     commit_lock(tmp_path, lock_of(PARAMETERS, data_md5="0000.dir"))
-    (tmp_path / "data.dvc").write_text("outs:\n- md5: 24f1.dir\n  path: data\n")
+    (tmp_path / "dvc.lock").write_text(json.dumps(lock_of(PARAMETERS)))
     assert lineage.changes(PARAMETERS) == {"data": "new"}
     assert runs.run_name(PARAMETERS) == "tales: new data"
 
