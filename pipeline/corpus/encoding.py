@@ -71,8 +71,12 @@ class _Counts(NamedTuple):
     """The bytes that are no character."""
 
 
+def ignore(count: int) -> None:
+    """Do nothing: nobody asked how many characters were read."""
+
+
 def find_encoding(
-    path: Path, name: str, encodings: str | Mapping[str, str] | None, on_read: Callable[[int], object] = int
+    path: Path, name: str, encodings: str | Mapping[str, str] | None, on_read: Callable[[int], object] = ignore
 ) -> str:
     """Return the encoding that `prepare.encoding` names for a file, after checking it, or the one that is detected.
 
@@ -94,7 +98,7 @@ def find_encoding(
     return encoding
 
 
-def detect_encoding(path: Path, on_read: Callable[[int], object] = int) -> str:
+def detect_encoding(path: Path, on_read: Callable[[int], object] = ignore) -> str:
     """Return the name of the encoding that reads the whole file.
 
     That of the byte-order mark if there is one (`utf-8-sig`, `utf-16`, `utf-32`); `iso-2022-jp` if it has its escapes;
@@ -107,7 +111,7 @@ def detect_encoding(path: Path, on_read: Callable[[int], object] = int) -> str:
     counts = _count(path, encoding, on_read)
     if encoding == "utf-8" and counts.bad > counts.wide:
         encoding = _detect_page(path)
-        counts = _count(path, encoding, int)
+        counts = _count(path, encoding, ignore)
     if encoding.startswith("utf"):
         _check(path, encoding, counts, "is not UTF-8; correct it, or save the file as UTF-8")
     else:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.corpus.deduplication import Deduplicator, Relations
 from pipeline.corpus.documents import FAULTS, ROW, Chunk, clean_chunk, end_line, shingles_of
+from pipeline.corpus.encoding import ignore
 from pipeline.corpus.parallel import MapInOrder, open_executor
 from pipeline.corpus.readers import Source, find_files, read_sections, survey
 from pipeline.corpus.report import FileReport, Report
@@ -112,7 +113,7 @@ def _survey(data: Path, paths: list[Path], params: PrepareParams, map_in_order: 
         if len(paths) > 1:
             sources = map_in_order(one_file, paths)
         else:  # perhaps a large one: the bar moves within it
-            sources = iter([one_file(paths[0], lambda characters: bar.update(characters / 2))])
+            sources = iter([one_file(paths[0], lambda count: bar.update(min(count / 2, max(0, sizes[0] - bar.n))))])
         done = 0
         for size, source in zip(sizes, sources, strict=True):
             yield source
@@ -120,7 +121,7 @@ def _survey(data: Path, paths: list[Path], params: PrepareParams, map_in_order: 
             bar.update(done - bar.n)
 
 
-def _survey_file(data: Path, params: PrepareParams, path: Path, on_read: Callable[[int], object] = int) -> Source:
+def _survey_file(data: Path, params: PrepareParams, path: Path, on_read: Callable[[int], object] = ignore) -> Source:
     return survey(path, path.relative_to(data).as_posix(), params, on_read)
 
 

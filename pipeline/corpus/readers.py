@@ -13,11 +13,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.encoding import find_encoding
+from pipeline.corpus.encoding import find_encoding, ignore
 from pipeline.corpus.fences import follow_fence
 from pipeline.corpus.pieces import ends_sentence
 from pipeline.corpus.wrapping import find_breaks, find_wrap
 from pipeline.errors import UserError
+from pipeline.object_store import list_files
 from pipeline.params.prepare import PrepareParams
 
 TEXT_ENDINGS = (".txt", ".md")
@@ -106,10 +107,10 @@ def find_files(data: Path) -> list[Path]:
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; put text files there{then}")
     files = []
-    for path in _walk(data):
+    for path in list_files(data):
         if path == data / DATA_CARD:
             continue
-        if not path.is_file():
+        if isinstance(path, Path) and not path.is_file():
             raise UserError(f"{path}: not a file; replace the link by a copy")
         if path.suffix.lower() not in ENDINGS:
             raise UserError(f"{path}: not an input format ({', '.join(ENDINGS)}); convert or remove it")
@@ -119,10 +120,10 @@ def find_files(data: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(data).as_posix())
 
 
-def survey(path: Path, name: str, params: PrepareParams, on_read: Callable[[int], object] = int) -> Source:
+def survey(path: Path, name: str, params: PrepareParams, on_read: Callable[[int], object] = ignore) -> Source:
     """Check all of a file, and find what reading its sections needs. Raises `UserError` for bad files.
 
-    `on_read` is called with the characters that were read, in two passes.
+    `on_read` is called with the number of characters that were read, in two passes, or one over Parquet.
     """
     is_text = path.suffix.lower() in TEXT_ENDINGS
     encoding = None if path.suffix.lower() == ".parquet" else find_encoding(path, name, params.encoding, on_read)
@@ -160,17 +161,6 @@ def read_sections(source: Source, params: PrepareParams) -> Iterator[Section]:
             yield from _read_csv(source, params)
         case _:
             yield from _read_parquet(source, params)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield what a folder and its subfolders contain, except folders and what is hidden."""
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
-        else:
-            yield path
 
 
 def _read_lines(source: Source) -> Iterator[str]:

@@ -31,6 +31,7 @@ def hash_ngrams(documents: Sequence[bytes], ngram_words: int) -> list[Hashes]:
         return []
     hashes = np.concatenate([_hash_words(part) for part in _parts(b" ".join(documents))])
     word_counts = np.array([document.count(b" ") + 1 for document in documents])
+    ngram_words = min(ngram_words, int(word_counts.max()))
     # Behind each document are zeros for the words that an n-gram may lack.
     zeros = ngram_words - 1
     shifts = zeros * np.arange(len(documents))
@@ -91,9 +92,13 @@ def band_keys(signatures: Hashes, bands: int, rows: int) -> Hashes:
 
 
 def _parts(words: bytes) -> Iterator[bytes]:
+    """Yield parts of at most `_PART_BYTES`, and longer words alone."""
     start = 0
     while start < len(words):
-        end = words.find(b" ", start + _PART_BYTES)
+        end = start + _PART_BYTES
+        if end < len(words):
+            end = words.rfind(b" ", start, end + 1)
+            end = words.find(b" ", start) if end < 0 else end
         end = len(words) if end < 0 else end
         yield words[start:end]
         start = end + 1
@@ -104,8 +109,9 @@ def _hash_words(words: bytes) -> Hashes:
 
     The sum over a word is the difference of two sums from the beginning of `words`, divided by the power of its place.
     """
-    size = 1 << (len(words) - 1).bit_length()
-    powers, inverses = _powers(size) if size <= 2 * _PART_BYTES else _powers.__wrapped__(size)
+    powers, inverses = _powers(_PART_BYTES)
+    if len(words) > _PART_BYTES:
+        return _mix(np.array([_hash_long_word(words, powers)], np.uint64))
     sums = np.frombuffer(words, np.uint8) * powers[: len(words)]
     np.cumsum(sums, out=sums)
     spaces = np.flatnonzero(np.frombuffer(words, np.uint8) == ord(" "))
@@ -114,6 +120,14 @@ def _hash_words(words: bytes) -> Hashes:
     ends -= starts
     ends[1:] *= inverses[spaces + 1]
     return _mix(ends)
+
+
+def _hash_long_word(word: bytes, powers: Hashes) -> int:
+    total = 0
+    for start in range(0, len(word), _PART_BYTES):
+        part = np.frombuffer(word, np.uint8)[start : start + _PART_BYTES]
+        total += int(np.sum(part * powers[: len(part)])) * pow(_MULTIPLIER, start, 2**64)
+    return total % 2**64
 
 
 @cache

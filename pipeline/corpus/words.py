@@ -128,7 +128,11 @@ def _join_wide_words(text: str) -> bytes:
 @cache
 def _in_words() -> NDArray[np.bool_]:
     """Return for each code point whether it is a letter or a digit, which belong to a word."""
-    return np.fromiter((chr(code).isalnum() for code in range(sys.maxunicode + 1)), bool)
+    characters = "".join(map(chr, range(0xD800))) + " " * 0x800 + "".join(map(chr, range(0xE000, sys.maxunicode + 1)))
+    found = np.zeros(len(characters), bool)
+    for match in regex.finditer(r"[\p{L}\p{N}]+", characters):
+        found[match.start() : match.end()] = True
+    return found
 
 
 def _squeeze_spaces(codes: NDArray[Code]) -> NDArray[Code]:

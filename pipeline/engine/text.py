@@ -318,7 +318,7 @@ class Choice:
 
     def take(self) -> Piece | None:
         """Return what has been drawn since the last call; None if nothing has, as after its end."""
-        if self.finish_reason is not None:
+        if self.finish_reason is not None or not self.request.tokens:
             return None
         text, token_ids = "", []
         while self.request.tokens and self.finish_reason is None:
@@ -334,8 +334,6 @@ class Choice:
             self.finish_reason = "stop" if self._detokenizer.stopped else token.finish_reason
         if self.finish_reason is not None:
             text += self._detokenizer.finish()
-        if not text and not token_ids and self.finish_reason is None:
-            return None
         self._length += len(text)
         error = self.request.error if self.finish_reason == "error" else None
         return Piece(self.index, text, token_ids, self._complete_tokens(), self.finish_reason, error)

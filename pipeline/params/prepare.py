@@ -66,7 +66,7 @@ class PrepareParams(Section):
     documents are the same."""
     temporary_folder: Annotated[str, Field(min_length=1)] | None
     """The folder for temporary files, of about twice the size of the text; None for that of the output. An output that
-    goes to an object store is written there first, or for None to the system's temporary folder."""
+    goes to an object store is written there first, or for None to `out/`."""
     validation_share: Share
     """The share of documents in the validation split, chosen by the hash of their content."""
     test_share: Share

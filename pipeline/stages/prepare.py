@@ -5,7 +5,7 @@ import argparse
 from pipeline.corpus.preparation import prepare
 from pipeline.corpus.report import Report
 from pipeline.errors import report_errors
-from pipeline.object_store import find_folder, local_folder, name_store, upload
+from pipeline.object_store import find_folder, name_store_in_errors, open_output, upload
 from pipeline.params.file import load_section
 from pipeline.params.prepare import PrepareParams
 from pipeline.stage_process import stage_process
@@ -18,9 +18,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with report_errors():
         params = load_section("prepare", PrepareParams)
-        out = local_folder(arguments.out, params.temporary_folder)
-        with stage_process(out), name_store(arguments.data):
-            report = prepare(find_folder(arguments.data), out, params)
+        data, out = find_folder(arguments.data), open_output(arguments.out, params.temporary_folder)
+        with stage_process(out), name_store_in_errors(arguments.data):
+            report = prepare(data, out, params)
             upload(out, arguments.out)
         print(summarize(report))
 

@@ -7,7 +7,7 @@ from pipeline.corpus.special_tokens import SpecialTokenCounts
 from pipeline.corpus.splits import SPLITS
 from pipeline.errors import UserError, report_errors
 from pipeline.files import count_lines, read_json, read_jsonl, whole_folder, write_json
-from pipeline.object_store import find_folder, name_store
+from pipeline.object_store import find_output, name_store_in_errors
 from pipeline.progress import progress
 from pipeline.stage_process import stage_process
 from pipeline.tokens import TokenArrays, load_tokenizer, load_tokens, tokenizer_sha256, write_tokens
@@ -19,8 +19,8 @@ def main() -> None:
     parser.add_argument("base", type=Path, help="folder of the base stage")
     parser.add_argument("out", type=Path, help="folder to write the token arrays to")
     arguments = parser.parse_args()
-    with report_errors(), stage_process(arguments.out), name_store(arguments.documents):
-        tokenize(find_folder(arguments.documents), arguments.base, arguments.out)
+    with report_errors(), stage_process(arguments.out), name_store_in_errors(arguments.documents):
+        tokenize(find_output(arguments.documents), arguments.base, arguments.out)
 
 
 def tokenize(documents: Path, base: Path, out: Path) -> None:
