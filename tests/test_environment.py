@@ -17,6 +17,7 @@ COMPOSE_FILES = sorted((ROOT / "deploy").glob("compose*.yaml"))
 NAME = re.compile(r"(?:[A-Z][A-Z0-9]*_[A-Z0-9_]*[A-Z0-9]|PYTHON[A-Z]*|PATH|TMPDIR)")
 MENTION = re.compile(r"\b(?:CUBLAS|CUDA|DVC|FSDP|HF|MLFLOW|NCCL|OMP|ORT|PIPELINE)_[A-Z0-9_]+\b")
 READ_BY_LIBRARIES = {"HF_HOME", "OTEL_EXPORTER_OTLP_HEADERS", "OTEL_TRACES_SAMPLER"}
+READ_BY_LIBRARIES |= {"AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_SECRET_ACCESS_KEY"}
 
 
 def names_in_python(source: str) -> set[str]:
