@@ -1,11 +1,13 @@
 """Time `prepare` and its memory on mixed sentences with planted duplicates, beside datatrove's MinHash deduplication.
 
-Both get the same documents, in as many files as there are cores, one after the other. Memory is the peak of the sum of
-the proportional sizes (PSS) of all processes, looked at every quarter of a second; temporary files likewise.
+Both get the same documents, in as many files as there are cores, one after the other. Memory is the peak of
+the sum over all processes of their proportional sizes (PSS), looked at every quarter of a second: what is theirs alone,
+and the mapped files, which the system takes back when it needs memory. Files in the work folder are looked at likewise.
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from pipeline.params.prepare import NearDuplicateParams, PrepareParams
 WATCH_S = 0.25
 PHASES = {"cleaning": "rows", "comparing": "firsts", "writing": "shingles"}
 """The phases of `prepare` after the first, and the temporary file with which each begins."""
+_SIZE = re.compile(r"^(Pss_\w+): +(\d+) kB", re.MULTILINE)
 PEER = Path(__file__).with_name("datatrove_peer.py")
 
 
@@ -40,6 +43,9 @@ class Run:
 
     seconds: float
     peak_bytes: int
+    """Of memory, without mapped files."""
+    mapped_bytes: int
+    """The most of mapped files that was in memory."""
     written_bytes: int
     """The most that its files, output included, took at once."""
     phase_seconds: dict[str, float]
@@ -107,13 +113,14 @@ def peer_command(python: str, params: NearDuplicateParams, data: Path, work: Pat
 def watch(command: list[str], work: Path, phase_files: Mapping[str, Path] = MappingProxyType({})) -> Run:
     """Run a command, and look at its memory and at what it writes in `work`. A phase begins when its file is there."""
     before_bytes = size_of([work])
-    peak_bytes = written_bytes = 0
+    peak_bytes = mapped_bytes = written_bytes = 0
     began_s = time.perf_counter()
     phases = {"reading": began_s}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=output, stderr=errors, text=True) as process:
             while process.poll() is None:
-                peak_bytes = max(peak_bytes, memory_of(process.pid))
+                own, mapped = memory_of(process.pid)
+                peak_bytes, mapped_bytes = max(peak_bytes, own), max(mapped_bytes, mapped)
                 with suppress(FileNotFoundError):  # what is removed meanwhile
                     written_bytes = max(written_bytes, size_of([work]) - before_bytes)
                 for phase, file in phase_files.items():
@@ -127,23 +134,26 @@ def watch(command: list[str], work: Path, phase_files: Mapping[str, Path] = Mapp
             raise UserError(f"{command[1]}: {' '.join(errors.read().split())[-300:]}")
         ends = [*phases.values(), ended_s][1:]
         phase_seconds = {phase: end - start for (phase, start), end in zip(phases.items(), ends, strict=True)}
-        return Run(ended_s - began_s, peak_bytes, written_bytes, phase_seconds, output.read())
+        return Run(ended_s - began_s, peak_bytes, mapped_bytes, written_bytes, phase_seconds, output.read())
 
 
-def memory_of(process: int) -> int:
-    """Return the proportional size of a process and its descendants."""
-    total_bytes = 0
+def memory_of(process: int) -> tuple[int, int]:
+    """Return the proportional size of a process and its descendants without mapped files, and that of mapped files."""
+    own_bytes = mapped_bytes = 0
     with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process)
-        for own in (parent, *parent.children(recursive=True)):
-            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                total_bytes += own.memory_full_info().pss
-    return total_bytes
+        for one in (parent, *parent.children(recursive=True)):
+            with suppress(OSError):  # it has ended
+                kilobytes = dict(_SIZE.findall(Path(f"/proc/{one.pid}/smaps_rollup").read_text()))
+                own_bytes += 1024 * int(kilobytes["Pss_Anon"])
+                mapped_bytes += 1024 * int(kilobytes["Pss_File"])
+    return own_bytes, mapped_bytes
 
 
 def describe(name: str, run: Run, data_bytes: int, found: str) -> str:
     rate = data_bytes / 1e6 / run.seconds
-    line = f"{name}: {run.seconds:.0f} s, {rate:.2f} MB/s; memory {run.peak_bytes / 1e6:,.0f} MB; "
+    line = f"{name}: {run.seconds:.0f} s, {rate:.2f} MB/s; memory {run.peak_bytes / 1e6:,.0f} MB, "
+    line += f"mapped files {run.mapped_bytes / 1e6:,.0f} MB; "
     line += f"files {run.written_bytes / 1e6:,.0f} MB at once; {found}"
     if len(run.phase_seconds) > 1:
         line += "; seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in run.phase_seconds.items())

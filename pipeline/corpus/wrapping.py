@@ -33,11 +33,11 @@ def find_breaks(text: str) -> Iterator[tuple[int, int]]:
     """Yield for each line break inside a paragraph the columns of the line and of the next line's first word.
 
     A wide character has two columns. A word without a space before it counts one column less: it needs no column for
-    the space.
+    the space. What is longer than any wrap counts as that long, so that a file has few different breaks.
     """
     for before, line in pairwise(text.split("\n")):
         if columns := _measure_break(before, line):
-            yield columns
+            yield min(columns[0], WRAP_COLUMNS.stop), min(columns[1], WRAP_COLUMNS.stop)
 
 
 def find_wrap(breaks: Counter[tuple[int, int]]) -> int | None:
