@@ -6,10 +6,10 @@ Models". They ask whether a continuation of a given length is a copy; here the l
 Runs of tokens are compared by name (Karp, Miller and Rosenberg 1972): two runs of one length have the same name exactly
 when they are equal. A run of up to twice that length is identified by the names of the two runs that cover it, at its
 beginning and at its end. So the length doubles until no sample has a match, and bisection finds the exact length. There
-are no hashes that could collide; memory is linear in the training text.
+are no hashes that could collide. The training text is read in blocks, so that memory does not grow with it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,8 @@ Bools = npt.NDArray[np.bool_]
 
 NO_NAME = -1
 CHUNK_TOKENS = 1 << 20
+BLOCK_TOKENS = 1 << 24
+"""The tokens of the training text that are compared at a time, of which each takes some 15 bytes."""
 
 
 def longest_copies(samples: Sequence[TokenIds], training_ids: npt.NDArray[np.integer]) -> Int64s:
@@ -31,6 +33,11 @@ def longest_copies(samples: Sequence[TokenIds], training_ids: npt.NDArray[np.int
     `training_ids` [tokens] is the training text, with an end-of-text between documents that no sample contains; it may
     be mapped from a file.
     """
+    longest = [_longest_in(samples, block) for block in _blocks(training_ids, max(map(len, samples), default=0))]
+    return np.max(longest, axis=0, initial=0) if longest else np.zeros(len(samples), np.int64)
+
+
+def _longest_in(samples: Sequence[TokenIds], training_ids: npt.NDArray[np.integer]) -> Int64s:
     search = _Search(samples)
     runs = search.name_tokens(training_ids)
     matched = search.record(runs)
@@ -44,6 +51,20 @@ def longest_copies(samples: Sequence[TokenIds], training_ids: npt.NDArray[np.int
 
 def mark_copies(samples: Sequence[TokenIds], training_ids: npt.NDArray[np.integer], length_tokens: int) -> list[Bools]:
     """Mark the tokens of each sample in runs of at least `length_tokens` that occur verbatim in the training text."""
+    marks = [np.zeros(len(sample), dtype=bool) for sample in samples]
+    for block in _blocks(training_ids, length_tokens):
+        for own, found in zip(marks, _mark_in(samples, block, length_tokens), strict=True):
+            own |= found
+    return marks
+
+
+def _blocks(training_ids: npt.NDArray[np.integer], longest: int) -> Iterator[npt.NDArray[np.integer]]:
+    """Yield parts of the training text that overlap, so that each run of up to `longest` tokens is whole in one."""
+    for start in range(0, len(training_ids), BLOCK_TOKENS):
+        yield training_ids[start : start + BLOCK_TOKENS + longest]
+
+
+def _mark_in(samples: Sequence[TokenIds], training_ids: npt.NDArray[np.integer], length_tokens: int) -> list[Bools]:
     search = _Search(samples)
     runs = search.name_tokens(training_ids)
     while runs.length_tokens < length_tokens:

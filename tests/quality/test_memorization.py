@@ -1,5 +1,7 @@
 """The longest verbatim copy of each sample."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -74,6 +76,23 @@ def test_chunks_of_the_training_text_hide_no_copy(monkeypatch: pytest.MonkeyPatc
     chunked = longest_copies(samples, training)
     np.testing.assert_array_equal(whole, chunked)
     np.testing.assert_array_equal(whole, lengths)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=4),
+    st.lists(st.integers(1, 3), max_size=60),
+    st.integers(1, 9),
+    st.integers(1, 6),
+)
+def test_blocks_of_the_training_text_hide_no_copy(
+    samples: list[list[int]], training: list[int], block_tokens: int, length: int
+) -> None:
+    ids = np.array(training, dtype=np.uint16)
+    with mock.patch.object(memorization, "BLOCK_TOKENS", block_tokens):
+        copies, marks = longest_copies(samples, ids), mark_copies(samples, ids, length)
+    np.testing.assert_array_equal(copies, longest_copies(samples, ids))
+    for own, whole in zip(marks, mark_copies(samples, ids, length), strict=True):
+        np.testing.assert_array_equal(own, whole)
 
 
 def test_samples_and_training_text_stay_as_they_are() -> None:
