@@ -97,6 +97,8 @@ def plant(data: Path, texts: Path, megabytes: float, count: int) -> Planted:
     """Write documents to `count` files, each with families of its own, and return how many there are in all."""
     data.mkdir()
     sentences = read_sentences(texts)
+    if not sentences:
+        raise UserError(f"{texts}: has no sentences to mix; name a folder with text files in English")
     parts = [
         write_documents(data / f"{number}.jsonl", sentences, megabytes / count, seed=number + 1)
         for number in range(count)

@@ -42,8 +42,10 @@ def temporary_folder(out: Path, parent: str | None) -> Iterator[Path]:
 
     It is in `parent` if that is given, under a name that other outputs do not have, else next to `out`.
     """
-    name = f"{out.name}-{short_digest(str(out.resolve()))}"
-    path = out.with_name(out.name + TEMPORARY_SUFFIX) if parent is None else Path(parent, name + TEMPORARY_SUFFIX)
+    if parent is None:
+        path = out.with_name(out.name + TEMPORARY_SUFFIX)
+    else:
+        path = Path(parent, own_name(out.resolve().as_posix()) + TEMPORARY_SUFFIX)
     shutil.rmtree(path, ignore_errors=True)
     with _name_full_disk(path):
         path.mkdir(parents=True)
@@ -107,9 +109,10 @@ def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
         csv.writer(file).writerows(rows)
 
 
-def short_digest(name: str) -> str:
-    """Return eight hexadecimal digits that tell names apart."""
-    return hashlib.sha256(name.encode()).hexdigest()[:8]
+def own_name(location: str) -> str:
+    """Return a name for what belongs to a path or address: its last part, and eight digits that others do not have."""
+    location = location.rstrip("/")
+    return f"{location.rpartition('/')[2]}-{hashlib.sha256(location.encode()).hexdigest()[:8]}"
 
 
 def sha256_file(path: Path) -> str:

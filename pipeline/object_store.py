@@ -11,7 +11,7 @@ from fsspec import Callback
 from upath import UPath
 
 from pipeline.errors import UserError
-from pipeline.files import short_digest, size_of
+from pipeline.files import own_name, size_of
 from pipeline.progress import progress
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "azure", "abfs": "azure", "abfss": "azure"}
@@ -62,9 +62,10 @@ def find_output(location: str) -> Path:
 
 
 def list_files(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders, except what is hidden, and links that lead nowhere or to folders.
+    """Yield the files in a folder and its subfolders, except hidden ones.
 
-    On an object store, objects that only mark a folder are no files. Raises `UserError` for names with empty parts.
+    On an object store, objects that only mark a folder are no files. Raises `UserError` for links that lead nowhere or
+    to folders, and for names with empty parts.
     """
     if isinstance(folder, Path):
         for path in folder.iterdir():
@@ -72,8 +73,10 @@ def list_files(folder: Path) -> Iterator[Path]:
                 continue
             if path.is_dir() and not path.is_symlink():
                 yield from list_files(path)
-            else:
+            elif path.is_file():
                 yield path
+            else:
+                raise UserError(f"{path}: not a file; replace the link by a copy")
         return
     for name in folder.fs.find(folder.path):
         relative = name.removeprefix(folder.path.rstrip("/") + "/")
@@ -102,7 +105,7 @@ def open_output(location: str, parent: str | None) -> Path:
             probe.unlink()
         except NotImplementedError as error:
             raise UserError(f"{location}: such an address cannot be written to; use s3://, gs:// or abfs://") from error
-    return Path(parent or LOCAL_OUTPUTS, f"{target.name}-{short_digest(str(target).rstrip('/'))}")
+    return Path(parent or LOCAL_OUTPUTS, own_name(str(target)))
 
 
 def upload(folder: Path, location: str) -> None:

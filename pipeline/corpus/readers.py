@@ -110,8 +110,6 @@ def find_files(data: Path) -> list[Path]:
     for path in list_files(data):
         if path == data / DATA_CARD:
             continue
-        if isinstance(path, Path) and not path.is_file():
-            raise UserError(f"{path}: not a file; replace the link by a copy")
         if path.suffix.lower() not in ENDINGS:
             raise UserError(f"{path}: not an input format ({', '.join(ENDINGS)}); convert or remove it")
         files.append(path)

@@ -31,7 +31,7 @@ from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.quality.comparison import measure_people
 from pipeline.stage_process import stage_process
 from pipeline.tokens import load_tokens, tokenizer_sha256
-from pipeline.tracking.lineage import base_md5, data_md5
+from pipeline.tracking.lineage import base_md5, data_md5, read_lock
 from pipeline.tracking.records import parent_run, record_evaluation
 from pipeline.tracking.runs import start_run
 from pipeline.tracking.store import connect, store_errors
@@ -107,6 +107,7 @@ def evaluate(
         "scales": human.scales,
         "choice": choice,
     }
+    lock = read_lock()
     rows = list(sample_rows(systems, tokenizer, train.tokens, params.seed))
     report = Report(
         details=details,
@@ -114,8 +115,8 @@ def evaluate(
         trials=read_json(tune / "trials.json"),
         train_losses=read_curve(finetune / "loss_train.csv"),
         validation_losses=read_curve(finetune / "loss_validation.csv"),
-        data_md5=data_md5(),
-        base_md5=base_md5(),
+        data_md5=data_md5(lock),
+        base_md5=base_md5(lock),
     )
     presets = {name: replace_searched(params.decoding, values) for name, values in found.items()}
     with whole_folder(out) as partial:

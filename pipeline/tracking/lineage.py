@@ -28,14 +28,15 @@ def lineage() -> dict[str, str]:
     """Return tags that lead from a run to what made it. Tags whose value is unknown are left out."""
     checkout = machine.read_checkout(Path.cwd())
     commit = os.environ.get("DVC_EXP_BASELINE_REV") or (checkout and checkout.commit)
+    lock = read_lock()
     tags = {
         MLFLOW_GIT_COMMIT: commit,
         # The same again under a name that the UI shows.
         COMMIT_TAG: commit,
         DIRTY_TAG: checkout and str(checkout.is_changed).lower(),
         EXPERIMENT_TAG: os.environ.get("DVC_EXP_NAME"),
-        DATA_TAG: data_md5(),
-        "dvc.base_md5": base_md5(),
+        DATA_TAG: data_md5(lock),
+        "dvc.base_md5": base_md5(lock),
         "machine.platform": platform.platform(),
         "machine.python": platform.python_version(),
         "machine.cpu": f"{machine.processor_name()}, {os.cpu_count()} cores",
@@ -56,18 +57,23 @@ def digest_texts(documents: Path) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def data_md5(lock: Mapping[str, Any] | None = None) -> str | None:
-    """Return DVC's hash of the texts that `prepare` read, by a parsed `dvc.lock` or the current one; None if unknown.
+def read_lock() -> dict[str, Any]:
+    """Return what the current `dvc.lock` says; nothing if there is none."""
+    return read_yaml(LOCK_FILE) or {} if LOCK_FILE.exists() else {}
+
+
+def data_md5(lock: Mapping[str, Any]) -> str | None:
+    """Return DVC's hash of the texts that `prepare` read, by a `dvc.lock`; None if unknown.
 
     They are a folder, or an address on an object store: the dependency of the stage that is no code.
     """
-    read = [part for part in _parts("prepare", "deps", lock) if not part["path"].startswith("pipeline/")]
+    read = [part for part in _parts(lock, "prepare", "deps") if not part["path"].startswith("pipeline/")]
     return read[0].get("md5") if read else None
 
 
-def base_md5() -> str | None:
-    """Return DVC's hash of the model that `base` made, by `dvc.lock`; None if unknown."""
-    made = _parts("base", "outs")
+def base_md5(lock: Mapping[str, Any]) -> str | None:
+    """Return DVC's hash of the model that `base` made, by a `dvc.lock`; None if unknown."""
+    made = _parts(lock, "base", "outs")
     return made[0].get("md5") if made else None
 
 
@@ -79,17 +85,17 @@ def changes(parameters: Mapping[str, Any]) -> dict[str, str]:
     text = machine.read_committed(Path.cwd(), LOCK_FILE)
     if text is None:
         return {}
-    lock = parse_yaml(text, LOCK_FILE) or {}
+    committed = parse_yaml(text, LOCK_FILE) or {}
     # What a model is called and said to be does not change it.
     sections = [section for section in parameters if section != "register"]
     now = flatten({section: parameters[section] for section in sections})
     before: dict[str, Any] = {}
-    for stage in lock.get("stages", {}).values():
+    for stage in committed.get("stages", {}).values():
         locked = stage.get("params", {}).get("params.yaml", {})
         before |= flatten({section: locked[section] for section in sections if section in locked})
     found = {name: shorten(value) for name, value in now.items() if before.get(name, _MISSING) != value}
     found |= {name: "removed" for name in before if name not in now}
-    is_new = data_md5() not in (None, data_md5(lock))
+    is_new = data_md5(read_lock()) not in (None, data_md5(committed))
     return {"data": "new", **found} if is_new else found
 
 
@@ -122,9 +128,7 @@ def shorten(value: Any) -> str:
     return text if len(text) <= LONGEST_VALUE else "changed"
 
 
-def _parts(stage: str, kind: Literal["deps", "outs"], lock: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Return the dependencies or outputs of a stage in a parsed `dvc.lock`, by default the current one."""
-    if lock is None:
-        lock = read_yaml(LOCK_FILE) or {} if LOCK_FILE.exists() else {}
+def _parts(lock: Mapping[str, Any], stage: str, kind: Literal["deps", "outs"]) -> list[dict[str, Any]]:
+    """Return the dependencies or outputs of a stage."""
     found: list[dict[str, Any]] = lock.get("stages", {}).get(stage, {}).get(kind, [])
     return found

@@ -9,7 +9,7 @@ from pipeline.tracking.tags import DATA_TAG
 
 def log_split(run: RunLog, name: str, arrays: TokenArrays) -> None:
     """Record a split as a dataset of the run: its digest, its size, and the hash of the texts that DVC knows."""
-    data_md5 = lineage.data_md5()
+    data_md5 = lineage.data_md5(lineage.read_lock())
     source = {"split": name, "documents": str(len(arrays)), "tokens": str(len(arrays.tokens))}
     run.log_dataset(name, arrays.sha256, source | ({DATA_TAG: data_md5} if data_md5 else {}))
 

@@ -56,6 +56,11 @@ def lock_of(parameters: dict[str, Any], data_md5: str = "24f1.dir") -> dict[str,
     return {"schema": "2.0", "stages": {"prepare": prepare, "finetune": finetune, "register": register}}
 
 
+def md5s() -> tuple[str | None, str | None]:
+    lock = lineage.read_lock()
+    return lineage.data_md5(lock), lineage.base_md5(lock)
+
+
 def changed(**values: object) -> dict[str, Any]:
     return {**PARAMETERS, "finetune": {**PARAMETERS["finetune"], **values}}
 
@@ -105,19 +110,19 @@ def test_the_digests_of_data_and_base_are_those_of_the_lock(tmp_path: Path, data
         "  base:\n    outs:\n    - path: out/base\n      md5: 77aa.dir\n"
         "  tokenize:\n    deps:\n    - path: out/base\n      md5: 0000.dir\n"
     )
-    assert (lineage.data_md5(), lineage.base_md5()) == ("24f1.dir", "77aa.dir")
+    assert md5s() == ("24f1.dir", "77aa.dir")
     run = logged_run()
     assert run.data.tags["dvc.data_md5"] == "24f1.dir"
     assert run.data.tags["dvc.base_md5"] == "77aa.dir"
 
 
 def test_what_dvc_does_not_hash_has_no_digest(tmp_path: Path) -> None:
-    assert (lineage.data_md5(), lineage.base_md5()) == (None, None)
+    assert md5s() == (None, None)
     # A remote with versions of its own, as of a bucket, is recorded by those.
     (tmp_path / "dvc.lock").write_text("stages:\n  prepare:\n    deps:\n    - path: data\n      files: []\n")
-    assert (lineage.data_md5(), lineage.base_md5()) == (None, None)
+    assert md5s() == (None, None)
     (tmp_path / "dvc.lock").write_text("")
-    assert lineage.data_md5() is None
+    assert md5s() == (None, None)
 
 
 def test_nothing_has_changed_since_the_committed_lock(tmp_path: Path) -> None:
