@@ -5,7 +5,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with a final line end; NaN and infinity are errors."""
-    with whole_file(path) as partial:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
+def write_json(path: Path, value: Any, to_json: Callable[[Any], Any] | None = None) -> None:
+    """Write `value` as indented JSON with a final line end; NaN and infinity are errors.
+
+    `to_json` is called for a part that JSON does not have, when it is its turn to be written.
+    """
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False, default=to_json)
+        file.write("\n")
 
 
 def read_json(path: Path) -> Any:

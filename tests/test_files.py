@@ -105,6 +105,20 @@ def test_json_reads_back_as_it_was_written(tmp_path_factory: pytest.TempPathFact
     assert path.read_bytes().endswith(b"\n")
 
 
+def test_a_part_becomes_json_when_it_is_written(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def to_json(part: object) -> list[str]:
+        assert isinstance(part, bytes)
+        # What is in the file already; the rest waits in its buffer.
+        sizes.append((tmp_path / "value.json.partial").stat().st_size)
+        return [part.decode()]
+
+    write_json(tmp_path / "value.json", {str(number): b"x" * 10_000 for number in range(9)}, to_json)
+    assert read_json(tmp_path / "value.json") == {str(number): ["x" * 10_000] for number in range(9)}
+    assert sizes[0] == 0 < sizes[-1]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_json_refuses_numbers_that_it_cannot_hold(tmp_path: Path, value: float) -> None:
     with pytest.raises(ValueError, match="Out of range float"):

@@ -6,6 +6,7 @@ any other is compared exactly with the kept rows with which it shares one. Memor
 grows is in files, of which each pass reads a part at a time.
 """
 
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from pipeline.corpus.sorting import ExternalSort, Numbers
 
 BATCH_ROWS = 1 << 13
 """The rows of which the keys are read at a time."""
+MAPPED_ROWS = 1 << 18
+"""The rows after which the parts of files that are in memory are let go."""
 _VERDICT = np.dtype([("row", "<i8"), ("jaccard", "<f8")])
 
 
@@ -67,13 +70,19 @@ class Deduplicator:
         firsts, is_later = self._find_firsts()
         buckets, places = self._fill_buckets(is_later, on_progress)
         self._firsts, self._buckets = _InOrder(firsts.blocks()), _InOrder(buckets.blocks())
-        self._kept = _make_array(self._folder / "kept", np.dtype("<u8"), places)
-        self._verdicts = _make_array(self._folder / "verdicts", _VERDICT, self._rows)
+        self._kept, kept = _map_array(self._folder / "kept", np.dtype("<u8"), places)
+        self._verdicts, verdicts = _map_array(self._folder / "verdicts", _VERDICT, self._rows)
+        self._maps = kept, verdicts
+        self._related = 0
         self._shingles = (self._folder / "shingles").open("w+b", buffering=0)
         self._shingles_end = 0
 
     def relate(self, stop: int) -> Relations:
         """Return the relations of the rows from the last call's `stop` on, up to this one."""
+        if stop // MAPPED_ROWS > self._related // MAPPED_ROWS:
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)  # what was written stays in the file
+        self._related = stop
         rows, firsts = self._firsts.take(stop)
         buckets: dict[int, list[int]] = {}
         for row, place in zip(*(column.tolist() for column in self._buckets.take(stop)), strict=True):
@@ -202,8 +211,9 @@ def _group(keys: Numbers, rows: Numbers) -> tuple[Numbers, NDArray[np.int64]]:
     return rows[order], np.repeat(starts, np.diff(starts, append=len(keys)))
 
 
-def _make_array(path: Path, dtype: np.dtype[np.generic], length: int) -> NDArray[Any]:
+def _map_array(path: Path, dtype: np.dtype[np.generic], length: int) -> tuple[NDArray[Any], mmap.mmap]:
     """Return an array of zeros in a file. Its space on the disk is taken now: later, a full disk would be a signal."""
-    with path.open("wb") as file:
+    with path.open("w+b") as file:
         os.posix_fallocate(file.fileno(), 0, max(1, length) * dtype.itemsize)
-    return np.memmap(path, dtype, "r+", shape=(max(1, length),)).view(np.ndarray)  # which is read in half the time
+        mapped = mmap.mmap(file.fileno(), 0)
+    return np.frombuffer(mapped, dtype), mapped

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate
@@ -25,7 +25,7 @@ from pipeline.corpus.report import FileReport, Report
 from pipeline.corpus.similarity import Hashes, choose_bands
 from pipeline.corpus.splits import SPLITS
 from pipeline.errors import UserError
-from pipeline.files import temporary_folder, whole_folder, write_json
+from pipeline.files import temporary_folder, whole_folder
 from pipeline.params.prepare import PrepareParams
 from pipeline.progress import progress
 
@@ -86,7 +86,7 @@ def prepare(data: Path, out: Path, params: PrepareParams, *, workers: int | None
         if empty:
             for name in (*(f"{split}.jsonl" for split in SPLITS), DUPLICATES_FILE):
                 (folder / name).unlink()
-        write_json(folder / "report.json", report.to_json())
+        report.write(folder / "report.json")
     if empty:
         raise UserError(
             f"{data}: {report.outcomes['kept']} documents of {report.outcomes.total()} rows, too few to split: "
@@ -115,8 +115,8 @@ def _survey(data: Path, paths: list[Path], params: PrepareParams, map_in_order: 
         else:  # perhaps a large one: the bar moves within it
             sources = iter([one_file(paths[0], lambda count: bar.update(min(count / 2, max(0, sizes[0] - bar.n))))])
         done = 0
-        for size, source in zip(sizes, sources, strict=True):
-            yield source
+        for path, size, source in zip(paths, sizes, sources, strict=True):
+            yield replace(source, path=path)  # not the copy that a process sent: there may be a million
             done += size
             bar.update(done - bar.n)
 

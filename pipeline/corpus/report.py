@@ -2,11 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipeline.corpus.cleaning import Repair, Repairs
 from pipeline.corpus.readers import Source
 from pipeline.corpus.splits import SPLITS, Split
+from pipeline.files import write_json
 
 Outcome = Literal["kept", "empty", "fragment", "exact_duplicate", "near_duplicate"]
 DROPPED = tuple(outcome for outcome in get_args(Outcome) if outcome != "kept")
@@ -24,6 +26,11 @@ class FileReport:
     characters: Counter[Outcome] = field(default_factory=Counter)
     """The characters of the rows by outcome, after the repairs."""
     repairs: Repairs = field(default_factory=Repairs)
+
+    @property
+    def notices(self) -> int:
+        """The number of Project Gutenberg's notices, and of those that cleaning removed."""
+        return self.source.notices + self.repairs.notices
 
     def add(self, outcome: Outcome, characters: int) -> None:
         """Count a row."""
@@ -52,7 +59,7 @@ class FileReport:
             "form": self.source.form,
             **_count_rows(self.outcomes),
             "characters": self.count_characters(),
-            "notices": self.source.notices + self.repairs.notices,
+            "notices": self.notices,
             "page_marks": self.repairs.page_marks,
             "wrap_columns": self.source.wrap_columns,
             "joined_line_breaks": self.repairs.joined_breaks,
@@ -124,15 +131,16 @@ class Report:
             lists.append(f"{encoding}: {', '.join(names[:_MAX_NAMES])}{more}")
         return "; ".join(lists) or None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the entry for report.json."""
-        files = {file.source.name: file.to_json() for file in self.files}
-        return {
+    def write(self, path: Path) -> None:
+        """Write report.json, a file's entry at a time: there may be as many files as documents."""
+        value = {
             **_count_rows(self.outcomes),
-            **{name: sum(file[name] for file in files.values()) for name in ("notices", "page_marks")},
-            "splits": {split: size.to_json() for split, size in self.splits.items()},
-            "files": files,
+            "notices": sum(file.notices for file in self.files),
+            "page_marks": sum(file.repairs.page_marks for file in self.files),
+            "splits": self.splits,
+            "files": {file.source.name: file for file in self.files},
         }
+        write_json(path, value, lambda part: part.to_json())
 
 
 def _count_rows(outcomes: Counter[Outcome]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def test_families_of_duplicates_are_those_of_the_index_in_memory(
         patch.setattr(sorting, "RUN_PAIRS", run_pairs)
         patch.setattr(sorting, "_SAMPLE_STEP", 2)
         patch.setattr(deduplication, "BATCH_ROWS", 5)
+        patch.setattr(deduplication, "MAPPED_ROWS", 2)
         assert find_repeats(texts, params, step) == in_memory(texts, params)
 
 

@@ -29,6 +29,11 @@ def read_documents(out: Path) -> dict[str, list[dict[str, Any]]]:
     return {split: [json.loads(line) for line in (out / f"{split}.jsonl").open(encoding="utf-8")] for split in SPLITS}
 
 
+def read_report(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
 @pytest.fixture
 def params() -> PrepareParams:
     return PARAMS.model_copy(update={"validation_share": 0.3, "test_share": 0.3})
@@ -49,7 +54,7 @@ def test_untidy_tales_come_out_clean_and_once(tmp_path: Path, params: PreparePar
 def test_report_counts_every_row_and_names_every_duplicate(tmp_path: Path, params: PrepareParams) -> None:
     write_tales(tmp_path / "data")
     prepare(tmp_path / "data", tmp_path / "out", params)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = read_report(tmp_path / "out")
     assert report["rows"] == 25
     assert report["kept"] == 20
     assert report["dropped"] == {"empty": 1, "fragment": 1, "exact_duplicate": 2, "near_duplicate": 1}
@@ -97,7 +102,7 @@ def test_every_character_is_kept_or_dropped_by_a_rule(text: str) -> None:
         (data / "7.md").write_bytes(b"---\ntitle: T\n---\n" + text.encode())
         params = PARAMS.model_copy(update={"validation_share": 0.3, "test_share": 0.3, "piece_words": 10})
         prepare(data, out, params)
-        files = json.loads((out / "report.json").read_text())["files"]
+        files = read_report(out)["files"]
         kept = Counter[str]()
         for documents in read_documents(out).values():
             for document in documents:
@@ -191,7 +196,7 @@ def test_corpus_too_small_to_split_leaves_only_the_report(tmp_path: Path) -> Non
     ):
         prepare(tmp_path / "data", tmp_path / "out", PARAMS)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = read_report(tmp_path / "out")
     assert report["files"]["b.jsonl"]["dropped"]["fragment"] == 3
 
 
@@ -216,7 +221,7 @@ def test_markdown_notes_are_documents_with_their_titles(tmp_path: Path, params: 
     assert {document["title"]: document["text"] for document in documents} == {
         f"Note {number}": body.format(f"w{number}").strip() for number in range(30)
     }
-    file = report.to_json()["files"]["7.md"]
+    file = read_report(tmp_path / "out")["files"]["7.md"]
     assert file["characters"]["dropped"]["front_matter"] == len(matter.format(7))
     assert file["characters"]["read"] == len((tmp_path / "data" / "7.md").read_text())
 
@@ -329,8 +334,10 @@ def test_chats_and_code_come_out_as_they_are(tmp_path: Path, params: PreparePara
 
 def test_markup_is_counted_by_file_and_a_parameter_keeps_it(tmp_path: Path, params: PrepareParams) -> None:
     write_tales(tmp_path / "data")
-    report = prepare(tmp_path / "data", tmp_path / "out", params)
-    counts = {name: file["characters"]["dropped"]["markup"] for name, file in report.to_json()["files"].items()}
+    prepare(tmp_path / "data", tmp_path / "out", params)
+    counts = {
+        name: file["characters"]["dropped"]["markup"] for name, file in read_report(tmp_path / "out")["files"].items()
+    }
     assert {name: count for name, count in counts.items() if count} == {"2.jsonl": 60}
     kept = prepare(tmp_path / "data", tmp_path / "out", params.model_copy(update={"strip_markup": False}))
     assert all(file.repairs.removed["markup"] == 0 for file in kept.files)
