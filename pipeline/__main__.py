@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.decoding import ModelDecoding, SamplingParams, list_types, merge_decoding, read_decoding, scalar_types
 from pipeline.errors import UserError, report_errors
-from pipeline.files import read_json, size_of
+from pipeline.files import read_json, size_of, temporary_folder
 from pipeline.params.section import PARAMS_FILE, read_yaml
 from pipeline.params.whole import load_params
 from pipeline.serving.options import Access, Address, EngineOptions, Limits, keys_from_environment, read_tracing
@@ -391,9 +391,10 @@ def _export(arguments: argparse.Namespace) -> None:
 def _export_engine(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import load_plain, plain_checkpoint
     from pipeline.engine.generator import Engine
-    from pipeline.engine.verbatim import index_text
+    from pipeline.engine.manifest import INDEX_FOLDER
     from pipeline.export.build import CACHE_BITS, build_engine, check_precisions
     from pipeline.export.parity import engine_reader
+    from pipeline.export.verbatim import write_index
     from pipeline.quality.lexicon import collect_words, load_lexicon
     from pipeline.tokens import load_tokenizer, load_tokens, tokenizer_sha256
 
@@ -403,12 +404,13 @@ def _export_engine(arguments: argparse.Namespace) -> None:
     if out.suffix == ".gguf":
         raise UserError(f"{out}: is the name of a GGUF file; add --format gguf, or name a folder")
     index, lexicon = None, load_lexicon(checkpoint)
-    with plain_checkpoint(checkpoint) as plain:
+    with plain_checkpoint(checkpoint) as plain, temporary_folder(out, None) as temporary:
         texts = _texts_to_compare(arguments.compare, plain)
         model = load_plain(plain, str(checkpoint))
         if split is not None:
             text = load_tokens(split, tokenizer_sha256(plain))
-            index = index_text(text.tokens)
+            index = temporary / INDEX_FOLDER
+            write_index(index, text.tokens, text.bounds)
             lexicon |= collect_words(text.texts(load_tokenizer(plain)))
         cache_bits = arguments.cache_bits or CACHE_BITS
         build_engine(model, plain, out, precisions, cache_bits=cache_bits, index=index, lexicon=lexicon)

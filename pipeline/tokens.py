@@ -138,8 +138,8 @@ def write_tokens(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, token
     documents, tokens, text_bytes, digest = 0, 1, 0, hashlib.sha256()
     with (folder / "tokens.npy").open("wb") as tokens_file, (folder / "bounds.npy").open("wb") as bounds_file:
         # NumPy pads a header so that its length does not depend on the shape, which is known only at the end.
-        _write_header(tokens_file, dtype, 0)
-        _write_header(bounds_file, np.int64, 0)
+        write_header(tokens_file, dtype, 0)
+        write_header(bounds_file, np.int64, 0)
         digest.update(_append(tokens_file, np.array([end_of_text], dtype)))
         _append(bounds_file, np.zeros(1, np.int64))
         for batch, encodings in _encode(texts, tokenizer):
@@ -150,8 +150,8 @@ def write_tokens(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, token
             documents += len(batch)
             tokens += len(ids)
             text_bytes += sum(len(text.encode()) for text in batch)
-        _write_header(tokens_file, dtype, tokens)
-        _write_header(bounds_file, np.int64, documents + 1)
+        write_header(tokens_file, dtype, tokens)
+        write_header(bounds_file, np.int64, documents + 1)
     meta = {
         "tokenizer_sha256": tokenizer_sha256,
         "vocabulary_size": size,
@@ -240,7 +240,8 @@ def _append(file: BinaryIO, values: NDArray[np.integer]) -> bytes:
     return data
 
 
-def _write_header(file: BinaryIO, dtype: DTypeLike, length: int) -> None:
+def write_header(file: BinaryIO, dtype: DTypeLike, length: int) -> None:
+    """Write the header of an array with one axis to the beginning of an .npy file."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (length,)}
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, header)

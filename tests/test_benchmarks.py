@@ -19,8 +19,8 @@ from benchmarks.corruptions import DOSES, Text, corrupt, names_of, sentences_of
 from pipeline.checkpoint import load_checkpoint
 from pipeline.engine.cuda import driver
 from pipeline.engine.text import TextCompletion
-from pipeline.engine.verbatim import index_text
 from pipeline.export.build import build_engine
+from pipeline.export.verbatim import write_index
 from pipeline.files import write_jsonl
 from pipeline.params.section import PARAMS_FILE
 from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
@@ -158,7 +158,8 @@ def test_a_gpu_that_is_not_there_is_reported_in_one_line(tmp_path: Path) -> None
 
 
 def test_settings_are_compared_with_none(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    index = index_text(np.array([7, 8, 9, 10, 7, 8, 9, 11], np.uint16))
+    index = tmp_path / "index"
+    write_index(index, np.array([0, 7, 8, 9, 10, 7, 8, 9, 11, 0], np.uint16), np.array([0, 9]))
     lexicon = frozenset({"lamp"})
     build_engine(
         load_checkpoint(tiny_checkpoint), tiny_checkpoint, tmp_path / "engine", ["int8"], index=index, lexicon=lexicon

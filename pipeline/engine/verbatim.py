@@ -1,42 +1,39 @@
 """An index of the training text in an engine, to look up quickly which tokens follow a run of tokens in it.
 
 The index is a suffix array (Manber and Myers 1993): the positions of the text, sorted by the text that begins at each.
-So all occurrences of a run are adjacent, and bisection finds them. It takes 4 bytes per token, the text itself 2 (4 if
-the vocabulary exceeds 65536), and both are mapped into memory. It uses no hashes, and a run may have any length. **It
-holds the training text**: anyone who has the engine can read it.
+So all occurrences of a run are adjacent, and bisection finds them. A long text has an array for each block of whole
+documents, as sorting needs memory for all that it sorts. The index takes 4 bytes per token, the text itself 2 (4 if the
+vocabulary exceeds 65536), and both are mapped into memory. It uses no hashes, and a run may have any length. **It holds
+the training text**: anyone who has the engine can read it.
 """
 
+import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engine.filters import Followers
-from pipeline.errors import UserError
-from pipeline.tokens import Tokens
 
-TEXT_FILE, SUFFIXES_FILE = "tokens.npy", "suffixes.npy"
-MOST_TOKENS = 2**31
+TEXT_FILE, SUFFIXES_FILE, BLOCKS_FILE = "tokens.npy", "suffixes.npy", "blocks.npy"
 SHORT_RUN = 5
 """The length of a run, in tokens, that an original text seldom shares with others."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerbatimIndex:
-    """A text `[tokens]` in the format of `pipeline.tokens`, and its suffix array `[tokens]`."""
+    """A text `[tokens]` in the format of `pipeline.tokens`, and the suffix arrays of its blocks `[tokens]`."""
 
     text: NDArray[np.unsignedinteger]
     """The token ids, most significant byte first, so that bytes compare as the ids do."""
     suffixes: NDArray[np.uint32]
-
-    def save(self, folder: Path) -> None:
-        """Write the index to `folder`, which must not exist. The same text gives the same bytes."""
-        folder.mkdir()
-        np.save(folder / TEXT_FILE, self.text)
-        np.save(folder / SUFFIXES_FILE, self.suffixes)
+    """Positions in the block, sorted by what begins there."""
+    blocks: list[int]
+    """The positions where the blocks begin, and the length of the text."""
 
 
 class VerbatimText:
@@ -44,8 +41,11 @@ class VerbatimText:
 
     def __init__(self, index: VerbatimIndex, end_of_text_id: int) -> None:
         self._type, self._width = index.text.dtype, index.text.dtype.itemsize
-        self._bytes = index.text.view(np.uint8).data
-        self._suffixes = index.suffixes.data
+        text, suffixes = index.text.view(np.uint8).data, index.suffixes.data
+        self._blocks = [
+            (text[self._width * start : self._width * stop], suffixes[start:stop])
+            for start, stop in pairwise(index.blocks)
+        ]
         self._end_of_text_id = end_of_text_id
 
     def followers(self, run: list[int]) -> Iterator[int]:
@@ -56,13 +56,17 @@ class VerbatimText:
         if self._end_of_text_id in run:
             return
         begun = np.array(run, self._type).tobytes()
+        found = (self._followers_in(text, suffixes, begun) for text, suffixes in self._blocks)
+        yield from (follower for follower, _ in groupby(heapq.merge(*found)))
+
+    def _followers_in(self, text: memoryview, suffixes: memoryview, begun: bytes) -> Iterator[int]:
         width, longer = self._width, len(begun) + self._width
 
         def beginning(position: int) -> bytes:
-            return bytes(self._bytes[position * width : position * width + longer])
+            return bytes(text[position * width : position * width + longer])
 
-        suffixes, count = self._suffixes, len(self._suffixes)
         # The suffixes that begin with the run are adjacent, ordered by what follows it.
+        count = len(suffixes)
         place = bisect_left(suffixes, begun, key=beginning)
         while place < count:
             continued = beginning(suffixes[place])
@@ -103,38 +107,8 @@ class CopyLimiter:
         return list(self._followers(output_ids[-self._limit :]))
 
 
-def index_text(tokens: Tokens) -> VerbatimIndex:
-    """Index a training text in which an end-of-text follows each document.
-
-    Takes about 50 bytes of memory per token, and 12 s for ten million. Raises `UserError` if the text is too long.
-    """
-    if len(tokens) >= MOST_TOKENS:
-        raise UserError(
-            f"export.verbatim_index: {len(tokens)} training tokens are more than the {MOST_TOKENS - 1} that an index "
-            "holds; set it to false"
-        )
-    return VerbatimIndex(tokens.astype(tokens.dtype.newbyteorder(">")), sort_suffixes(tokens))
-
-
-def sort_suffixes(tokens: Tokens) -> NDArray[np.uint32]:
-    """Return the positions of a non-empty text, sorted by the text that begins at each; a prefix sorts first.
-
-    By doubling: pairs of ranks by the first k tokens give ranks by the first 2 k.
-    """
-    ranks = tokens.astype(np.int64)
-    length = 1
-    while True:
-        keys = ranks << 32
-        keys[:-length] |= ranks[length:] + 1
-        order = np.argsort(keys)
-        keys = keys[order]
-        ranks[order] = np.append(0, np.cumsum(keys[1:] != keys[:-1]))
-        if ranks[order[-1]] == len(ranks) - 1:
-            return order.astype(np.uint32)
-        length *= 2
-
-
 def open_index(folder: Path) -> VerbatimIndex:
-    """Map the index in `folder` into memory."""
+    """Map the index in `folder` into memory. That of an older export is one block."""
     text, suffixes = (np.load(folder / name, mmap_mode="r") for name in (TEXT_FILE, SUFFIXES_FILE))
-    return VerbatimIndex(text, suffixes)
+    blocks = folder / BLOCKS_FILE
+    return VerbatimIndex(text, suffixes, np.load(blocks).tolist() if blocks.exists() else [0, len(text)])

@@ -10,7 +10,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.checkpoint import attention_scale
 from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, INDEX_FOLDER, Manifest, write_manifest
-from pipeline.engine.verbatim import VerbatimIndex
 from pipeline.errors import UserError
 from pipeline.export.graph import QUANTIZATIONS, CacheScales, Floats, Shape, write_graph
 from pipeline.files import whole_folder
@@ -34,15 +33,15 @@ def build_engine(
     precisions: Sequence[str],
     *,
     cache_bits: int = CACHE_BITS,
-    index: VerbatimIndex | None = None,
+    index: Path | None = None,
     lexicon: Lexicon = EMPTY_LEXICON,
 ) -> None:
     """Write the engine of a model, which is in float32 and in evaluation mode, to `folder`.
 
     The first precision is the default. `cache_bits`, 8 or 32, is the bits per number in the cache of `int8` and `int4`;
-    the others keep floats. `index` is that of the training text, which `max_verbatim_tokens` needs; the words of
-    `lexicon` are those that `best_of` does not take for invented. Raises `UserError` for an unknown precision, or a
-    GPT-2 that the graph cannot express.
+    the others keep floats. `index` is a folder with that of the training text, which `max_verbatim_tokens` needs; the
+    words of `lexicon` are those that `best_of` does not take for invented. Raises `UserError` for an unknown precision,
+    or a GPT-2 that the graph cannot express.
     """
     check_precisions(precisions)
     shape = shape_of(model.config)
@@ -59,7 +58,7 @@ def build_engine(
             if (tokenizer_folder / name).is_file():
                 shutil.copy(tokenizer_folder / name, partial)
         if index is not None:
-            index.save(partial / INDEX_FOLDER)
+            shutil.copytree(index, partial / INDEX_FOLDER)
         if lexicon:
             write_lexicon(partial, lexicon)
         manifest = Manifest(

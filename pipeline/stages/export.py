@@ -13,12 +13,13 @@ from transformers import GPT2LMHeadModel, logging
 
 from pipeline.checkpoint import load_plain, plain_checkpoint
 from pipeline.engine.generator import Engine
-from pipeline.engine.verbatim import VerbatimIndex, index_text
+from pipeline.engine.manifest import INDEX_FOLDER
 from pipeline.errors import UserError, report_errors
 from pipeline.export.build import build_engine
 from pipeline.export.parity import Parity, broken_promises, measure_parity
 from pipeline.export.reference import TorchReference, windows_of
-from pipeline.files import whole_folder, write_json
+from pipeline.export.verbatim import write_index
+from pipeline.files import temporary_folder, whole_folder, write_json
 from pipeline.params.export import ExportParams
 from pipeline.params.file import load_section
 from pipeline.quality.lexicon import EMPTY_LEXICON, Lexicon, collect_words, load_lexicon
@@ -47,11 +48,12 @@ def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: Export
     Raises `UserError` naming the promise that broke, and then leaves nothing in `out`.
     """
     train = load_tokens(tokens / "train", tokenizer_sha256(checkpoint))
-    index = index_text(train.tokens) if params.verbatim_index else None
     lexicon = load_lexicon(base)
-    if params.verbatim_index:
-        lexicon |= collect_words(train.texts(load_tokenizer(checkpoint)))
-    with whole_folder(out) as partial:
+    with whole_folder(out) as partial, temporary_folder(out, None) as temporary:
+        index = temporary / INDEX_FOLDER if params.verbatim_index else None
+        if index is not None:
+            write_index(index, train.tokens, train.bounds)
+            lexicon |= collect_words(train.texts(load_tokenizer(checkpoint)))
         model = export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits, index, lexicon)
         parity = certify(model, partial / "engine", tokens, params)
         write_json(partial / "parity.json", {precision: asdict(found) for precision, found in parity.items()})
@@ -64,7 +66,7 @@ def export_checkpoint(
     out: Path,
     precisions: Sequence[str],
     cache_bits: int,
-    index: VerbatimIndex | None = None,
+    index: Path | None = None,
     lexicon: Lexicon = EMPTY_LEXICON,
 ) -> GPT2LMHeadModel:
     """Write the standard ONNX graph, made by Optimum, to `portable/`, and the engine to `engine/`; return the model."""

@@ -1,7 +1,9 @@
 """The index of a training text, and the limit on copies from it, against plain searches of every document."""
 
+import tempfile
 from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from pipeline.decoding import SamplingParams
 from pipeline.engine.filters import filter_logits, sample, verbatim_ids
 from pipeline.engine.sampler import Continuation
-from pipeline.engine.verbatim import CopyLimiter, VerbatimText, index_text, open_index, sort_suffixes
+from pipeline.engine.verbatim import CopyLimiter, VerbatimText, open_index
+from pipeline.export import verbatim
+from pipeline.export.verbatim import find_blocks, sort_suffixes, write_index
 from pipeline.quality.memorization import longest_copies
 
 END_OF_TEXT = 0
@@ -32,8 +36,15 @@ def occurs(run: list[int], texts: Documents) -> bool:
     return any(text[i : i + len(run)] == run for text in texts for i in range(len(text)))
 
 
+def write(folder: Path, texts: Documents, dtype: type = np.uint16) -> None:
+    tokens = joined(texts, dtype)
+    write_index(folder, tokens, np.flatnonzero(tokens == END_OF_TEXT))
+
+
 def lookup(texts: Documents, dtype: type = np.uint16) -> VerbatimText:
-    return VerbatimText(index_text(joined(texts, dtype)), END_OF_TEXT)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder, "index"), texts, dtype)
+        return VerbatimText(open_index(Path(folder, "index")), END_OF_TEXT)
 
 
 @settings(deadline=None)
@@ -50,10 +61,26 @@ def test_suffixes_of_a_text_that_repeats_itself_are_sorted(tokens: list[int]) ->
 
 
 @settings(max_examples=300, deadline=None)
-@given(documents, st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), dtypes)
-def test_followers_are_found_wherever_a_run_occurs(texts: Documents, run: list[int], dtype: type) -> None:
+@given(
+    documents,
+    st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4),
+    dtypes,
+    st.sampled_from([1, 5, 1 << 24]),
+)
+def test_followers_are_found_wherever_a_run_occurs(
+    texts: Documents, run: list[int], dtype: type, block_tokens: int
+) -> None:
     expected = [token_id for token_id in range(1, VOCABULARY) if occurs([*run, token_id], texts)]
-    assert list(lookup(texts, dtype).followers(run)) == expected
+    with mock.patch.object(verbatim, "BLOCK_TOKENS", block_tokens):
+        assert list(lookup(texts, dtype).followers(run)) == expected
+
+
+def test_blocks_end_where_documents_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbatim, "BLOCK_TOKENS", 6)
+    # The ends of documents of 3, 1, 9 and 2 tokens, after the end-of-text that precedes all.
+    assert find_blocks(np.array([0, 4, 6, 16, 19])) == [0, 7, 17, 20]
+    assert find_blocks(np.array([0, 4])) == [0, 5]
+    assert find_blocks(np.array([0])) == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
@@ -64,13 +91,17 @@ def test_order_is_that_of_numbers_and_not_of_their_bytes(dtype: type) -> None:
 
 def test_an_index_is_kept_in_files(tmp_path: Path) -> None:
     texts = [[1, 2, 3], [2, 3, 4]]
-    index = index_text(joined(texts))
     for name in ("first", "second"):
-        index.save(tmp_path / name)
-    assert [file.name for file in sorted((tmp_path / "first").iterdir())] == ["suffixes.npy", "tokens.npy"]
+        write(tmp_path / name, texts)
+    names = [file.name for file in sorted((tmp_path / "first").iterdir())]
+    assert names == ["blocks.npy", "suffixes.npy", "tokens.npy"]
     for file in (tmp_path / "first").iterdir():
         assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes()
     found = VerbatimText(open_index(tmp_path / "first"), END_OF_TEXT).followers([2, 3])
+    assert list(found) == [4]
+    # As in engines of before, which are one block.
+    (tmp_path / "second" / "blocks.npy").unlink()
+    found = VerbatimText(open_index(tmp_path / "second"), END_OF_TEXT).followers([2, 3])
     assert list(found) == [4]
 
 
