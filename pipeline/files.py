@@ -71,7 +71,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any, to_json: Callable[[Any], Any] | None = None) -> None:
     """Write `value` as indented JSON with a final line end; NaN and infinity are errors.
 
-    `to_json` is called for a part that JSON does not have, when it is its turn to be written.
+    `to_json` is called for a value of a type that JSON lacks, when it is its turn to be written.
     """
     with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False, default=to_json)
@@ -113,7 +113,7 @@ def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 
 def own_name(location: str) -> str:
-    """Return a name for what belongs to a path or address: its last part, and eight digits that others do not have."""
+    """Return a name for what belongs to a path or address: its last part, and eight digits by all of it."""
     location = location.rstrip("/")
     return f"{location.rpartition('/')[2]}-{hashlib.sha256(location.encode()).hexdigest()[:8]}"
 

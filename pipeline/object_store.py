@@ -64,8 +64,8 @@ def find_output(location: str) -> Path:
 def list_files(folder: Path) -> Iterator[Path]:
     """Yield the files in a folder and its subfolders, except hidden ones.
 
-    On an object store, objects that only mark a folder are no files. Raises `UserError` for links that lead nowhere or
-    to folders, and for names with empty parts.
+    Of this machine, raises `UserError` for what is no file, such as a link that leads nowhere or to a folder. On an
+    object store, objects that only mark a folder are no files; raises `UserError` for names with empty parts.
     """
     if isinstance(folder, Path):
         for path in folder.iterdir():
@@ -76,7 +76,7 @@ def list_files(folder: Path) -> Iterator[Path]:
             elif path.is_file():
                 yield path
             else:
-                raise UserError(f"{path}: not a file; replace the link by a copy")
+                raise UserError(f"{path}: not a file, or a link that leads to none; replace it by a copy, or remove it")
         return
     for name in folder.fs.find(folder.path):
         relative = name.removeprefix(folder.path.rstrip("/") + "/")

@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.files import read_json, read_jsonl, sha256_file, whole_file, whole_folder, write_json, write_jsonl
+from pipeline.files import (
+    own_name,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_jsonl,
+)
 
 LINE_ENDS = "\n\r\v\f\x1c\x85\u2028\u2029"
 json_values = st.recursive(
@@ -103,6 +113,14 @@ def test_json_reads_back_as_it_was_written(tmp_path_factory: pytest.TempPathFact
     write_json(path, value)
     assert read_json(path) == value
     assert path.read_bytes().endswith(b"\n")
+
+
+def test_locations_of_one_name_have_names_of_their_own() -> None:
+    names = [own_name(location) for location in ("s3://a/texts", "s3://a/texts/", "s3://b/texts", "/data/texts")]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+    assert all(re.fullmatch("texts-[0-9a-f]{8}", name) for name in names)
+    assert own_name("s3://bucket/").startswith("bucket-")
 
 
 def test_a_part_becomes_json_when_it_is_written(tmp_path: Path) -> None:

@@ -6,24 +6,25 @@ any other is compared exactly with the kept rows with which it shares one. Memor
 grows is in files, of which each pass reads a part at a time.
 """
 
-import mmap
 import os
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.corpus.similarity import Hashes, jaccard
+from pipeline.corpus.similarity import Hashes, jaccard, mix
 from pipeline.corpus.sorting import ExternalSort, Numbers
 
 BATCH_ROWS = 1 << 13
 """The rows of which the keys are read at a time."""
-MAPPED_ROWS = 1 << 18
-"""The rows after which the parts of files that are in memory are let go."""
-_VERDICT = np.dtype([("row", "<i8"), ("jaccard", "<f8")])
+BUCKET_NUMBERS = 4
+"""The numbers of a bucket that are read at once; few have more."""
+_VERDICT = struct.Struct("<Qd")  # the kept row that a row repeats, and their similarity; zeros for other rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +71,14 @@ class Deduplicator:
         firsts, is_later = self._find_firsts()
         buckets, places = self._fill_buckets(is_later, on_progress)
         self._firsts, self._buckets = _InOrder(firsts.blocks()), _InOrder(buckets.blocks())
-        self._kept, kept = _map_array(self._folder / "kept", np.dtype("<u8"), places)
-        self._verdicts, verdicts = _map_array(self._folder / "verdicts", _VERDICT, self._rows)
-        self._maps = kept, verdicts
-        self._related = 0
-        self._shingles = (self._folder / "shingles").open("w+b", buffering=0)
+        # Read and written in places rather than mapped: mapped files count as memory.
+        self._kept = _open_zeros(self._folder / "kept", 8 * places)
+        self._verdicts = _open_zeros(self._folder / "verdicts", _VERDICT.size * self._rows)
+        self._shingles = FileIO(self._folder / "shingles", "w+")
         self._shingles_end = 0
 
     def relate(self, stop: int) -> Relations:
         """Return the relations of the rows from the last call's `stop` on, up to this one."""
-        if stop // MAPPED_ROWS > self._related // MAPPED_ROWS:
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_DONTNEED)  # what was written stays in the file
-        self._related = stop
         rows, firsts = self._firsts.take(stop)
         buckets: dict[int, list[int]] = {}
         for row, place in zip(*(column.tolist() for column in self._buckets.take(stop)), strict=True):
@@ -93,27 +89,22 @@ class Deduplicator:
         """Keep a row, or return the first kept row that it repeats. `shingles` is given if the row is in buckets."""
         first = relations.first.get(row)
         if first is not None:
-            verdict = self._verdicts[first]
-            if not verdict["jaccard"]:
+            kept, similarity = _VERDICT.unpack(os.pread(self._verdicts.fileno(), _VERDICT.size, _VERDICT.size * first))
+            if not similarity:
                 return Repeat("exact_duplicate", first, 1.0)
-            return Repeat("near_duplicate", int(verdict["row"]), float(verdict["jaccard"]))
+            return Repeat("near_duplicate", kept, similarity)
         if shingles is None:
             return None
-        buckets = relations.buckets[row]
-        found: set[int] = set()
-        for place in buckets:
-            count = int(self._kept[place])
-            if count:
-                found.update(self._kept[place + 1 : place + 1 + count].tolist())
-        for offset in sorted(found):
+        buckets = {place: self._read_bucket(place) for place in relations.buckets[row]}
+        for offset in sorted(set().union(*buckets.values())):
             kept, kept_shingles = self._read_shingles(offset)
             similarity = jaccard(shingles, kept_shingles)
             if similarity >= self._min_jaccard:
-                self._verdicts[row] = kept, similarity
+                os.pwrite(self._verdicts.fileno(), _VERDICT.pack(kept, similarity), _VERDICT.size * row)
                 return Repeat("near_duplicate", kept, similarity)
-        for place in buckets:
-            self._kept[place] += 1
-            self._kept[place + int(self._kept[place])] = self._shingles_end
+        for place, offsets in buckets.items():
+            bucket = struct.pack(f"<{len(offsets) + 2}Q", len(offsets) + 1, *offsets, self._shingles_end)
+            os.pwrite(self._kept.fileno(), bucket, 8 * place)
         self._append_shingles(row, shingles)
         return None
 
@@ -131,7 +122,8 @@ class Deduplicator:
     def _fill_buckets(self, is_later: "_Bits", on_progress: Callable[[int], object]) -> tuple[ExternalSort, int]:
         """Return the buckets by row, and the number of places that they take.
 
-        A bucket is the place of a count, with places for as many rows behind it.
+        A bucket is the place of a count, with places for as many rows behind it. Rows that share several keys, and with
+        no other row, are in one bucket.
         """
         by_key = ExternalSort(self._folder / "by_key")
         for noted in self._read_keys():
@@ -139,19 +131,31 @@ class Deduplicator:
             noted = noted[~is_later.has(noted[:, 0])]
             by_key.add(noted[:, 1:].ravel(), np.repeat(noted[:, 0], self._bands))
         (self._folder / "keys").unlink()
-        buckets, places = ExternalSort(self._folder / "buckets"), 0
+        by_members = ExternalSort(self._folder / "by_members")
         for keys, rows in by_key.blocks():
             members, starts = _group(keys, rows)
+            by_members.add(_hash_members(members, starts), members)
+        by_key.remove()
+        buckets, places = ExternalSort(self._folder / "buckets"), 0
+        for hashes, rows in by_members.blocks():
+            members, starts = _group(hashes, rows)
             rank = np.cumsum(starts == np.arange(len(starts))) - 1
             buckets.add(members, (places + starts + rank).astype(np.uint64))
             places += len(members) + (int(rank[-1]) + 1 if len(rank) else 0)
-        by_key.remove()
+        by_members.remove()
         return buckets, places
 
     def _read_keys(self) -> Iterator[Numbers]:
         with (self._folder / "keys").open("rb") as file:
             while len(numbers := np.fromfile(file, "<u8", BATCH_ROWS * (1 + self._bands))):
                 yield numbers.reshape(-1, 1 + self._bands)
+
+    def _read_bucket(self, place: int) -> list[int]:
+        """Return where the shingles of the kept rows of a bucket begin."""
+        count, *offsets = _unpack(os.pread(self._kept.fileno(), 8 * BUCKET_NUMBERS, 8 * place))
+        if count > len(offsets):
+            offsets = _unpack(os.pread(self._kept.fileno(), 8 * count, 8 * (place + 1)))
+        return offsets[:count]
 
     def _append_shingles(self, row: int, shingles: Hashes) -> None:
         record = np.concatenate((np.array([row, len(shingles)], np.uint64), shingles)).astype("<u8", copy=False)
@@ -198,22 +202,43 @@ class _Bits:
 
 
 def _group(keys: Numbers, rows: Numbers) -> tuple[Numbers, NDArray[np.int64]]:
-    """Return the rows of sorted keys that occur more than once, by key and row, and where the group of each starts."""
+    """Return the rows of sorted keys that occur more than once, by key and row, and where the group of each starts.
+
+    A row is in a group once.
+    """
     is_same = keys[1:] == keys[:-1]
     is_member = np.zeros(len(keys), bool)
     is_member[1:] |= is_same
     is_member[:-1] |= is_same
     keys, rows = keys[is_member], rows[is_member]
     order = np.lexsort((rows, keys))
-    keys = keys[order]
-    is_first = np.concatenate((np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]))
-    starts = np.flatnonzero(is_first)
-    return rows[order], np.repeat(starts, np.diff(starts, append=len(keys)))
+    keys, rows = keys[order], rows[order]
+    is_other = _differs(keys) | _differs(rows)
+    keys, rows = keys[is_other], rows[is_other]
+    starts = np.flatnonzero(_differs(keys))
+    return rows, np.repeat(starts, np.diff(starts, append=len(keys)))
 
 
-def _map_array(path: Path, dtype: np.dtype[np.generic], length: int) -> tuple[NDArray[Any], mmap.mmap]:
-    """Return an array of zeros in a file. Its space on the disk is taken now: later, a full disk would be a signal."""
-    with path.open("w+b") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, length) * dtype.itemsize)
-        mapped = mmap.mmap(file.fileno(), 0)
-    return np.frombuffer(mapped, dtype), mapped
+def _differs(values: Numbers) -> NDArray[np.bool_]:
+    """Return which values are not those before them."""
+    return np.concatenate((np.ones(min(1, len(values)), bool), values[1:] != values[:-1]))
+
+
+def _hash_members(members: Numbers, starts: NDArray[np.int64]) -> Numbers:
+    """Return for each member a hash of the members of its group."""
+    firsts, group = np.unique(starts, return_inverse=True)
+    if not len(members):
+        return members
+    # Not of row 0 itself, which hashes to 0 and so would not count.
+    return np.add.reduceat(mix(members + np.uint64(1)), firsts)[group]
+
+
+def _open_zeros(path: Path, size_bytes: int) -> FileIO:
+    """Return a new file of zeros. Its space is taken now, so that a full disk shows early."""
+    file = FileIO(path, "w+")
+    os.posix_fallocate(file.fileno(), 0, max(1, size_bytes))
+    return file
+
+
+def _unpack(numbers: bytes) -> list[int]:
+    return list(struct.unpack(f"<{len(numbers) // 8}Q", numbers))

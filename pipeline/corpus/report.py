@@ -100,7 +100,8 @@ class Report:
 
     def describe_dropped(self, *, zeros: bool = True) -> str:
         """Return what was dropped, by reason, with or without the reasons that dropped nothing."""
-        counts = [(self.outcomes[outcome], outcome.replace("_", " ")) for outcome in DROPPED]
+        outcomes = self.outcomes
+        counts = [(outcomes[outcome], outcome.replace("_", " ")) for outcome in DROPPED]
         rows = [f"{count} {name}" for count, name in counts if count or zeros]
         characters = Counter[str]()
         for file in self.files:

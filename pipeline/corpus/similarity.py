@@ -56,7 +56,7 @@ def minhash(shingles: Hashes, permutations: int) -> Hashes:
     factors, terms = _permutations(permutations)
     smallest = np.full(permutations, 2**64 - 1, dtype=np.uint64)
     for start in range(0, len(shingles), _BATCH_SHINGLES):
-        mixed = _mix(shingles[start : start + _BATCH_SHINGLES])
+        mixed = mix(shingles[start : start + _BATCH_SHINGLES])
         values = _buffer(permutations)[: len(mixed)]
         np.multiply(mixed[:, None], factors, out=values)
         values += terms
@@ -87,7 +87,7 @@ def band_keys(signatures: Hashes, bands: int, rows: int) -> Hashes:
     cut = signatures[:, : bands * rows].reshape(-1, bands, rows)
     keys = np.tile(np.arange(bands, dtype=np.uint64), (len(cut), 1))
     for row in range(rows):
-        keys = _mix(keys + cut[:, :, row])
+        keys = mix(keys + cut[:, :, row])
     return keys
 
 
@@ -111,7 +111,7 @@ def _hash_words(words: bytes) -> Hashes:
     """
     powers, inverses = _powers(_PART_BYTES)
     if len(words) > _PART_BYTES:
-        return _mix(np.array([_hash_long_word(words, powers)], np.uint64))
+        return mix(np.array([_hash_long_word(words, powers)], np.uint64))
     sums = np.frombuffer(words, np.uint8) * powers[: len(words)]
     np.cumsum(sums, out=sums)
     spaces = np.flatnonzero(np.frombuffer(words, np.uint8) == ord(" "))
@@ -119,7 +119,7 @@ def _hash_words(words: bytes) -> Hashes:
     starts = np.append(np.zeros(1, np.uint64), sums[spaces])
     ends -= starts
     ends[1:] *= inverses[spaces + 1]
-    return _mix(ends)
+    return mix(ends)
 
 
 def _hash_long_word(word: bytes, powers: Hashes) -> int:
@@ -141,7 +141,7 @@ def _powers(count: int) -> tuple[Hashes, Hashes]:
     return powers[0], powers[1]
 
 
-def _mix(values: Hashes) -> Hashes:
+def mix(values: Hashes) -> Hashes:
     """Return the finalizer of MurmurHash3 (fmix64), a bijection that spreads its input over all bits."""
     values = values ^ values >> np.uint64(33)
     values *= np.uint64(0xFF51AFD7ED558CCD)

@@ -45,13 +45,14 @@ class ExternalSort:
             return
         step = max(1, RUN_PAIRS // _SAMPLE_STEP)
         bounds = np.unique(np.sort(np.concatenate(self._samples))[::step])
-        starts, offset = [], 0
+        starts: list[NDArray[np.int32]] = []
+        offset = 0
         for pairs in self._runs:
             run_keys = np.memmap(self._path, "<u8", "r", offset, pairs)
-            starts.append([0, *np.searchsorted(run_keys, bounds[1:]).tolist(), pairs])
+            starts.append(np.array([0, *np.searchsorted(run_keys, bounds[1:]), pairs], np.int32))
             offset += 16 * pairs
         for block in range(len(bounds)):
-            keys, values = self._read_block([own[block : block + 2] for own in starts])
+            keys, values = self._read_block([own[block : block + 2].tolist() for own in starts])
             order = np.argsort(keys)
             yield keys[order], values[order]
 

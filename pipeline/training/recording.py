@@ -1,5 +1,7 @@
 """Log to the MLflow run what a fine-tuning records besides its curves: the splits it read, and samples."""
 
+from collections.abc import Mapping
+
 from pipeline.params.finetune import TrainingSamplesParams
 from pipeline.tokens import TokenArrays
 from pipeline.tracking import lineage
@@ -7,11 +9,12 @@ from pipeline.tracking.runs import RunLog
 from pipeline.tracking.tags import DATA_TAG
 
 
-def log_split(run: RunLog, name: str, arrays: TokenArrays) -> None:
-    """Record a split as a dataset of the run: its digest, its size, and the hash of the texts that DVC knows."""
+def log_splits(run: RunLog, splits: Mapping[str, TokenArrays]) -> None:
+    """Record splits as datasets of the run: their digests, their sizes, and the hash of the texts that DVC knows."""
     data_md5 = lineage.data_md5(lineage.read_lock())
-    source = {"split": name, "documents": str(len(arrays)), "tokens": str(len(arrays.tokens))}
-    run.log_dataset(name, arrays.sha256, source | ({DATA_TAG: data_md5} if data_md5 else {}))
+    for name, arrays in splits.items():
+        source = {"split": name, "documents": str(len(arrays)), "tokens": str(len(arrays.tokens))}
+        run.log_dataset(name, arrays.sha256, source | ({DATA_TAG: data_md5} if data_md5 else {}))
 
 
 def log_samples(

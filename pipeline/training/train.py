@@ -18,7 +18,7 @@ from pipeline.training.packing import PackedSteps
 from pipeline.training.precision import supports_bfloat16
 from pipeline.training.processes import Processes
 from pipeline.training.randomness import fix_randomness
-from pipeline.training.recording import log_samples, log_split
+from pipeline.training.recording import log_samples, log_splits
 from pipeline.training.samples import generate_samples, score_samples
 from pipeline.training.state import TrainingState
 from pipeline.training.trainer import finetune_model
@@ -60,8 +60,7 @@ def train(
     steps = PackedSteps(splits["train"], epochs=params.epochs, seed=params.seed, share=params.train_share, **sizes)
     validation = PackedSteps(splits["validation"], **sizes)
     if run is not None:
-        for name, arrays in splits.items():
-            log_split(run, name, arrays)
+        log_splits(run, splits)
         precision = "bfloat16" if supports_bfloat16() else "float32"
         run.set_tags({"finetune.precision": precision, "finetune.batches_per_step": str(parts)})
 

@@ -69,7 +69,7 @@ def test_families_of_duplicates_are_those_of_the_index_in_memory(
         patch.setattr(sorting, "RUN_PAIRS", run_pairs)
         patch.setattr(sorting, "_SAMPLE_STEP", 2)
         patch.setattr(deduplication, "BATCH_ROWS", 5)
-        patch.setattr(deduplication, "MAPPED_ROWS", 2)
+        patch.setattr(deduplication, "BUCKET_NUMBERS", 2)
         assert find_repeats(texts, params, step) == in_memory(texts, params)
 
 
@@ -114,3 +114,13 @@ def test_rows_without_words_are_numbered_too(tmp_path: Path) -> None:
     assert relations.first == {8: 3}
     assert not relations.buckets
     assert found.admit(8, relations, None) == Repeat("exact_duplicate", 3, 1.0)
+
+
+def test_rows_that_share_many_keys_are_in_one_bucket(tmp_path: Path) -> None:
+    found = Deduplicator(tmp_path, bands=4, min_jaccard=0.6)
+    keys = [[1, 2, 3, 4], [1, 2, 3, 5], [6, 6, 3, 5], [7, 8, 9, 10]]
+    found.note(np.arange(4, dtype=np.uint64), np.arange(4, dtype=np.uint64), np.array(keys, np.uint64))
+    found.compare(lambda _: None)
+    buckets = found.relate(4).buckets
+    # 1 and 2 are shared by rows 0 and 1; 3 by rows 0, 1 and 2; 5 by rows 1 and 2; 6 and 7 to 10 by no two rows.
+    assert {row: len(own) for row, own in buckets.items()} == {0: 2, 1: 3, 2: 2}

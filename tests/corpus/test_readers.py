@@ -55,11 +55,12 @@ def test_missing_or_empty_folder_says_what_to_do(tmp_path: Path, names: list[str
         find_files(tmp_path / "data")
 
 
-def test_link_to_a_folder_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere", "data/link.txt"])
+def test_link_to_no_file_is_an_error(tmp_path: Path, target: str) -> None:
     write(tmp_path, "elsewhere/a.txt", "x")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="link: not a file"):
+    (tmp_path / "data" / "link.txt").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=r"link\.txt: not a file, or a link that leads to none"):
         find_files(tmp_path / "data")
 
 

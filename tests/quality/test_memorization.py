@@ -90,6 +90,7 @@ def test_blocks_of_the_training_text_hide_no_copy(
     ids = np.array(training, dtype=np.uint16)
     with mock.patch.object(memorization, "BLOCK_TOKENS", block_tokens):
         copies, marks = longest_copies(samples, ids), mark_copies(samples, ids, length)
+        assert all(len(block) <= block_tokens + length for block in memorization._blocks(ids, length))
     np.testing.assert_array_equal(copies, longest_copies(samples, ids))
     for own, whole in zip(marks, mark_copies(samples, ids, length), strict=True):
         np.testing.assert_array_equal(own, whole)
