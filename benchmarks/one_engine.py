@@ -14,7 +14,8 @@ from pipeline.errors import report_errors
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", default="out/finetune", help="a folder, medium or tiny (default: %(default)s)")
+    checkpoint = "out/finetune/checkpoint"
+    parser.add_argument("--checkpoint", default=checkpoint, help="a folder, medium or tiny (default: %(default)s)")
     parser.add_argument("--precision", default="int8", help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: the number of physical cores")
     parser.add_argument("--work", type=Path, default=Path("out") / "benchmarks", help="default: %(default)s")

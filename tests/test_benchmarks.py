@@ -28,11 +28,11 @@ from pipeline.tokens import load_tokenizer, tokenizer_sha256, write_tokens
 ROOT = Path(__file__).parents[1]
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A benchmark as a process, from the repository's root."""
+def run(command: list[str], folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A benchmark as a process, by default from the repository's root."""
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -67,9 +67,12 @@ def test_decode_compares_the_engine_with_its_peers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_prompts_writes_what_the_engine_generates(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/many_prompts.py", "--checkpoint", "tiny", "--work", str(tmp_path / "work")]
-    command += ["--precision", "float32", "--rows", "6", "--slots", "2", "--rounds", "2"]
-    done = run([*command, "--out", str(tmp_path / "result")])
+    # Where `finetune` writes: without --checkpoint, its model is read.
+    checkpoint = tmp_path / "out" / "finetune" / "checkpoint"
+    made = run([sys.executable, "benchmarks/random_gpt2.py", "tiny", str(checkpoint)])
+    assert made.returncode == 0, made.stderr
+    command = [sys.executable, str(ROOT / "benchmarks" / "many_prompts.py"), "--precision", "float32", "--rows", "6"]
+    done = run([*command, "--slots", "2", "--rounds", "2", "--out", str(tmp_path / "result")], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "command / complete: " in done.stdout
     assert done.stdout == (tmp_path / "result").read_text()
