@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.checkpoint import attention_scale
-from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, INDEX_FOLDER, Manifest, write_manifest
+from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, INDEX_FOLDER, Manifest, read_manifest, write_manifest
 from pipeline.errors import UserError
-from pipeline.export.graph import QUANTIZATIONS, CacheScales, Floats, Shape, write_graph
+from pipeline.export.attention import CacheScales
+from pipeline.export.graph import QUANTIZATIONS, Floats, Shape, write_graph
 from pipeline.files import whole_folder
 from pipeline.progress import progress
 from pipeline.quality.lexicon import EMPTY_LEXICON, Lexicon, write_lexicon
@@ -72,6 +74,16 @@ def build_engine(
             cache_bits=bits,
         )
         write_manifest(partial, manifest)
+
+
+def leave_out(engine: Path, precisions: Sequence[str]) -> None:
+    """Remove precisions from an engine."""
+    manifest = read_manifest(engine)
+    for precision in precisions:
+        shutil.rmtree(engine / precision)
+    kept = tuple(precision for precision in manifest.precisions if precision not in precisions)
+    bits = {precision: manifest.cache_bits[precision] for precision in kept}
+    write_manifest(engine, replace(manifest, precisions=kept, cache_bits=bits))
 
 
 def _cache_bits(precision: str, quantized: int) -> int:

@@ -35,11 +35,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from pipeline.engine.manifest import CUDA_PRECISIONS, STATES, listed_tokens
+from pipeline.export.attention import CONTRIB, END, FIRST, IS_LATER, IS_STEP, CacheScales, attention_node
 from pipeline.export.quantization import Quantized, quantize
 
 WEIGHTS_FILE = "model.data"
-OPSET = 20
-CONTRIB = "com.microsoft"
+OPSET = 24
 ALIGNMENT = 4096
 """The alignment of weights, in bytes: each begins on a page of memory, into which the file is mapped."""
 INT8_ACTIVATIONS = 4
@@ -87,14 +87,6 @@ class Shape:
         return self.width // self.heads
 
 
-@dataclass(frozen=True)
-class CacheScales:
-    """The steps of a layer's keys and values in an 8-bit cache, float32 `[heads, head width]` each."""
-
-    key: Floats
-    value: Floats
-
-
 def write_graph(
     folder: Path,
     graph_file: str,
@@ -110,6 +102,8 @@ def write_graph(
     """
     with GraphWriter(folder, precision, QUANTIZATIONS.get(precision), cache_scales) as graph:
         hidden, residual = embed(graph, weights)
+        if cache_scales is not None:
+            graph.place_prompt()
         for layer in range(shape.layers):
             hidden, residual = block(graph, weights, shape, layer, hidden, residual)
         head(graph, weights, shape, hidden, residual)
@@ -209,6 +203,19 @@ class GraphWriter:
         self.initializers[name] = onnx.numpy_helper.from_array(values, name)
         return name
 
+    def place_prompt(self) -> None:
+        """Add what `attention_node` needs on an 8-bit cache: where the new tokens are, and what is later than each."""
+        tokens = self.add("Shape", ["input_ids"], "tokens", start=1)
+        self.add("Equal", [tokens, self.constant("one_token", np.array([1]))], IS_STEP)
+        self.add("Gather", ["position_ids", self.constant("first_token", np.array(0))], FIRST, axis=1)
+        total = self.add("Cast", ["total_tokens"], "total.scalar", to=TensorProto.INT64)
+        self.add("Unsqueeze", [total, self.constant("total_axis", np.array([0]))], END)
+        bounds = [self.constant("from", np.array(0)), total, self.constant("by", np.array(1))]
+        places = self.add("Unsqueeze", ["position_ids", self.constant("place_axes", np.array([1, 3]))], "places")
+        later = self.add("Greater", [self.add("Range", bounds, "all_places"), places], "later")
+        bias = [self.constant("hidden", np.array(-np.inf, np.float32)), self.constant("seen", np.array(0, np.float32))]
+        self.add("Where", [later, *bias], IS_LATER)
+
     def embedding(self, name: str, table: Floats, indices: str) -> str:
         """Add a lookup of rows of the table `[entries, width]`."""
         if self.quantization is None or not self.quantization.embeds:
@@ -298,31 +305,9 @@ class GraphWriter:
 
     def attention(self, name: str, shape: Shape, layer: int, qkv: str) -> str:
         """Add causal attention over the cache, to which the new keys and values are written first."""
-        cache = [f"past.{layer}.key", f"past.{layer}.value"]
-        present = [f"present.{layer}.key", f"present.{layer}.value"]
-        operands = [qkv, "", "", *cache, "last_positions", "total_tokens"]
-        kind: dict[str, Any] = {}
-        if self.cache_scales is not None:
-            scales = self.cache_scales[layer]
-            # Between the positions and the scales are inputs that GPT-2 does not have: rotation, bias, sinks.
-            operands += ["", "", "", "", ""]
-            for part, values in (("key", scales.key), ("value", scales.value)):
-                operands.append(self.constant(f"{name}.{part}_scale", values[None, :, None, :].astype(np.float32)))
-            kind = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-        self.nodes.append(
-            helper.make_node(
-                "GroupQueryAttention",
-                operands,
-                [f"{name}.attention", *present],
-                name=f"{name}.attention",
-                domain=CONTRIB,
-                num_heads=shape.heads,
-                kv_num_heads=shape.heads,
-                do_rotary=0,
-                scale=shape.attention_scales[layer],
-                **kind,
-            )
-        )
+        scales = None if self.cache_scales is None else self.cache_scales[layer]
+        scale = shape.attention_scales[layer]
+        self.nodes.append(attention_node(f"{name}.attention", qkv, layer, shape.heads, scale, scales))
         return f"{name}.attention"
 
     def unembed(self, hidden: str, table: Floats, *, tied: bool) -> None:

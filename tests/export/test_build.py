@@ -114,13 +114,17 @@ def test_tied_weights_are_once_in_the_file(tiny_engine_folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("precision", "kernels"), [("float32", 14), ("float16", 10), ("int8", 10), ("int4", 10)])
-def test_each_layer_is_few_kernels_and_none_that_only_the_processor_has(
-    precision: str, kernels: int, tiny_engine_folder: Path
-) -> None:
+def test_each_layer_is_few_kernels(precision: str, kernels: int, tiny_engine_folder: Path) -> None:
     graph = onnx.load(tiny_engine_folder / precision / "model.onnx", load_external_data=False).graph
     layer = [node.op_type for node in graph.node if node.name.startswith("h.1.")]
     assert len(layer) <= kernels
-    assert layer.count("GroupQueryAttention") == 1
+    # On a cache of 8 bits, a branch reads one token per row with it, and another reads prompts.
+    assert layer.count("GroupQueryAttention" if precision.startswith("float") else "If") == 1
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8_float16"])
+def test_a_graph_for_cuda_can_be_captured(precision: str, tiny_engine_folder: Path) -> None:
+    graph = onnx.load(tiny_engine_folder / precision / "model.onnx", load_external_data=False).graph
     assert not {node.op_type for node in graph.node} & {"If", "Loop", "Scan", "Shape", "Range", "NonZero"}
 
 
