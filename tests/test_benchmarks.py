@@ -79,6 +79,15 @@ def test_many_prompts_writes_what_the_engine_generates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_beginning_that_is_shared_is_read_once(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "reuse.py"), "--checkpoint", "tiny", "--work", str(tmp_path)]
+    done = run([*command, "--precision", "float32", "--rounds", "2", "--out", str(tmp_path / "result")], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "first / second: " in done.stdout
+    assert done.stdout == (tmp_path / "result").read_text()
+
+
+@pytest.mark.slow
 def test_prepare_finds_what_was_planted(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     sentences = (f"The number {number} bell of pier {number % 97} rang {number % 89} times." for number in range(9000))

@@ -105,8 +105,10 @@ class Engine:
     def run(self, requests: Sequence[Request], is_done: Callable[[Request], bool]) -> None:
         """Run requests to their end, or until `is_done`, which is called for each after every step, returns true.
 
-        Raises the error of the first that fails, and cancels the others.
+        Raises the error of the first that fails, and cancels the others. What earlier calls left in the slots is not
+        used, so that equal calls give equal tokens.
         """
+        self.session.forget()
         try:
             while any(request.finish_reason is None for request in requests):
                 # No caller waits for a first token: read each prompt as soon as it has a slot.

@@ -4,11 +4,14 @@ A running request has a slot of the session's cache. A step first gives free slo
 part of the prompts that are not read yet, in the order of their arrival, then feeds every other running request one
 token and draws its next. What is drawn for a request depends on its neighbours only through rounding, and an error in
 its draw ends it alone.
+
+A slot keeps what its cache holds when its request ends. So a prompt that begins as another slot's text does, running or
+ended, is read from where they differ: the beginning is copied.
 """
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -23,6 +26,9 @@ from pipeline.engine.session import Session
 PREFILL_CHUNK_TOKENS = {"cpu": 32, "cuda": 128}
 """The number of prompt tokens read per step while others decode. On two cores 32 take the time of two steps, and longer
 parts are at most a tenth faster per token (GPT-2 Medium's shape, int8); on a GPU this was not measured."""
+
+SHARED_TOKENS = 16
+"""The fewest tokens at the beginning of a prompt that are copied from another slot, as a copy takes time, too."""
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled", "error"]
 """`stop`: end-of-text or a stop id was drawn. `length`: `max_new_tokens` or the end of the context was reached.
@@ -60,7 +66,9 @@ class Request:
     holds_prompt: bool = True
     """Whether its cache begins with the prompt, as far as that is read."""
     cached: int = 0
-    """The number of tokens of `context` that its slot holds."""
+    """The number of tokens of `context` that its slot holds; 0 until the prompt's turn to be read."""
+    reused: int = 0
+    """The number of tokens of the prompt that were copied from another slot, or were in its own already."""
     slot: int | None = None
     tokens: deque[Token] = field(default_factory=deque)
     """The tokens that the caller has not taken yet."""
@@ -90,6 +98,9 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request | None] = [None] * session.slots
         """By slot; None if it is free."""
+        self._last_used = [0] * (session.slots + 1)
+        """By slot, the number of the last use of what it holds; 0 if that is of no use."""
+        self._uses = 0
         self._groups = 0
         self._loop = None if session.draw is None else DeviceLoop(session, session.draw)
 
@@ -167,13 +178,6 @@ class Scheduler:
                 request.continuation = request.begin()
             except Exception as error:  # noqa: BLE001
                 self._fail(request, error)
-                continue
-            source = next(
-                (other.slot for other in self._sharing() if other.group == request.group and other is not request), None
-            )
-            if source is not None:
-                request.cached = request.shared_tokens
-                self._session.copy(source, slot, request.cached)
 
     def _take_waiting(self) -> Request | None:
         """Take the first waiting request that may have a slot now; None if all must wait.
@@ -196,6 +200,37 @@ class Scheduler:
         """Return the running requests from whose cache others of their group can copy the prompt."""
         return (one for one in self._active() if one.holds_prompt and one.cached >= one.shared_tokens)
 
+    def _begin_reading(self, request: Request, slot: int) -> None:
+        """Take over the beginning of a context from the slot that holds most of it, if its own does not."""
+        # The last token is always read: the first draw needs its logits.
+        shared = [_shared_beginning(request.context[:-1], held) for held in self._session.held]
+        source = max(range(len(shared)), key=lambda other: (shared[other], other == slot))
+        if shared[slot] < SHARED_TOKENS:
+            self._move_aside(slot, kept=source)
+        if shared[source] >= SHARED_TOKENS:
+            if source != slot:
+                self._session.copy(source, slot, shared[source])
+            request.cached = request.reused = shared[source]
+        self._use(source)
+        self._use(slot)
+
+    def _move_aside(self, slot: int, kept: int) -> None:
+        """Copy what a slot holds to another free slot, unless all of them hold what was used later. `kept` stays."""
+        held = self._session.held
+        free = [other for other, one in enumerate(self._running) if one is None and other not in (slot, kept)]
+        if len(held[slot]) < SHARED_TOKENS or not free:
+            return
+        target = min(free, key=lambda other: self._last_used[other])
+        if self._last_used[target] < self._last_used[slot]:
+            self._session.copy(slot, target, len(held[slot]))
+            self._last_used[target] = self._last_used[slot]
+            if self._loop is not None:
+                self._loop.park(target, len(held[target]))
+
+    def _use(self, slot: int) -> None:
+        self._uses += 1
+        self._last_used[slot] = self._uses
+
     def _close_gaps(self) -> None:
         """Move the last running request into a free slot below it, because every row up to the last one is computed.
 
@@ -211,7 +246,10 @@ class Scheduler:
                     self._advance(self._loop.recall([last]))
                 if request.finish_reason is not None:
                     continue
-                self._session.copy(last, gap, request.cached)
+                if request.cached:
+                    self._move_aside(gap, kept=last)
+                    self._session.copy(last, gap, request.cached)
+                    self._last_used[gap], self._last_used[last] = self._last_used[last], 0
                 self._running[gap], self._running[last] = request, None
                 request.slot = gap
 
@@ -223,6 +261,10 @@ class Scheduler:
                 continue
             if room == 0:
                 return
+            if request.cached == 0:
+                self._begin_reading(request, request.slot)
+                if request.unread == 1:
+                    continue
             end = int(min(len(request.context), request.cached + room))
             self._session.prefill(request.slot, request.context[request.cached : end], request.cached)
             room -= end - request.cached
@@ -256,8 +298,12 @@ class Scheduler:
         return [(slot, one) for slot, one in enumerate(self._running) if one is not None and one.unread == 1]
 
     def _feed(self, rows: int) -> None:
-        """Feed a token to each of the first rows; an idle row writes where its next token will overwrite it."""
-        fed = [(0, 0) if one is None else (one.context[one.cached], one.cached) for one in self._running[:rows]]
+        """Feed a token to each of the first rows; one without a request that reads or decodes is fed its last again."""
+        fed = []
+        for slot, one in enumerate(self._running[:rows]):
+            held = self._session.held[slot] or [0]
+            begun = one is not None and (one.cached > 0 or one.unread == 1)
+            fed.append((one.context[one.cached], one.cached) if one and begun else (held[-1], len(held) - 1))
         self._session.decode([token_id for token_id, _ in fed], [position for _, position in fed])
 
     def _join_all(self, loop: DeviceLoop) -> None:
@@ -274,7 +320,7 @@ class Scheduler:
                 except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                     self._fail(request, error)
             else:
-                loop.park(slot, request.cached)
+                loop.park(slot, len(self._session.held[slot]))
 
     def _advance(self, steps: Iterator[tuple[int, int]]) -> None:
         """Continue requests by slot and token; for `ASKS_HOST` the token is drawn here."""
@@ -341,6 +387,7 @@ class Scheduler:
             self._waiting.remove(request)
             return
         self._rest(request.slot)
+        self._use(request.slot)
         self._running[request.slot] = None
         request.slot = None
 
@@ -351,3 +398,9 @@ class Scheduler:
 
     def _active(self) -> Iterator[Request]:
         return (request for request in self._running if request is not None)
+
+
+def _shared_beginning(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of tokens with which both begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))

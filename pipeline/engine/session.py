@@ -71,6 +71,9 @@ class Session:
         """The function that draws the next token of the first rows on the device; None if the host draws."""
         self.followers = followers
         """The lookup of what follows a run in the training text; None if the engine holds no index of it."""
+        self.held: list[list[int]] = [[] for _ in range(slots + 1)]
+        """By slot, the tokens whose keys and values it is known to hold, from position 0 on. The last slot is that in
+        which texts are read."""
         self.lists_tokens = precision not in CUDA_PRECISIONS
         self.logits = np.zeros((slots, manifest.vocabulary_size), np.float32)
         """The logits of what each slot was fed last, float32 `[slots, vocabulary]`."""
@@ -113,6 +116,8 @@ class Session:
         if self.provider != "cpu":
             self._bind_fed(self._decoding[count], count)
         self.graph.run_with_iobinding(self._decoding[count], self._uncaptured)
+        for slot, (token_id, position) in enumerate(zip(token_ids, positions, strict=True)):
+            self.record(slot, position, (token_id,))
 
     def prefill(self, slot: int, token_ids: Sequence[int], past_tokens: int) -> None:
         """Feed tokens to a slot that holds `past_tokens`; `logits[slot]` are then those of the last token."""
@@ -122,6 +127,7 @@ class Session:
             binding = self._bind_prefill(slot, fed, past_tokens + start, np.array([len(fed) - 1]))
             self._bind_logits(binding, slot, 1)
             self.graph.run_with_iobinding(binding, self._uncaptured)
+        self.record(slot, past_tokens, token_ids)
 
     def read(
         self, token_ids: Sequence[int], past_tokens: int, *, states: bool = False
@@ -144,14 +150,28 @@ class Session:
             if states:
                 bind(binding.bind_output, STATES, place(found))
             self.graph.run_with_iobinding(binding, self._uncaptured)
+        self.record(self.slots, past_tokens, token_ids)
         return logits, found
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` of a slot to another."""
+        self.held[target] = self.held[source][:tokens]
         if tokens == 0:
             return
         for buffer in self._cache.values():
             self.memory.copy_tokens(buffer, source, target, tokens)
+
+    def record(self, slot: int, position: int, token_ids: Sequence[int]) -> None:
+        """Note that a slot has been fed tokens from a position on: it holds them, and nothing known after them."""
+        held = self.held[slot]
+        if position > len(held):
+            self.held[slot] = []
+        else:
+            held[position:] = token_ids
+
+    def forget(self) -> None:
+        """Take all that slots hold for unknown."""
+        self.held = [[] for _ in self.held]
 
     def capture_options(self) -> ort.RunOptions:
         """Return the options to run a binding that uses only device memory.

@@ -45,13 +45,23 @@ class Metrics:
             registry=self._registry,
         )
         self.prompt_tokens = Counter("pipeline_prompt_tokens", "Tokens of prompts taken", registry=self._registry)
+        self.reused_prompt_tokens = Counter(
+            "pipeline_reused_prompt_tokens",
+            "Tokens of prompts that were not read, because a slot of the cache held them",
+            registry=self._registry,
+        )
         self.generated_tokens = Counter("pipeline_generated_tokens", "Tokens drawn", registry=self._registry)
 
-    def on_tokens(self, count: int, seconds: float, is_first: bool) -> None:
-        """Count new tokens of a continuation, `seconds` after its last one, or its request if they are the first."""
+    def on_tokens(self, count: int, seconds: float, reused: int | None) -> None:
+        """Count new tokens of a continuation, `seconds` after its last one.
+
+        With its first ones, those are since its request, and `reused` tokens of its prompt were not read; else it is
+        None.
+        """
         self.generated_tokens.inc(count)
-        if is_first:
+        if reused is not None:
             self.time_to_first_token.observe(seconds)
+            self.reused_prompt_tokens.inc(reused)
         else:
             self.time_between_tokens.observe(seconds / count)
 

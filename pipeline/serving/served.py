@@ -226,7 +226,7 @@ class Served:
         *,
         max_queue: int,
         slots_per_client: int | None = None,
-        on_tokens: OnTokens = lambda count, seconds, is_first: None,
+        on_tokens: OnTokens = lambda count, seconds, reused: None,
         on_death: Callable[[], None] = lambda: None,
         watch_seconds: float = WATCH_SECONDS,
     ) -> None:

@@ -26,8 +26,9 @@ from pipeline.engine.text import Asked, Choice, Detokenizer, Piece, TextGenerato
 from pipeline.errors import UserError
 from pipeline.tokens import prompt_ids
 
-OnTokens = Callable[[int, float, bool], None]
-"""The callback after each step of a continuation: (new tokens, seconds since the last, whether they are the first)."""
+OnTokens = Callable[[int, float, int | None], None]
+"""The callback after each step of a continuation: (new tokens, seconds since the last, and with the first ones the
+number of the prompt's tokens that were not read because a slot held them, else None)."""
 
 WARM_UP_TOKENS = 4
 MEMORY_OF_DURATIONS = 0.9
@@ -118,7 +119,7 @@ class Worker:
         *,
         max_queue: int = sys.maxsize,
         slots_per_client: int | None = None,
-        on_tokens: OnTokens = lambda count, seconds, is_first: None,
+        on_tokens: OnTokens = lambda count, seconds, reused: None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._load = load
@@ -343,7 +344,8 @@ class Worker:
             return None
         if piece.token_count:
             last = choices[choice]
-            self._on_tokens(piece.token_count, now - (job.began if last is None else last), last is None)
+            reused = choice.request.reused if last is None else None
+            self._on_tokens(piece.token_count, now - (job.began if last is None else last), reused)
             choices[choice] = now
         if piece.finish_reason is not None:
             # A stop text ends the text, but not yet the request that draws it.

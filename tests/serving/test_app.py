@@ -586,6 +586,16 @@ def test_a_client_that_disconnects_frees_its_slot(running: Running, monkeypatch:
         wait_for(lambda: running.metric("pipeline_queue_length") == 0)
 
 
+def test_tokens_of_prompts_that_are_not_read_again_are_counted(running: Running) -> None:
+    name = "pipeline_reused_prompt_tokens_total"
+    shared = "A lamp on the rock that nobody had lit."
+    first = running.post(prompt=f"{shared} Then", max_tokens=2, ignore_eos=True).json()
+    before = running.metric(name)
+    again = running.post(prompt=f"{shared} When", max_tokens=2, ignore_eos=True).json()
+    assert 16 <= running.metric(name) - before < again["usage"]["prompt_tokens"]
+    assert first["usage"]["prompt_tokens"] < 60
+
+
 def test_metrics_are_there_for_prometheus(running: Running) -> None:
     names = ("pipeline_generated_tokens_total", "pipeline_prompt_tokens_total")
     first = "pipeline_time_to_first_token_seconds_count"

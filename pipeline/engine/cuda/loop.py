@@ -33,6 +33,9 @@ class _Drawing:
 
     tag: int
     """The number that is added to its entries in the log."""
+    fed: int
+    """The token that it was fed at `position` to draw the next one that is taken."""
+    position: int
     queued: int = 0
     """The number of steps queued since it joined."""
     taken: int = 0
@@ -86,7 +89,7 @@ class DeviceLoop:
         row = row_of(continuation, token_id, position, left, tag, context_length)
         for name, values in row.items():
             self._write(slot, name, values)
-        self._drawing[slot] = _Drawing(tag)
+        self._drawing[slot] = _Drawing(tag, token_id, position)
 
     def rest(self, slot: int) -> None:
         """Stop a row's drawing, and drop its tokens that were not taken."""
@@ -152,6 +155,8 @@ class DeviceLoop:
                     del self._drawing[slot]
                     self._session.logits[slot] = self.logits(slot)
                 row.taken += 1
+                self._session.record(slot, row.position, (row.fed,))
+                row.fed, row.position = entry, row.position + 1
                 yield slot, entry
 
     def _write(self, slot: int, name: str, values: Any) -> None:
