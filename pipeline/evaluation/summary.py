@@ -12,8 +12,15 @@ from pipeline.params.evaluate import EvaluateParams
 from pipeline.tokens import TokenArrays
 
 
-def protocol_of(engine: Engine, test: TokenArrays, params: EvaluateParams, samples: int) -> dict[str, Any]:
-    """Return how the figures were taken: without it no two perplexities can be compared."""
+def protocol_of(
+    engine: Engine, test: TokenArrays, params: EvaluateParams, samples: int, export: Path
+) -> dict[str, Any]:
+    """Return how the figures were taken: without it no two perplexities can be compared.
+
+    Precisions that the export stage left out of the engine are named, with the reason.
+    """
+    parity = read_json(export / "parity.json")
+    left_out = {precision: found["left_out"] for precision, found in parity.items() if "left_out" in found}
     return {
         "split": "test",
         "documents": len(test),
@@ -28,6 +35,7 @@ def protocol_of(engine: Engine, test: TokenArrays, params: EvaluateParams, sampl
         "guard_tokens": params.guard_tokens,
         "copy_tokens": COPY_TOKENS,
         "repeat_tokens": REPEAT_TOKENS,
+        **{f"{precision}_left_out": promises for precision, promises in left_out.items()},
     }
 
 

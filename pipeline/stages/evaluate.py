@@ -101,7 +101,7 @@ def evaluate(
     choice = choose_decoding(models["tuned"].comparison, models["hand_set"].comparison)
     print(describe_choice(choice))
     details = {
-        "protocol": protocol_of(engine, test, params, len(written)),
+        "protocol": protocol_of(engine, test, params, len(written), export),
         "documents": {name: summarize_losses(own, test) for name, own in losses.items()},
         "systems": {HUMAN: summarize_people(people)} | {name: summarize_model(own) for name, own in models.items()},
         "scales": human.scales,

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from optimum.exporters.onnx import main_export
 from optimum.utils import logging as optimum_logging
@@ -15,8 +16,8 @@ from pipeline.checkpoint import load_plain, plain_checkpoint
 from pipeline.engine.generator import Engine
 from pipeline.engine.manifest import INDEX_FOLDER
 from pipeline.errors import UserError, report_errors
-from pipeline.export.build import build_engine
-from pipeline.export.parity import Parity, broken_promises, measure_parity
+from pipeline.export.build import build_engine, leave_out
+from pipeline.export.parity import broken_promises, measure_parity
 from pipeline.export.reference import TorchReference, windows_of
 from pipeline.export.verbatim import write_index
 from pipeline.files import temporary_folder, whole_folder, write_json
@@ -45,7 +46,9 @@ def main() -> None:
 def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: ExportParams) -> None:
     """Write `portable/`, `engine/`, the same of the base under `base/`, and `parity.json`.
 
-    Raises `UserError` naming the promise that broke, and then leaves nothing in `out`.
+    A precision after the first that breaks a promise is left out of the engine, with a warning; `parity.json` then
+    says why. Raises `UserError` naming the promise if the first precision or float32 breaks one, and then leaves
+    nothing in `out`.
     """
     train = load_tokens(tokens / "train", tokenizer_sha256(checkpoint))
     lexicon = load_lexicon(base)
@@ -56,7 +59,11 @@ def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: Export
             lexicon |= collect_words(train.texts(load_tokenizer(checkpoint)))
         model = export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits, index, lexicon)
         parity = certify(model, partial / "engine", tokens, params)
-        write_json(partial / "parity.json", {precision: asdict(found) for precision, found in parity.items()})
+        write_json(partial / "parity.json", parity)
+        broken = {precision: found["left_out"] for precision, found in parity.items() if "left_out" in found}
+        for precision, promises in broken.items():
+            print(f"warning: {precision} is left out of the engine: {promises}", file=sys.stderr)
+        leave_out(partial / "engine", list(broken))
         # `evaluate` compares the base with the model, in the precision that it evaluates.
         export_checkpoint(base, partial / "base", params.precisions[:1], params.cache_bits, index, lexicon)
 
@@ -80,8 +87,12 @@ def export_checkpoint(
     return model
 
 
-def certify(model: GPT2LMHeadModel, engine: Path, tokens: Path, params: ExportParams) -> dict[str, Parity]:
-    """Compare each precision with the model in PyTorch on real text. Raises `UserError` naming each broken promise."""
+def certify(model: GPT2LMHeadModel, engine: Path, tokens: Path, params: ExportParams) -> dict[str, dict[str, Any]]:
+    """Compare each precision with the model in PyTorch on real text, and return the contents of `parity.json`.
+
+    Those of a precision that must be left out hold, as `left_out`, the promises that it breaks. Raises `UserError` if
+    the first precision, which runs by default, or float32 breaks one.
+    """
     engines: dict[str, Engine] = {
         precision: Engine.load(engine, precision=precision, provider="cpu") for precision in params.precisions
     }
@@ -98,17 +109,25 @@ def certify(model: GPT2LMHeadModel, engine: Path, tokens: Path, params: ExportPa
         positions=params.parity.positions,
         show_progress=sys.stderr.isatty(),
     )
-    broken = [
-        f"{precision}: {promise}"
+    broken = {
+        precision: "; ".join(broken_promises(found, getattr(params.parity, precision)))
         for precision, found in parity.items()
-        for promise in broken_promises(found, getattr(params.parity, precision))
-    ]
-    if broken:
+    }
+    needed = [f"{name}: {broken[name]}" for name in params.precisions if broken[name] and name in _needed(params)]
+    if needed:
         raise UserError(
-            f"parity: {'; '.join(broken)} (export.parity holds the tolerances; a precision that is too coarse for "
-            "this model can be left out of export.precisions)"
+            f"parity: {'; '.join(needed)} (export.parity holds the tolerances; a precision that is too coarse for "
+            "this model can follow another in export.precisions, or be left out)"
         )
-    return parity
+    return {
+        precision: asdict(found) | ({"left_out": broken[precision]} if broken[precision] else {})
+        for precision, found in parity.items()
+    }
+
+
+def _needed(params: ExportParams) -> tuple[str, ...]:
+    """Return the precisions without which there is no engine: the first, and float32, which any model keeps."""
+    return (params.precisions[0], "float32")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Card:
     parity: Mapping[str, Mapping[str, Any]]
     """The contents of `parity.json`."""
     megabytes: Mapping[str, float]
-    """The size of each precision's files."""
+    """The size of each precision's files, without those that are left out."""
     decoding: ModelDecoding
     holds_text: bool
     """Whether the version contains the training text."""
@@ -69,7 +69,11 @@ def read_card(
         parameters=parameters,
         details=read_json(evaluate / "details.json"),
         parity=parity,
-        megabytes={precision: measure_megabytes(export / "engine", precision) for precision in parity},
+        megabytes={
+            precision: measure_megabytes(export / "engine", precision)
+            for precision, found in parity.items()
+            if "left_out" not in found
+        },
         decoding=read_decoding(evaluate / "decoding.json", evaluate / "presets.json"),
         holds_text=read_manifest(export / "engine").holds_index,
         again=again,
@@ -141,7 +145,7 @@ def _precisions(parity: Mapping[str, Mapping[str, Any]], megabytes: Mapping[str,
     rows = [
         [
             precision,
-            number(megabytes.get(precision), 1),
+            number(megabytes[precision], 1) if precision in megabytes else "left out",
             f"{found['kl_divergence']:.1e}",
             f"{found['next_token_agreement']:.2%}",
         ]
@@ -164,6 +168,11 @@ def _limits(card: Card) -> str:
     lines = [
         "It continues texts of the kind that it was trained on, and follows no instructions. What it says is invented.",
         f"It can quote its training text: the longest copy in the samples is {copied} tokens.",
+        *(
+            f"It has no {precision}, which differs too much from PyTorch: {found['left_out']}."
+            for precision, found in card.parity.items()
+            if "left_out" in found
+        ),
         "The version contains the training text, for `max_verbatim_tokens`." if card.holds_text else "",
         f"Licence: {card.params.licence or 'not stated (`register.licence`)'}.",
     ]

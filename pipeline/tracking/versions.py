@@ -17,6 +17,8 @@ def record_model(run: RunLog, model_id: str, evaluate: Path, export: Path, test_
     run.log_dataset(TEST, test_split_sha256, {"split": TEST})
     run.log_metrics(read_json(evaluate / "metrics.json"), model_id=model_id, dataset=TEST)
     for precision, found in read_json(export / "parity.json").items():
+        if "left_out" in found:
+            continue
         own = {name: found[name] for name in ("kl_divergence", "next_token_agreement")}
         own["megabytes"] = measure_megabytes(export / "engine", precision)
         run.log_metrics({f"{precision}/{name}": value for name, value in own.items()}, model_id=model_id)

@@ -1,5 +1,6 @@
 """`export`: both forms continue a text as their checkpoint does, and a broken promise leaves nothing."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +194,30 @@ def test_a_broken_promise_leaves_nothing(project: Project, tmp_path: Path) -> No
             strict,
         )
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_further_precision_that_is_too_coarse_is_left_out_with_a_warning(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = project.params.export
+    strict = params.parity.int8.model_copy(update={"max_kl_divergence": 1e-12})
+    params = params.model_copy(update={"parity": params.parity.model_copy(update={"int8": strict})})
+    places = (project.out / "finetune" / "checkpoint", project.out / "base", project.out / "tokenize")
+    export(*places, tmp_path / "out", params)
+    (warning,) = capsys.readouterr().err.splitlines()
+    reason = r"the distributions diverge by \S+ nats; at most 1e-12 is allowed"
+    assert re.fullmatch(f"warning: int8 is left out of the engine: {reason}", warning)
+    parity = read_json(tmp_path / "out" / "parity.json")
+    assert re.fullmatch(reason, parity["int8"]["left_out"])
+    assert "left_out" not in parity["float32"]
+    engine = Engine.load(tmp_path / "out" / "engine", provider="cpu")
+    assert engine.manifest.precisions == ("float32",)
+    assert list(engine.manifest.cache_bits) == ["float32"]
+    assert not (tmp_path / "out" / "engine" / "int8").exists()
+    # The first is what evaluation and the model use by default: without it there is none.
+    with pytest.raises(UserError, match=r"^parity: int8: the distributions diverge .* can follow another in export"):
+        export(*places, tmp_path / "first", params.model_copy(update={"precisions": ["int8", "float32"]}))
+    assert not list(tmp_path.glob("first*"))
 
 
 def test_the_engine_of_another_checkpoint_breaks_every_promise(project: Project) -> None:

@@ -64,6 +64,14 @@ def test_a_card_says_what_the_model_is_and_how_good(card: Card) -> None:
     assert any("contains the training text" in line for line in lines)
 
 
+def test_a_card_says_why_a_precision_is_missing(card: Card) -> None:
+    reason = "the distributions diverge by 0.5 nats; at most 0.01 is allowed"
+    parity = {**card.parity, "int8": {**FOUND, "left_out": reason}}
+    lines = render_card(replace(card, parity=parity, megabytes={"float32": 28.0})).replace(GAP, "").splitlines()
+    assert "| int8 | left out | 8.1e-04 | 97.85% |" in lines
+    assert f"- It has no int8, which differs too much from PyTorch: {reason}." in lines
+
+
 def test_the_code_on_a_card_is_python(card: Card) -> None:
     prompts = {"finetune": {**PARAMETERS["finetune"], "samples": {"prompts": ["", 'Say "yes"\n\\']}}}
     text = render_card(replace(card, parameters={**PARAMETERS, **prompts}))
