@@ -187,10 +187,11 @@ def body_of(asked: Asked, contender: Contender) -> dict[str, Any]:
     if contender.family == "engine":
         return body | {"repetition_penalty": SAMPLED.repetition_penalty}
     # By default, llama-server has a min-p of 0.05, penalizes only the last 64 tokens, and applies the temperature last.
+    # Top-k is the same before and after the temperature, and leaves it less to do.
     return body | {
         "repeat_penalty": SAMPLED.repetition_penalty,
         "repeat_last_n": CONTEXT_TOKENS,
-        "samplers": ["penalties", "temperature", "top_k", "top_p"],
+        "samplers": ["penalties", "top_k", "temperature", "top_p"],
     }
 
 
