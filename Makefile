@@ -21,7 +21,7 @@ help:
 	@echo 'make bench           compare the speed of the engine with its peers (hours; see benchmarks/decode.py --help)'
 	@echo 'make bench-gpu       compare it on a GPU with transformers, Optimum and vLLM'
 	@echo 'make bench-finetune  compare fine-tuning with the recipe of transformers (half an hour)'
-	@echo 'make bench-serve     compare the server with the engine alone and with a peer (half an hour)'
+	@echo 'make bench-serve     compare the server with the engine alone and with llama-server (half an hour)'
 	@echo 'make soak            load a server with honest and hostile clients for ten minutes'
 	@echo 'make clean           remove the outputs of stages and the caches; keep data, runs and .venv'
 

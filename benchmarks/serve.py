@@ -1,15 +1,15 @@
-"""Compare the server with the engine alone and with llama.cpp's server, on the same requests and sampling.
+"""Compare the server with the engine alone and with llama.cpp's llama-server, on the same requests and sampling.
 
 Prompts and continuations have mixed lengths. Each stream is a client that sends its next request when the last one has
 ended. In every round, each contender serves all requests once. The engine alone gets all of them at once, without a
-server. llama.cpp's server is included if `pip install 'llama-cpp-python[server]'` has installed it.
+server. llama-server is left out if it is not found; docs/serving.md says how to build it, and how it is set up.
 """
 
 import argparse
 import http.client
-import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +27,7 @@ from contenders import PEER_LIBRARIES, SAMPLED, Contender, parse_contender
 from conversion import GGUF_FILE, ROOT
 from decode import find_checkpoint, prepare
 from report import publish
+from worker import peak_memory
 
 from pipeline import machine
 from pipeline.cores import usable_cores
@@ -38,6 +39,11 @@ NEW_TOKENS = (16, 192)
 """The ranges that lengths are drawn from uniformly. A word is four tokens of the stand-in tokenizer, one of GPT-2's."""
 WORDS = ("the", "lamp", "on", "gull", "rock", "went", "out", "before", "morning", "and", "nobody", "said", "so", "but")
 PEERS = {"int8": "llama.cpp-q8_0", "int4": "llama.cpp-q4_0", "float32": "llama.cpp-f32"}
+SLOTS = 8
+CONTEXT_TOKENS = 1024
+WARM_REQUESTS = 4
+"""The requests that a server answers before it is timed. They are not among the timed ones, which llama-server would
+otherwise find in its cache."""
 START_S = 300
 
 
@@ -50,6 +56,15 @@ class Asked:
     seed: int
 
 
+@dataclass(frozen=True)
+class Server:
+    """A process that answers requests."""
+
+    contender: Contender
+    process_id: int
+    port: int
+
+
 @dataclass
 class Served:
     """The measurements of one round, as its clients saw it."""
@@ -59,6 +74,8 @@ class Served:
     lost: int = 0
     first_s: list[float] = field(default_factory=list)
     between_s: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    """The most memory that the server has held, mapped files included; 0 without a server."""
 
     @property
     def rate(self) -> float:
@@ -77,6 +94,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48, help="requests per part (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: the number of physical cores")
+    parser.add_argument("--llama-server", metavar="PROGRAM", help="default: llama-server on the PATH")
     parser.add_argument("--work", type=Path, default=Path("out") / "benchmarks", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     parser.add_argument(
@@ -98,20 +116,31 @@ def main() -> None:
 
 
 def benchmark(arguments: argparse.Namespace, streams: Sequence[int], threads: int) -> str:
+    peer = parse_contender(PEERS[arguments.precision], "cpu")
+    program = shutil.which(arguments.llama_server or "llama-server")
+    if program is None and arguments.llama_server is not None:
+        raise UserError(f"llama-server: {arguments.llama_server} is no program; name its file")
     checkpoint = find_checkpoint(arguments.checkpoint, arguments.work)
     contenders = [parse_contender(f"engine-{arguments.precision}", "cpu")]
     left_out: dict[str, str] = {}
-    if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("starlette_context"):
-        contenders.append(parse_contender(PEERS[arguments.precision], "cpu"))
+    if program is None:
+        left_out[peer.name] = "llama-server is not on the PATH (docs/serving.md says how to build it)"
     else:
-        left_out[PEERS[arguments.precision]] = "its server is not installed (pip install 'llama-cpp-python[server]')"
+        contenders.append(peer)
     folders = {
         contender: folder
         for contender, (folder, _) in prepare(
             checkpoint, contenders, threads, arguments.work / "serve", left_out
         ).items()
     }
-    asked = requests_of(arguments.requests)
+    commands = {
+        contender: [str(Path(program).resolve()), "--model", str(folder.resolve() / GGUF_FILE), *llama_options(threads)]
+        if program is not None and contender == peer
+        else serve_command(folder, contender.precision, threads, max_queue=arguments.requests)
+        for contender, folder in folders.items()
+    }
+    both = requests_of(WARM_REQUESTS + arguments.requests)
+    warm, asked = both[:WARM_REQUESTS], both[WARM_REQUESTS:]
     found: dict[tuple[int, str], list[Served]] = {}
     for count in streams:
         for number in range(arguments.rounds):
@@ -121,11 +150,14 @@ def benchmark(arguments: argparse.Namespace, streams: Sequence[int], threads: in
                 found.setdefault((count, "engine alone"), []).append(
                     run_alone(engine, arguments.precision, threads, asked)
                 )
-            for contender in folders:
-                with served(contender, folders[contender], threads, max_queue=len(asked)) as port:
-                    drive(port, contender, asked[: min(4, len(asked))], 4)
-                    found.setdefault((count, contender.name), []).append(drive(port, contender, asked, count))
-    return report(arguments, threads, found, left_out)
+            for contender, command in commands.items():
+                with served(contender, command) as server:
+                    drive(server, warm, len(warm))
+                    found.setdefault((count, contender.name), []).append(drive(server, asked, count))
+    facts = machine.describe(PEER_LIBRARIES)
+    if program is not None:
+        facts["llama-server"] = f"{llama_version(program)}; {' '.join(llama_options(threads))}"
+    return report(arguments, threads, found, left_out, facts)
 
 
 def requests_of(count: int) -> list[Asked]:
@@ -147,39 +179,49 @@ def body_of(asked: Asked, contender: Contender) -> dict[str, Any]:
         "max_tokens": asked.max_tokens,
         "seed": asked.seed,
         "stream": True,
+        "ignore_eos": True,
         "temperature": SAMPLED.temperature,
         "top_k": SAMPLED.top_k,
         "top_p": SAMPLED.top_p,
     }
     if contender.family == "engine":
-        return body | {"repetition_penalty": SAMPLED.repetition_penalty, "ignore_eos": True}
-    # This API cannot ignore end-of-text, but random weights hardly ever draw it.
-    return body | {"repeat_penalty": SAMPLED.repetition_penalty}
+        return body | {"repetition_penalty": SAMPLED.repetition_penalty}
+    # By default, llama-server has a min-p of 0.05, penalizes only the last 64 tokens, and applies the temperature last.
+    # Top-k is the same before and after the temperature, and leaves it less to do.
+    return body | {
+        "repeat_penalty": SAMPLED.repetition_penalty,
+        "repeat_last_n": CONTEXT_TOKENS,
+        "samplers": ["penalties", "top_k", "temperature", "top_p"],
+    }
+
+
+def serve_command(folder: Path, precision: str, threads: int, *, max_queue: int) -> list[str]:
+    """Return the command that serves an engine, without its port."""
+    command = [sys.executable, "-m", "pipeline", "serve", "--model", str(folder.resolve()), "--precision", precision]
+    command += ["--provider", "cpu", "--threads", str(threads), "--slots", str(SLOTS), "--max-queue", str(max_queue)]
+    return command
+
+
+def llama_options(threads: int) -> list[str]:
+    """Return the options that llama-server needs to hold as many continuations of GPT-2's context as our server."""
+    return ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * CONTEXT_TOKENS), "--threads", str(threads)]
+
+
+def llama_version(program: str) -> str:
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    return (done.stdout + done.stderr).partition("\n")[0].removeprefix("version: ")
 
 
 @contextmanager
 def served(
-    contender: Contender,
-    folder: Path,
-    threads: int,
-    *,
-    max_queue: int,
-    options: Sequence[str] = (),
-    variables: Mapping[str, str] | None = None,
-) -> Iterator[int]:
-    """Start a server as a process with more options and environment variables; yield its port once it answers."""
+    contender: Contender, command: Sequence[str], variables: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Start a server as a process with more environment variables; yield it once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    if contender.family == "engine":
-        command = ["-m", "pipeline", "serve", "--model", str(folder.resolve()), "--precision", contender.precision]
-        command += ["--provider", "cpu", "--threads", str(threads), "--max-queue", str(max_queue)]
-    else:
-        command = ["-m", "llama_cpp.server", "--model", str(folder / GGUF_FILE), "--n_ctx", "1024"]
-        command += ["--n_threads", str(threads), "--n_threads_batch", str(threads), "--verbose", "false"]
-        command += ["--interrupt_requests", "false"]
     process = subprocess.Popen(
-        [sys.executable, *command, *options, "--port", str(port)],
+        [*command, "--port", str(port)],
         cwd=ROOT,
         env={**os.environ, **(variables or {})},
         stdout=subprocess.DEVNULL,
@@ -187,13 +229,13 @@ def served(
     )
     try:
         _wait_until_it_answers(process, port, contender)
-        yield port
+        yield Server(contender, process.pid, port)
     finally:
         process.terminate()
         process.wait()
 
 
-def drive(port: int, contender: Contender, asked: Sequence[Asked], streams: int) -> Served:
+def drive(server: Server, asked: Sequence[Asked], streams: int) -> Served:
     """Send all requests from `streams` clients at once, and time them."""
     total = Served()
     lock = threading.Lock()
@@ -205,7 +247,7 @@ def drive(port: int, contender: Contender, asked: Sequence[Asked], streams: int)
                 one = next(left, None)
             if one is None:
                 return
-            times = stream(port, body_of(one, contender))
+            times = stream(server.port, body_of(one, server.contender))
             with lock:
                 # An event is one token, or the tokens of one character; with the stand-in tokenizer there are half as
                 # many events as tokens.
@@ -223,29 +265,30 @@ def drive(port: int, contender: Contender, asked: Sequence[Asked], streams: int)
     for thread in threads:
         thread.join()
     total.seconds = time.perf_counter() - began
+    total.peak_bytes = peak_memory(server.process_id)
     return total
 
 
 def stream(port: int, body: dict[str, Any]) -> list[float] | None:
-    """Return when a request was sent and when each event arrived; None if it ended before its last token."""
+    """Return when a request was sent and when each event with text arrived; None if it did not get all its tokens."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S)
     times = [time.perf_counter()]
-    last = b""
+    last: dict[str, Any] = {}
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        for line in response:
+        for line in connection.getresponse():
             if line.startswith(b"data: {"):
-                times.append(time.perf_counter())
-                last = line
+                arrived = time.perf_counter()
+                last = json.loads(line.removeprefix(b"data: "))
+                # llama-server's last event has no text, and comes with the one before it.
+                if last.get("choices") and last["choices"][0]["text"]:
+                    times.append(arrived)
     except OSError:
         return None
     finally:
         connection.close()
-    if not last:
-        return None
-    choices = json.loads(last.removeprefix(b"data: ")).get("choices")
-    return times if choices and choices[0]["finish_reason"] == "length" else None
+    is_whole = last.get("usage", {}).get("completion_tokens") == body["max_tokens"]
+    return times if is_whole and last["choices"][0]["finish_reason"] == "length" else None
 
 
 def run_alone(folder: Path, precision: str, threads: int, asked: Sequence[Asked]) -> Served:
@@ -287,23 +330,27 @@ def report(
     threads: int,
     found: dict[tuple[int, str], list[Served]],
     left_out: dict[str, str],
+    facts: Mapping[str, str],
 ) -> str:
     lines = [
-        *(f"{name}: {value}" for name, value in machine.describe(PEER_LIBRARIES).items()),
-        f"checkpoint: {Path(arguments.checkpoint).name}, {arguments.precision}; {threads} threads, 8 slots",
+        *(f"{name}: {value}" for name, value in facts.items()),
+        f"checkpoint: {Path(arguments.checkpoint).name}, {arguments.precision}; {threads} threads, {SLOTS} slots",
         f"requests: {arguments.requests}, prompts of {PROMPT_WORDS[0]} to {PROMPT_WORDS[1]} words, "
         f"continuations of {NEW_TOKENS[0]} to {NEW_TOKENS[1]} tokens; "
         f"median of {arguments.rounds} rounds",
+        "memory: the most that the server's process held, mapped files included",
         "",
-        f"{'streams':>7} {'':22} {'tokens/s':>9} {'first token, s':>16} {'between events, ms':>20} {'lost':>5}",
+        f"{'streams':>7} {'':22} {'tokens/s':>9} {'first token, s':>16} {'between events, ms':>20} {'MiB, peak':>10} "
+        f"{'lost':>5}",
         f"{'':7} {'':22} {'':9} {'p50':>8}{'p99':>8} {'p50':>10}{'p99':>10}",
     ]
     for (streams, name), rounds in found.items():
         first, between = ([one for own in rounds for one in getattr(own, kind)] for kind in ("first_s", "between_s"))
-        times = " " * 37
+        times = " " * 48
         if first:
             times = f"{_quantile(first, 50):8.2f}{_quantile(first, 99):8.2f} "
-            times += f"{1000 * _quantile(between, 50):10.1f}{1000 * _quantile(between, 99):10.1f}"
+            times += f"{1000 * _quantile(between, 50):10.1f}{1000 * _quantile(between, 99):10.1f} "
+            times += f"{max(own.peak_bytes for own in rounds) / 2**20:10,.0f}"
         rate, lost = median(own.rate for own in rounds), sum(own.lost for own in rounds)
         lines.append(f"{streams:7} {name:22} {rate:9.1f} {times} {lost:5}")
     lines.append("")

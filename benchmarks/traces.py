@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import one_engine
 from contenders import PEER_LIBRARIES, parse_contender
-from serve import drive, requests_of, served
+from serve import drive, requests_of, serve_command, served
 
 from pipeline import machine
 from pipeline.errors import UserError
@@ -39,18 +39,15 @@ def benchmark(arguments: argparse.Namespace, engine: Path, threads: int) -> str:
     address = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://127.0.0.1:{ends.recv()}/v1/traces"}
     options = ["--trace-texts"] if arguments.texts else []
     rates: dict[str, list[float]] = {"silent": [], "traced": []}
-    most = len(asked)
-    with (
-        served(contender, engine, threads, max_queue=most) as silent,
-        served(contender, engine, threads, max_queue=most, options=options, variables=address) as traced,
-    ):
-        ports = {"silent": silent, "traced": traced}
-        for port in ports.values():
-            drive(port, contender, asked, arguments.streams)
+    command = serve_command(engine, arguments.precision, threads, max_queue=len(asked))
+    with served(contender, command) as silent, served(contender, [*command, *options], address) as traced:
+        servers = {"silent": silent, "traced": traced}
+        for server in servers.values():
+            drive(server, asked, arguments.streams)
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-            for name in sorted(ports, reverse=bool(number % 2)):
-                done = drive(ports[name], contender, asked, arguments.streams)
+            for name in sorted(servers, reverse=bool(number % 2)):
+                done = drive(servers[name], asked, arguments.streams)
                 if done.lost:
                     raise UserError(f"{name}: {done.lost} requests were lost")
                 rates[name].append(done.rate)

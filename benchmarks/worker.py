@@ -118,9 +118,9 @@ def reset_peak_memory() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory() -> int:
-    """Return the most bytes that this process held in memory since the last reset, mapped files included."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+def peak_memory(process: int | str = "self") -> int:
+    """Return the most bytes that a process held in memory since its last reset, mapped files included."""
+    (line,) = (line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -130,17 +131,51 @@ def test_finetune_compares_training_with_transformers_recipe(tokens: Path, tmp_p
     assert str(tmp_path) not in result
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the machine from /proc")
-def test_serve_compares_the_server_with_the_engine_alone(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def servers_compared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The result of `serve.py`, with llama-server where there is one."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads memory from /proc")
+    folder = tmp_path_factory.mktemp("serve")
     command = [sys.executable, "benchmarks/serve.py", "--checkpoint", "tiny", "--precision", "float32"]
     command += ["--threads", "1", "--streams", "1,2", "--requests", "4", "--rounds", "1"]
-    done = run([*command, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "result")])
+    done = run([*command, "--work", str(folder / "work"), "--out", str(folder / "result")])
     assert done.returncode == 0, done.stderr
-    result = (tmp_path / "result").read_text()
+    result = (folder / "result").read_text()
     assert result == done.stdout
-    assert "2 streams, server / engine alone: " in result
-    assert str(tmp_path) not in result
+    assert str(folder) not in result
+    return result
+
+
+@pytest.mark.slow
+def test_serve_compares_the_server_with_the_engine_alone(servers_compared: str) -> None:
+    assert "2 streams, server / engine alone: " in servers_compared
+    assert_whole(servers_compared, "engine-float32")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("llama-server") is None,
+    reason="llama-server is not on the PATH (docs/serving.md says how to build it)",
+)
+def test_serve_compares_the_server_with_llama_server(servers_compared: str) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (the extra bench)")
+    assert "2 streams, server / llama.cpp-f32: " in servers_compared
+    assert_whole(servers_compared, "llama.cpp-f32")
+
+
+def assert_whole(result: str, name: str) -> None:
+    """Check that a contender has a row per number of streams, and lost no request."""
+    rows = [line.split() for line in result.splitlines() if f" {name} " in line and "/" not in line]
+    assert [(row[0], row[-1]) for row in rows] == [("1", "0"), ("2", "0")]
+    assert all(len(row) == 9 for row in rows)
+
+
+def test_a_program_that_is_not_there_is_reported_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/serve.py", "--checkpoint", "tiny", "--llama-server", str(tmp_path / "none")]
+    done = run(command)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: llama-server: ")
 
 
 @pytest.mark.slow
