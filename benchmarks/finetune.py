@@ -56,7 +56,7 @@ LEARNING_RATE = 5e-5
 """The Trainer's default."""
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}
 """The rows and columns of the matrices whose product shows the peak, by device."""
-PRODUCTS = 20
+PRODUCTS = 10
 WARM_UP_STEPS = 1
 """The steps that are not timed, because they include work that is done once."""
 SHAPES = {
