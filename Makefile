@@ -4,7 +4,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data repro medium test test-slow test-gpu check bench bench-finetune bench-gpu bench-serve soak serve ui doctor clean
+.PHONY: help setup data repro medium test test-slow gpu check bench bench-finetune bench-serve soak serve ui doctor clean
 
 help:
 	@echo 'make setup           create .venv and install the project (the other commands do this first)'
@@ -17,9 +17,8 @@ help:
 	@echo 'make check           check style, formatting and types'
 	@echo 'make test            run the tests'
 	@echo 'make test-slow       run all tests, also those on the real shape of GPT-2 Medium and of benchmarks'
-	@echo 'make test-gpu        run the tests that need a GPU'
+	@echo 'make gpu             try what needs a GPU: tests, speed, and the whole pipeline (at most 40 minutes; docs/gpu.md)'
 	@echo 'make bench           compare the speed of the engine with its peers (hours; see benchmarks/decode.py --help)'
-	@echo 'make bench-gpu       compare it on a GPU with transformers, Optimum and vLLM'
 	@echo 'make bench-finetune  compare fine-tuning with the recipe of transformers (half an hour)'
 	@echo 'make bench-serve     compare the server with the engine alone and with llama-server (half an hour)'
 	@echo 'make soak            load a server with honest and hostile clients for ten minutes'
@@ -61,8 +60,9 @@ test: data
 test-slow: data
 	@python -m pytest
 
-test-gpu: data
-	@python -m pytest -m gpu -rs
+# The environment is taken as it is: a machine with a GPU may have no package index.
+gpu: $(if $(wildcard $(VENV)),,setup)
+	@python benchmarks/gpu.py
 
 check: setup
 	@ruff check .
@@ -76,9 +76,6 @@ bench: setup
 bench-finetune: data
 	@dvc repro tokenize
 	@python benchmarks/finetune.py --rounds 3 --out benchmarks/results/finetune.txt
-
-bench-gpu: setup
-	@python benchmarks/decode.py --provider cuda --batch 1,8,64 --out benchmarks/results/decode-gpu.txt
 
 bench-serve: setup
 	@python benchmarks/serve.py --out benchmarks/results/serve.txt

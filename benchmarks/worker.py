@@ -107,7 +107,7 @@ class Worker:
 def environment(threads: int) -> dict[str, str]:
     """Return an environment that gives every library the same number of threads, and no network."""
     return os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
     }

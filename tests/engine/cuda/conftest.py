@@ -1,4 +1,4 @@
-"""The sampler's kernel on the host: compiled by a C++ compiler, with what it needs of CUDA in cuda_on_host.h."""
+"""The sampler's kernel on the host, compiled by a C++ compiler with what it needs of CUDA, and CUDA's stand-ins."""
 
 import ctypes
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pretended_cuda
 import pytest
 from shared_folder import shared_folder
 
@@ -15,6 +16,14 @@ COMPILER = shutil.which("c++") or shutil.which("g++")
 FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Werror", "-shared", "-fPIC", "-pthread")
 
 Launch = Callable[[Rows, int, int], None]
+
+
+@pytest.fixture(scope="session")
+def libraries() -> Path:
+    """Return the folder with the stand-ins for CUDA's libraries, for `LD_LIBRARY_PATH`."""
+    if obstacle := pretended_cuda.obstacle():
+        pytest.skip(obstacle)
+    return shared_folder("pretended-cuda", pretended_cuda.build)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import onnxruntime
 
+from pipeline import machine
+
 TOOLS = ("cc", "nm")
 
 RUNTIME = r"""
@@ -139,6 +141,8 @@ def obstacle() -> str | None:
         return f"{' and '.join(missing)} is needed to make stand-ins for CUDA's libraries"
     if not provider_library().is_file():
         return "this onnxruntime has no CUDA provider"
+    if machine.versions(["nvidia-cuda-runtime"]):
+        return "the real libraries of CUDA are installed, which onnxruntime takes first"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `make test-gpu`. What both share is tested on the processor, in tests/engine."""
+"""What only a GPU can show: `make gpu`. What both share is tested on the processor, in tests/engine."""
 
 from dataclasses import replace
 from pathlib import Path

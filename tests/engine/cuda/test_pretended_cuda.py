@@ -5,10 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pretended_cuda
 import pytest
 
-OBSTACLE = pretended_cuda.obstacle()
 ROOT = Path(__file__).parents[3]
 
 SCRIPT = """
@@ -32,15 +30,6 @@ loop.step(3)
 assert loop.log(4, wait=True).shape == loop.log(4, wait=False).shape == (4, 8)
 assert loop.logits(0).shape == (engine.manifest.vocabulary_size,)
 """
-
-pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
-
-
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretended")
-    pretended_cuda.build(folder)
-    return folder
 
 
 def run(libraries: Path, *arguments: str) -> str:
