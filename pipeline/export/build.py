@@ -21,7 +21,7 @@ from pipeline.tokens import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, end_of_text_i
 
 PRECISIONS = ("float32", "float16", *QUANTIZATIONS)
 CACHE_BITS = 8
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 4, 256
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 16, 64
 CACHE_HEADROOM = 1.1
 """The factor over the largest key or value seen; larger ones are clipped."""
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
