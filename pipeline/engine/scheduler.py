@@ -27,7 +27,7 @@ PREFILL_CHUNK_TOKENS = {"cpu": 32, "cuda": 128}
 """The number of prompt tokens read per step while others decode. On two cores 32 take the time of two steps, and longer
 parts are at most a tenth faster per token (GPT-2 Medium's shape, int8); on a GPU this was not measured."""
 
-SHARED_TOKENS = 16
+SHARED_TOKENS = 8
 """The fewest tokens at the beginning of a prompt that are copied from another slot, as a copy takes time, too."""
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled", "error"]
@@ -67,8 +67,11 @@ class Request:
     """Whether its cache begins with the prompt, as far as that is read."""
     cached: int = 0
     """The number of tokens of `context` that its slot holds; 0 until the prompt's turn to be read."""
+    leads: bool = True
+    """Whether it is the first choice of its prompt."""
     reused: int = 0
-    """The number of tokens of the prompt that were copied from another slot, or were in its own already."""
+    """The number of tokens of the prompt that were not read because a slot held them. Only that of the first choice is
+    counted, as the others copy what that has read."""
     slot: int | None = None
     tokens: deque[Token] = field(default_factory=deque)
     """The tokens that the caller has not taken yet."""
@@ -140,6 +143,7 @@ class Scheduler:
                 group=self._groups,
                 prompt_tokens=len(context),
                 client=client,
+                leads=choice == 0,
             )
             for choice in range(params.n)
         ]
@@ -203,29 +207,32 @@ class Scheduler:
     def _begin_reading(self, request: Request, slot: int) -> None:
         """Take over the beginning of a context from the slot that holds most of it, if its own does not."""
         # The last token is always read: the first draw needs its logits.
-        shared = [_shared_beginning(request.context[:-1], held) for held in self._session.held]
+        context, held = request.context[:-1], self._session.held
+        shared = [_shared_beginning(context, tokens) for tokens in held]
         source = max(range(len(shared)), key=lambda other: (shared[other], other == slot))
-        if shared[slot] < SHARED_TOKENS:
+        # A request that slides reads again, and what its own slot holds is its past.
+        if request.holds_prompt and len(held[slot]) - shared[slot] >= SHARED_TOKENS:
             self._move_aside(slot, kept=source)
         if shared[source] >= SHARED_TOKENS:
             if source != slot:
                 self._session.copy(source, slot, shared[source])
-            request.cached = request.reused = shared[source]
-        self._use(source)
+            request.cached = shared[source]
+            self._use(source)
+            if request.leads:
+                request.reused += shared[source]
         self._use(slot)
 
     def _move_aside(self, slot: int, kept: int) -> None:
         """Copy what a slot holds to another free slot, unless all of them hold what was used later. `kept` stays."""
         held = self._session.held
         free = [other for other, one in enumerate(self._running) if one is None and other not in (slot, kept)]
-        if len(held[slot]) < SHARED_TOKENS or not free:
+        if not free:
             return
         target = min(free, key=lambda other: self._last_used[other])
         if self._last_used[target] < self._last_used[slot]:
             self._session.copy(slot, target, len(held[slot]))
             self._last_used[target] = self._last_used[slot]
-            if self._loop is not None:
-                self._loop.park(target, len(held[target]))
+            self._rest(target)
 
     def _use(self, slot: int) -> None:
         self._uses += 1
@@ -257,13 +264,17 @@ class Scheduler:
         """Read prompts, and draw the first token of each that is read to its end."""
         room = prefill_tokens if any(request.unread == 1 for request in self._active()) else math.inf
         for request in sorted(self._active(), key=lambda one: one.group):
-            if request.unread == 1 or request.slot is None:
+            if request.slot is None or (request.unread == 1 and request.cached > 0):
+                continue
+            if request.unread == 1:
+                self._begin_reading(request, request.slot)
                 continue
             if room == 0:
                 return
             if request.cached == 0:
                 self._begin_reading(request, request.slot)
                 if request.unread == 1:
+                    room = min(room, prefill_tokens)
                     continue
             end = int(min(len(request.context), request.cached + room))
             self._session.prefill(request.slot, request.context[request.cached : end], request.cached)
@@ -320,7 +331,7 @@ class Scheduler:
                 except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                     self._fail(request, error)
             else:
-                loop.park(slot, len(self._session.held[slot]))
+                self._rest(slot)
 
     def _advance(self, steps: Iterator[tuple[int, int]]) -> None:
         """Continue requests by slot and token; for `ASKS_HOST` the token is drawn here."""
@@ -392,9 +403,14 @@ class Scheduler:
         request.slot = None
 
     def _rest(self, slot: int) -> None:
-        """Stop the device's own drawing for a slot; what it has drawn beyond the last token taken is dropped."""
-        if self._loop is not None and self._loop.is_drawing(slot):
-            self._loop.rest(slot)
+        """Stop the device's own drawing for a slot; what it has drawn beyond the last token taken is dropped.
+
+        Each step feeds the row a token anyway, which must not spoil what the slot holds, or has read of a prompt.
+        """
+        if self._loop is not None:
+            request, held = self._running[slot], self._session.held[slot]
+            del held[self._session.manifest.context_length - 1 :]
+            self._loop.park(slot, max(len(held), 0 if request is None else request.cached))
 
     def _active(self) -> Iterator[Request]:
         return (request for request in self._running if request is not None)
@@ -402,5 +418,11 @@ class Scheduler:
 
 def _shared_beginning(first: Sequence[int], second: Sequence[int]) -> int:
     """Return the number of tokens with which both begin."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+    same, most = 0, min(len(first), len(second))
+    while same < most:
+        middle = (same + most + 1) // 2
+        if first[same:middle] == second[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return same

@@ -115,12 +115,15 @@ class Session:
             self._decoding[count] = self._bind_decoding(count)
         if self.provider != "cpu":
             self._bind_fed(self._decoding[count], count)
+        for slot, position in enumerate(positions):
+            self.record(slot, position, ())
         self.graph.run_with_iobinding(self._decoding[count], self._uncaptured)
         for slot, (token_id, position) in enumerate(zip(token_ids, positions, strict=True)):
             self.record(slot, position, (token_id,))
 
     def prefill(self, slot: int, token_ids: Sequence[int], past_tokens: int) -> None:
         """Feed tokens to a slot that holds `past_tokens`; `logits[slot]` are then those of the last token."""
+        self.record(slot, past_tokens, ())
         pass_tokens = CPU_PASS_TOKENS if self.provider == "cpu" else len(token_ids)
         for start in range(0, len(token_ids), pass_tokens):
             fed = token_ids[start : start + pass_tokens]
@@ -145,6 +148,7 @@ class Session:
         found = np.empty((tokens, self.manifest.width if states else 0), np.float16 if half else np.float32)
         # The scheduler holds the device for a whole step; a text is read outside of its steps.
         with self.memory.held():
+            self.record(self.slots, past_tokens, ())
             binding = self._bind_prefill(self.slots, token_ids, past_tokens, np.arange(tokens), reads_states=states)
             bind(binding.bind_output, "logits", place(logits))
             if states:
@@ -162,7 +166,10 @@ class Session:
             self.memory.copy_tokens(buffer, source, target, tokens)
 
     def record(self, slot: int, position: int, token_ids: Sequence[int]) -> None:
-        """Note that a slot has been fed tokens from a position on: it holds them, and nothing known after them."""
+        """Note that a slot has been fed tokens from a position on: it holds them, and nothing known after them.
+
+        Before they are fed, none are noted, in case that fails.
+        """
         held = self.held[slot]
         if position > len(held):
             self.held[slot] = []

@@ -19,8 +19,8 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 CONTRIB = "com.microsoft"
 IS_STEP, IS_LATER, FIRST, END = "is_step", "is_later", "first_position", "total"
 """The names of what the branches need, the same for all layers: whether every row has one new token; the bias of the
-scores, float32 `[1, 1, tokens, total]`, minus infinity for tokens that come later; the position of each row's first new
-token, int64 `[rows]`; and the number of tokens with the new ones, int64 `[1]`."""
+scores, float32 `[rows, 1, tokens, total]`, minus infinity for tokens that come later; the position of each row's first
+new token, int64 `[rows]`; and the number of tokens with the new ones, int64 `[1]`."""
 
 
 @dataclass(frozen=True)

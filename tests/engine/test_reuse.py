@@ -1,20 +1,17 @@
 """What slots hold is copied instead of read again, and is what the slots are said to hold."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from held_slots import OTHER, SYSTEM, check_events, check_held, drawn, finish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.engine import Engine, SamplingParams
 from pipeline.engine.scheduler import SHARED_TOKENS, Request
-from pipeline.engine.session import Session
 
-SYSTEM = [(7 * index) % 290 + 5 for index in range(SHARED_TOKENS + 4)]
-OTHER = [(11 * index) % 290 + 5 for index in range(SHARED_TOKENS + 4)]
 SLOTS = 3
 
 
@@ -31,42 +28,14 @@ def params(seed: int = 1, **changes: Any) -> SamplingParams:
     return SamplingParams(**{"seed": seed, "ignore_eos": True, "max_new_tokens": 4} | changes)
 
 
-def finish(engine: Engine) -> None:
-    while engine.scheduler.running or engine.scheduler.waiting:
-        engine.scheduler.step()
-
-
 def run(engine: Engine, prompt: list[int], own: SamplingParams | None = None) -> Request:
     (request,) = engine.submit(prompt, own or params())
     finish(engine)
     return request
 
 
-def drawn(request: Request) -> list[int]:
-    return [token.token_id for token in request.tokens if token.token_id is not None]
-
-
 def alone(folder: Path, prompt: list[int], own: SamplingParams) -> list[int]:
     return load(folder).generate([prompt], own)[0].token_ids
-
-
-def caches(session: Session) -> Iterator[np.ndarray]:
-    for buffer in session._cache.values():
-        assert buffer.array is not None
-        yield buffer.array
-
-
-def check_held(session: Session, reader: Session, tolerance: float = 1e-4) -> None:
-    """Compare what each slot is said to hold with what another session makes of the same tokens."""
-    for slot, held in enumerate(session.held):
-        if held:
-            reader.prefill(0, held, 0)
-            for own, fresh in zip(caches(session), caches(reader), strict=True):
-                np.testing.assert_allclose(
-                    own[slot, :, : len(held)].astype(np.float32),
-                    fresh[0, :, : len(held)].astype(np.float32),
-                    atol=tolerance,
-                )
 
 
 def test_a_second_prompt_is_read_from_where_it_differs(engine: Engine, tiny_engine_folder: Path) -> None:
@@ -140,37 +109,75 @@ def test_a_slot_fed_by_others_is_not_taken_for_more_than_it_holds(engine: Engine
     assert run(engine, [0, *SYSTEM, 40]).reused == 0
 
 
+def test_conversations_that_share_a_system_prompt_each_go_on_where_they_were(engine: Engine) -> None:
+    texts = [[0, *SYSTEM, *[index] * 10] for index in (40, 50)]
+    for round_number in range(3):
+        for index, text in enumerate(texts):
+            request = run(engine, text)
+            if round_number > 0:
+                assert request.reused >= len(text) - 3
+            texts[index] = [*text, *drawn(request), 60, 61]
+
+
+def test_a_prompt_of_one_token_leaves_what_its_slot_held(engine: Engine) -> None:
+    run(engine, [0, *SYSTEM, 40])
+    run(engine, [5])
+    assert run(engine, [0, *SYSTEM, 50]).reused == 1 + len(SYSTEM)
+
+
+def test_a_request_that_slides_keeps_what_others_left(engine: Engine) -> None:
+    run(engine, [0, *SYSTEM, 40])
+    run(engine, [0, *OTHER, 40])
+    run(engine, [7], params(max_new_tokens=200, context_overflow="slide"))
+    assert run(engine, [0, *OTHER, 50]).reused == 1 + len(OTHER)
+
+
+def test_the_choices_of_a_prompt_count_once(engine: Engine) -> None:
+    run(engine, [0, *SYSTEM, 40])
+    choices = engine.submit([0, *SYSTEM, 50, 51], params(n=3))
+    finish(engine)
+    assert [choice.reused for choice in choices] == [1 + len(SYSTEM), 0, 0]
+
+
+def test_a_pass_that_fails_leaves_nothing_that_is_taken_for_held(
+    engine: Engine, tiny_engine_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(engine, [0, *SYSTEM, 40])
+    graph = engine.session.graph
+
+    class Failing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(graph, name)
+
+        def run_with_iobinding(self, *arguments: Any) -> None:
+            graph.run_with_iobinding(*arguments)
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.session, "graph", Failing())
+    for feed in (
+        lambda: engine.session.prefill(0, [9, 9, 9], 2),
+        lambda: engine.session.decode([9], [1]),
+        lambda: engine.session.read([9, 9], 0),
+    ):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            feed()
+    monkeypatch.undo()
+    assert engine.session.held[0] == [0]
+    assert engine.session.held[SLOTS] == []
+    check_held(engine.session, load(tiny_engine_folder).session, 1e-4)
+
+
 @settings(max_examples=40)
 @given(st.data())
 def test_whatever_happens_slots_hold_what_they_are_said_to_hold(tiny_engine_folder: Path, data: st.DataObject) -> None:
-    """Requests begin, end, are cancelled and slide, and each gives what it gives alone."""
+    """And each request gives what it gives alone."""
     engine, reader = load(tiny_engine_folder), load(tiny_engine_folder)
-    requests: list[tuple[list[int], SamplingParams, Request]] = []
-    for _ in range(data.draw(st.integers(1, 12), label="events")):
-        event = data.draw(st.sampled_from(["submit", "submit", "step", "step", "cancel", "score"]), label="event")
-        beginning = data.draw(st.sampled_from([SYSTEM, OTHER, []]), label="beginning")
-        prompt = [0, *beginning, *data.draw(st.lists(st.integers(1, 3), max_size=3), label="rest")]
-        if event == "submit":
-            own = params(
-                data.draw(st.integers(0, 2), label="seed"),
-                n=data.draw(st.integers(1, 2), label="n"),
-                max_new_tokens=data.draw(st.sampled_from([1, 3, 70]), label="most"),
-                context_overflow="slide",
-            )
-            requests += [(prompt, own, request) for request in engine.submit(prompt, own)]
-        elif event == "step":
-            engine.scheduler.step(prefill_tokens=data.draw(st.sampled_from([1, 5, 100]), label="part"))
-        elif event == "cancel" and requests:
-            engine.scheduler.cancel(data.draw(st.sampled_from(requests), label="which")[2])
-        else:
-            engine.score([prompt])
-        check_held(engine.session, reader.session)
-    finish(engine)
-    check_held(engine.session, reader.session)
-    for prompt, own, request in requests:
-        if request.finish_reason != "cancelled":
-            whole = [done.token_ids for done in reader.generate([prompt], own)]
-            assert drawn(request) in whole
+    asked = check_events(data, engine, reader, lambda: check_held(engine.session, reader.session, 1e-4))
+    for prompt, own, requests in asked:
+        whole = reader.generate([prompt], own)
+        for request, done in zip(requests, whole, strict=True):
+            if request.finish_reason != "cancelled":
+                assert drawn(request) == done.token_ids
 
 
 def test_eight_bits_hold_the_same_whether_read_at_once_or_in_parts(tiny_engine_folder: Path) -> None:
