@@ -56,6 +56,8 @@ def _add_command(commands: Any, name: str, *, summary: str, description: str, ex
         epilog=_examples(examples),
         # Only the examples need their line ends, but argparse has one setting for both texts.
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Otherwise `--n 4`, as other programs have it, would be taken for --no-repeat-ngram-size.
+        allow_abbrev=False,
     )
     return parser
 

@@ -291,6 +291,13 @@ def test_a_wrong_option_is_reported_by_name(
     assert refused(capsys, "generate", PROMPT, "--model", engine, *options).startswith(f"error: {message}")
 
 
+def test_an_option_is_not_taken_for_another_that_begins_like_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", PROMPT, "--n", "4"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --n 4" in capsys.readouterr().err
+
+
 def test_a_bias_that_is_none_is_reported(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["generate", PROMPT, "--model", engine, "--logit-bias", "five"])
