@@ -63,7 +63,9 @@ def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: Export
         broken = {precision: found["left_out"] for precision, found in parity.items() if "left_out" in found}
         for precision, promises in broken.items():
             print(f"warning: {precision} is left out of the engine: {promises}", file=sys.stderr)
-        leave_out(partial / "engine", list(broken))
+        if broken:
+            # This reads every file of the engine again, for its digest.
+            leave_out(partial / "engine", list(broken))
         # `evaluate` compares the base with the model, in the precision that it evaluates.
         export_checkpoint(base, partial / "base", params.precisions[:1], params.cache_bits, index, lexicon)
 
