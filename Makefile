@@ -69,7 +69,7 @@ check: setup
 	@ruff format --check .
 	@mypy
 
-# Includes CTranslate2 and llama.cpp if pip install '.[bench]' has installed them.
+# Includes CTranslate2 and llama.cpp if pip install --editable '.[bench]' has installed them.
 bench: setup
 	@python benchmarks/decode.py --out benchmarks/results/decode.txt
 

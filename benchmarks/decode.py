@@ -1,7 +1,7 @@
 """Compare the engine with its peers: the same prompts, lengths, sampling and threads, each in its own process.
 
 Each contender runs once per round, so that other work on the machine affects all of them alike. Peers that are not
-installed are left out, with the reason; `pip install '.[bench]'` installs them.
+installed are left out, with the reason; `pip install --editable '.[bench]'` installs them.
 """
 
 import argparse
@@ -375,7 +375,7 @@ def _missing(contender: Contender) -> str | None:
     for module in MODULES[contender.family]:
         package = module.partition(".")[0]
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed (pip install '.[bench]')"
+            return f"{package} is not installed (pip install --editable '.[bench]')"
     return None
 
 

@@ -149,7 +149,7 @@ def _open(location: str) -> UPath:
         folder = UPath(location)
         _ = folder.fs  # imports the library of the store
     except ImportError as error:
-        advice = f"run pip install '.[{EXTRAS[kind]}]'" if kind in EXTRAS else "install it"
+        advice = f"run pip install --editable '.[{EXTRAS[kind]}]'" if kind in EXTRAS else "install it"
         raise UserError(f"{location}: {kind}:// needs a library that is not installed ({error}); {advice}") from error
     except (NotImplementedError, ValueError) as error:
         raise UserError(f"{location}: {error}; use one of those of fsspec, such as s3://, gs:// or abfs://") from error

@@ -165,7 +165,10 @@ def test_a_store_that_fails_is_one_line(
 
 @pytest.mark.parametrize(
     ("address", "library", "advice"),
-    [("gs://texts/data", "gcsfs", r"run pip install '\.\[gs\]'"), ("sftp://host/data", "paramiko", "install it")],
+    [
+        ("gs://texts/data", "gcsfs", r"run pip install --editable '\.\[gs\]'"),
+        ("sftp://host/data", "paramiko", "install it"),
+    ],
 )
 def test_a_library_that_is_not_installed_is_named(address: str, library: str, advice: str) -> None:
     if find_spec(library):

@@ -109,7 +109,7 @@ def _ray_cluster(workers: int) -> Iterator[int]:
     try:
         import ray
     except ImportError as error:
-        raise UserError("prepare.executor: Ray is not installed; run pip install '.[ray]'") from error
+        raise UserError("prepare.executor: Ray is not installed; run pip install --editable '.[ray]'") from error
     address = os.environ.get(RAY_ADDRESS)
     options: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
     if address:

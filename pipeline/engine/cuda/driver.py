@@ -59,7 +59,8 @@ def obstacles() -> list[Obstacle]:
         missing = {library: package for library, package in LIBRARIES.items() if load(library) is None}
         if missing:
             packages = " ".join(sorted(set(missing.values())))
-            remedy = f"install them by pip install '.[cuda]' ({packages}) or with a PyTorch built for CUDA 13"
+            command = "pip install --editable '.[cuda]'"
+            remedy = f"install them by {command} ({packages}) or with a PyTorch built for CUDA 13"
             found.append(Obstacle(f"libraries of CUDA 13 are missing: {', '.join(missing)}", remedy))
     return found or _driver_obstacles()
 
