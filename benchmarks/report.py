@@ -124,7 +124,7 @@ def _starts(entries: Sequence[Entry], bandwidth: float) -> str:
     ]
     header = ("contender", "MB per step", "limit, steps/s", "imports, s", "first token, s", "MiB, start", "MiB, peak",
               "greedy as PyTorch")  # fmt: skip
-    return "Start and memory\n" + _table(header, rows)
+    return "Start and memory\n" + table(header, rows)
 
 
 def _rates(group: Group, entries: Sequence[Entry], bandwidth: float) -> str:
@@ -157,7 +157,7 @@ def _rates(group: Group, entries: Sequence[Entry], bandwidth: float) -> str:
         )
     header = ("contender", "bits", "decode, tok/s", "rounds", "engine / it", "of limit", "prefill, tok/s",
               "engine / it", "first token, ms", "MiB")  # fmt: skip
-    return f"{str(group).capitalize()}\n" + _table(header, rows)
+    return f"{str(group).capitalize()}\n" + table(header, rows)
 
 
 def _engine_of_same_bits(entry: Entry, entries: Sequence[Entry], group: Group) -> Measurement | None:
@@ -201,7 +201,7 @@ def _raw(group: Group, entries: Sequence[Entry]) -> str:
         for entry in entries
         if (measured := entry.measurements.get(group))
     ]
-    return f"Seconds per round, one token/all tokens: {group}\n" + _table(("contender", "rounds"), rows)
+    return f"Seconds per round, one token/all tokens: {group}\n" + table(("contender", "rounds"), rows)
 
 
 def _decode_rate(group: Group, seconds: float) -> float:
@@ -219,7 +219,7 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((index for index, (one, other) in enumerate(pairs) if one != other), len(pairs))
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a table: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []

@@ -1,29 +1,26 @@
 """Build an engine folder from a checkpoint: a graph per precision, the tokenizer, and the manifest."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.checkpoint import attention_scale
-from pipeline.engine.manifest import CUDA_PRECISIONS, GRAPH_FILE, INDEX_FOLDER, Manifest, read_manifest, write_manifest
+from pipeline.engine.manifest import GRAPH_FILE, INDEX_FOLDER, Manifest, read_manifest, write_manifest
 from pipeline.errors import UserError
-from pipeline.export.attention import CacheScales
-from pipeline.export.graph import QUANTIZATIONS, Floats, Shape, write_graph
+from pipeline.export.calibration import Calibration, calibrate, input_moments
+from pipeline.export.forms import CACHE, LADDERS, Forms, cache_bits_of, needs_calibration, usual_forms
+from pipeline.export.graph import Floats, Shape, write_graph
 from pipeline.files import whole_folder
 from pipeline.progress import progress
 from pipeline.quality.lexicon import EMPTY_LEXICON, Lexicon, write_lexicon
 from pipeline.tokens import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, end_of_text_id, load_tokenizer
 
-PRECISIONS = ("float32", "float16", *QUANTIZATIONS)
+PRECISIONS = ("float32", "float16", *LADDERS)
 CACHE_BITS = 8
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 16, 64
-CACHE_HEADROOM = 1.1
-"""The factor over the largest key or value seen; larger ones are clipped."""
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
 """The two names of the activation that `FastGelu` computes."""
 
@@ -35,27 +32,26 @@ def build_engine(
     precisions: Sequence[str],
     *,
     cache_bits: int = CACHE_BITS,
+    forms: Mapping[str, Forms] | None = None,
     index: Path | None = None,
     lexicon: Lexicon = EMPTY_LEXICON,
 ) -> None:
     """Write the engine of a model, which is in float32 and in evaluation mode, to `folder`.
 
     The first precision is the default. `cache_bits`, 8 or 32, is the bits per number in the cache of `int8` and `int4`;
-    the others keep floats. `index` is a folder with that of the training text, which `max_verbatim_tokens` needs; the
-    words of `lexicon` are those that `best_of` does not take for invented. Raises `UserError` for an unknown precision,
-    or a GPT-2 that the graph cannot express.
+    the others keep floats. `forms` are those of precisions that do not have their usual ones. `index` is a folder
+    with that of the training text, which `max_verbatim_tokens` needs; the words of `lexicon` are those that `best_of`
+    does not take for invented. Raises `UserError` for an unknown precision, or a GPT-2 that the graph cannot express.
     """
     check_precisions(precisions)
     shape = shape_of(model.config)
-    weights = weights_of(model)
     end_of_text = end_of_text_id(load_tokenizer(tokenizer_folder))
-    bits = {precision: _cache_bits(precision, cache_bits) for precision in precisions}
-    scales = calibrate_cache(model, end_of_text) if 8 in bits.values() else None
+    stored = {name: (forms or {}).get(name) or usual_forms(name, shape.layers, cache_bits) for name in precisions}
+    calibration = calibrate(model, end_of_text) if any(map(needs_calibration, stored.values())) else None
     with whole_folder(folder) as partial:
         for precision in progress(precisions, description="engine", unit="precision"):
             (partial / precision).mkdir()
-            cache_scales = scales if bits[precision] == 8 else None
-            write_graph(partial / precision, GRAPH_FILE, weights, shape, precision, cache_scales)
+            _write_precision(model, partial / precision, precision, stored[precision], calibration)
         for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
             if (tokenizer_folder / name).is_file():
                 shutil.copy(tokenizer_folder / name, partial)
@@ -71,9 +67,29 @@ def build_engine(
             width=shape.width,
             end_of_text_id=end_of_text,
             precisions=tuple(precisions),
-            cache_bits=bits,
+            cache_bits={name: cache_bits_of(name, own) for name, own in stored.items()},
         )
         write_manifest(partial, manifest)
+
+
+def write_again(model: GPT2LMHeadModel, engine: Path, precision: str, forms: Forms, calibration: Calibration) -> None:
+    """Write a precision of an engine of this model again, with other forms."""
+    manifest = read_manifest(engine)
+    with whole_folder(engine / precision) as partial:
+        _write_precision(model, partial, precision, forms, calibration)
+    bits = manifest.cache_bits | {precision: cache_bits_of(precision, forms)}
+    write_manifest(engine, replace(manifest, cache_bits=bits))
+
+
+def _write_precision(
+    model: GPT2LMHeadModel, folder: Path, precision: str, forms: Forms, calibration: Calibration | None
+) -> None:
+    scales, moments = None, None
+    if calibration is not None and forms.get(CACHE) is not None:
+        scales = calibration.cache_scales
+    if calibration is not None and any(form is not None and form.bits == 4 for form in forms.values()):
+        moments = input_moments(model, calibration.texts)
+    write_graph(folder, GRAPH_FILE, weights_of(model), shape_of(model.config), precision, forms, scales, moments)
 
 
 def leave_out(engine: Path, precisions: Sequence[str]) -> None:
@@ -84,12 +100,6 @@ def leave_out(engine: Path, precisions: Sequence[str]) -> None:
     kept = tuple(precision for precision in manifest.precisions if precision not in precisions)
     bits = {precision: manifest.cache_bits[precision] for precision in kept}
     write_manifest(engine, replace(manifest, precisions=kept, cache_bits=bits))
-
-
-def _cache_bits(precision: str, quantized: int) -> int:
-    if precision in CUDA_PRECISIONS:
-        return 16
-    return quantized if precision in QUANTIZATIONS else 32
 
 
 def check_precisions(precisions: Sequence[str]) -> None:
@@ -118,41 +128,6 @@ def shape_of(config: GPT2Config) -> Shape:
         epsilon=config.layer_norm_epsilon,
         attention_scales=tuple(attention_scale(config, layer) for layer in range(config.n_layer)),
     )
-
-
-def calibrate_cache(model: GPT2LMHeadModel, end_of_text: int) -> list[CacheScales]:
-    """Measure the steps of an 8-bit cache, one per channel, on texts that the model itself writes.
-
-    These are close to what it will read, and always available. They are also read joined into one text, so that later
-    positions are seen.
-    """
-    start = torch.full((CALIBRATION_TEXTS, 1), end_of_text)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(0)
-        texts = model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            do_sample=True,
-            top_k=0,
-            min_new_tokens=min(CALIBRATION_TOKENS, model.config.n_positions) - 1,
-            max_new_tokens=min(CALIBRATION_TOKENS, model.config.n_positions) - 1,
-            # No text ends early, so none is padded; with end-of-text as padding, transformers would warn.
-            pad_token_id=(end_of_text + 1) % model.config.vocab_size,
-            eos_token_id=end_of_text,
-            use_cache=True,
-        )
-        readings = (texts, texts.reshape(1, -1)[:, : model.config.n_positions])
-        caches = [model(reading, use_cache=True).past_key_values for reading in readings]
-    return [
-        CacheScales(*(_cache_steps([layer[part] for layer in layers]) for part in (0, 1)))
-        for layers in zip(*caches, strict=True)
-    ]
-
-
-def _cache_steps(readings: Sequence[torch.Tensor]) -> Floats:
-    """Return the step of each channel, `[heads, head width]`, from `[texts, heads, tokens, head width]` each."""
-    largest = torch.stack([values.abs().amax(dim=(0, 2)) for values in readings]).amax(dim=0)
-    return np.asarray(largest.numpy() * CACHE_HEADROOM / 127, np.float32)
 
 
 def weights_of(model: GPT2LMHeadModel) -> dict[str, Floats]:

@@ -23,11 +23,11 @@ With a past, more than one new token is possible only for a single row.
 Where ONNX Runtime's own operators (`com.microsoft`) fuse what GPT-2 does, they are used: CPU and CUDA have all of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -36,6 +36,7 @@ from onnx import TensorProto, helper
 
 from pipeline.engine.manifest import CUDA_PRECISIONS, STATES, listed_tokens
 from pipeline.export.attention import CONTRIB, END, FIRST, IS_LATER, IS_STEP, CacheScales, attention_node
+from pipeline.export.forms import HEAD, Form, Forms
 from pipeline.export.quantization import Quantized, quantize
 
 WEIGHTS_FILE = "model.data"
@@ -45,28 +46,7 @@ ALIGNMENT = 4096
 INT8_ACTIVATIONS = 4
 """The `accuracy_level` of MatMulNBits that multiplies integers, with activations rounded to 8 bits per block."""
 
-Precision = Literal["float32", "float16", "int8", "int4", "int8_float16"]
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Bits and block size for the weights of the layers and of the head."""
-
-    bits: int
-    block: int
-    head_bits: int
-    head_block: int
-    embeds: bool = True
-    """Whether a tied head's bytes are also used as the token embedding."""
-
-
-QUANTIZATIONS: dict[str, Quantization] = {
-    "int8": Quantization(bits=8, block=256, head_bits=8, head_block=256),
-    "int4": Quantization(bits=4, block=128, head_bits=8, head_block=256),
-    "int8_float16": Quantization(bits=8, block=128, head_bits=8, head_block=128, embeds=False),
-}
-"""By precision. Those for the processor were chosen by measurement: docs/engine.md has the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +72,23 @@ def write_graph(
     graph_file: str,
     weights: Mapping[str, Floats],
     shape: Shape,
-    precision: Precision,
+    precision: str,
+    forms: Forms,
     cache_scales: Sequence[CacheScales] | None = None,
+    moments: Iterator[Mapping[str, Floats]] | None = None,
 ) -> None:
     """Write the graph and its weights to `folder`.
 
     `weights` are those of a `GPT2LMHeadModel` in float32, by transformers' names without `transformer.`; an untied head
-    is `lm_head.weight`. `cache_scales`, one per layer, make it an 8-bit cache.
+    is `lm_head.weight`. Products that `forms` does not name have floats. `cache_scales`, one per layer, make it an
+    8-bit cache. `moments`, those of the inputs of each layer's products, make products of 4 bits more exact.
     """
-    with GraphWriter(folder, precision, QUANTIZATIONS.get(precision), cache_scales) as graph:
+    with GraphWriter(folder, precision, forms, cache_scales) as graph:
         hidden, residual = embed(graph, weights)
         if cache_scales is not None:
             graph.place_prompt()
         for layer in range(shape.layers):
+            graph.moments = {} if moments is None else next(moments)
             hidden, residual = block(graph, weights, shape, layer, hidden, residual)
         head(graph, weights, shape, hidden, residual)
         graph.save(graph_file, shape)
@@ -149,22 +133,23 @@ class GraphWriter:
     def __init__(
         self,
         folder: Path,
-        precision: Precision,
-        quantization: Quantization | None,
+        precision: str,
+        forms: Forms,
         cache_scales: Sequence[CacheScales] | None,
     ) -> None:
         self.folder = folder
         self.cache_scales = cache_scales
-        self.quantization = quantization
+        self.forms = forms
         self.precision = precision
+        self.moments: Mapping[str, Floats] = {}
         self.float_type = np.float16 if precision in CUDA_PRECISIONS else np.float32
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.file: BinaryIO = (folder / WEIGHTS_FILE).open("wb")
 
     @property
-    def leaves_bias(self) -> bool:
-        """Whether the operator after a linear map adds its bias: faster on CUDA, slower on the processor."""
+    def is_for_cuda(self) -> bool:
+        """Whether the graph is for CUDA. There it is faster if the operator after a linear map adds its bias."""
         return self.float_type is np.float16
 
     def __enter__(self) -> "GraphWriter":
@@ -218,9 +203,10 @@ class GraphWriter:
 
     def embedding(self, name: str, table: Floats, indices: str) -> str:
         """Add a lookup of rows of the table `[entries, width]`."""
-        if self.quantization is None or not self.quantization.embeds:
+        form = self.forms.get(HEAD)
+        if form is None or self.is_for_cuda:
             return self.add("Gather", [self.weight(name, table), indices], f"{name}.rows")
-        kept = self.store_quantized(name, table.T, self.quantization.head_bits, self.quantization.head_block)
+        kept = self.store_quantized(name, table.T, form)
         # The same bytes, in the shape that the embedding needs.
         flat = self.store(f"{name}.table", kept.values.reshape(len(table), -1), same_as=f"{name}.values")
         scales = self.store(f"{name}.table_scales", kept.scales, same_as=f"{name}.scales")
@@ -238,20 +224,21 @@ class GraphWriter:
     def linear(self, name: str, weights: Mapping[str, Floats], hidden: str, *, with_bias: bool = False) -> str:
         """Add `hidden @ weight`, and the bias unless the next operator adds it; with `with_bias` it does not."""
         weight = weights[f"{name}.weight"]
-        bias = None if self.leaves_bias and not with_bias else self.weight(f"{name}.bias", weights[f"{name}.bias"])
+        bias = None if self.is_for_cuda and not with_bias else self.weight(f"{name}.bias", weights[f"{name}.bias"])
         product = f"{name}.product" if bias else name
-        if self.quantization is None:
+        form = self.forms.get(name)
+        if form is None:
             self.add("MatMul", [hidden, self.weight(f"{name}.weight", weight)], product)
         else:
-            self.store_quantized(name, weight, self.quantization.bits, self.quantization.block)
-            if not self.leaves_bias:
-                return self.multiply_quantized(name, self.quantization.bits, hidden, name, bias)
-            self.multiply_quantized(name, self.quantization.bits, hidden, product, None)
+            self.store_quantized(name, weight, form)
+            if not self.is_for_cuda:
+                return self.multiply_quantized(name, form.bits, hidden, name, bias)
+            self.multiply_quantized(name, form.bits, hidden, product, None)
         return self.add("Add", [product, bias], name) if bias else product
 
-    def store_quantized(self, name: str, weight: Floats, bits: int, largest_block: int) -> Quantized:
+    def store_quantized(self, name: str, weight: Floats, form: Form) -> Quantized:
         """Quantize a weight `[inputs, outputs]`, and store its values and scales."""
-        kept = quantize(weight, bits, largest_block)
+        kept = quantize(weight, form.bits, form.block, self.moments.get(name) if form.bits == 4 else None)
         self.store(f"{name}.values", kept.values)
         self.store(f"{name}.scales", kept.scales.astype(self.float_type))
         return kept
@@ -283,7 +270,7 @@ class GraphWriter:
         """
         scale, shift = (self.weight(f"{name}.{part}", weights[f"{name}.{part}"]) for part in ("weight", "bias"))
         total = f"{name}.sum"
-        if bias is None or not self.leaves_bias:
+        if bias is None or not self.is_for_cuda:
             self.add("Add", [residual, hidden], total)
             return self.add("LayerNormalization", [total, scale, shift], name, epsilon=shape.epsilon), total
         operands = [residual, hidden, scale, shift, self.weight(bias, weights[bias])]
@@ -300,7 +287,7 @@ class GraphWriter:
         return name, total
 
     def activate(self, name: str, weights: Mapping[str, Floats], hidden: str, bias: str) -> str:
-        operands = [hidden, self.weight(bias, weights[bias])] if self.leaves_bias else [hidden]
+        operands = [hidden, self.weight(bias, weights[bias])] if self.is_for_cuda else [hidden]
         return self.add("FastGelu", operands, name, domain=CONTRIB)
 
     def attention(self, name: str, shape: Shape, layer: int, qkv: str) -> str:
@@ -312,13 +299,15 @@ class GraphWriter:
 
     def unembed(self, hidden: str, table: Floats, *, tied: bool) -> None:
         """Add the logits in float32: the table `[vocabulary, width]` times `hidden`."""
-        is_shared = tied and (self.quantization is None or self.quantization.embeds)
+        form = self.forms.get(HEAD)
+        # On CUDA the table that is looked up in stays in floats.
+        is_shared = tied and (form is None or not self.is_for_cuda)
         name = "wte" if is_shared else "lm_head"
         logits = "logits" if self.float_type is np.float32 else "logits.half"
-        if self.quantization is not None:
+        if form is not None:
             if not is_shared:
-                self.store_quantized(name, table.T, self.quantization.head_bits, self.quantization.head_block)
-            self.multiply_quantized(name, self.quantization.head_bits, hidden, logits, None)
+                self.store_quantized(name, table.T, form)
+            self.multiply_quantized(name, form.bits, hidden, logits, None)
         else:
             if not is_shared:
                 self.weight(name, table)

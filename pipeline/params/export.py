@@ -8,7 +8,7 @@ from pipeline.params.section import Section
 
 
 class ParityParams(Section):
-    """How far an engine may differ from the PyTorch model in float32; beyond that the export fails."""
+    """How far an engine may differ from the PyTorch model in float32."""
 
     max_logit_difference: Annotated[float, Field(gt=0)]
     """The largest absolute difference of any logit: with empty and with real past, in a batch, with a cache."""
@@ -41,7 +41,8 @@ class ExportParams(Section):
     precisions: Annotated[list[Literal["float32", "float16", "int8", "int4", "int8_float16"]], Field(min_length=1)]
     """The precisions that the engine holds; the first is evaluated, and runs by default."""
     cache_bits: Literal[8, 32]
-    """The bits per number in the KV cache of int8 and int4; 8 take a quarter of the memory and less time to read."""
+    """The bits per number in the KV cache of int8 and int4; 8 take a quarter of the memory and less time to read. A
+    precision that breaks its tolerances with 8 may get 32."""
     verbatim_index: bool
     """Whether the engine holds the training text with an index, 6 bytes per token, as `max_verbatim_tokens` needs."""
     parity: PrecisionsParityParams

@@ -3,22 +3,19 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from optimum.exporters.onnx import main_export
 from optimum.utils import logging as optimum_logging
 from transformers import GPT2LMHeadModel, logging
 
 from pipeline.checkpoint import load_plain, plain_checkpoint
-from pipeline.engine.generator import Engine
 from pipeline.engine.manifest import INDEX_FOLDER
-from pipeline.errors import UserError, report_errors
+from pipeline.errors import report_errors
 from pipeline.export.build import build_engine, leave_out
-from pipeline.export.parity import broken_promises, measure_parity
-from pipeline.export.reference import TorchReference, windows_of
+from pipeline.export.certificate import certify
+from pipeline.export.forms import Forms
 from pipeline.export.verbatim import write_index
 from pipeline.files import temporary_folder, whole_folder, write_json
 from pipeline.params.export import ExportParams
@@ -46,11 +43,11 @@ def main() -> None:
 def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: ExportParams) -> None:
     """Write `portable/`, `engine/`, the same of the base under `base/`, and `parity.json`.
 
-    A precision after the first that breaks a promise is left out of the engine, with a warning; `parity.json` then
-    says why. Raises `UserError` naming the promise if the first precision or float32 breaks one, and then leaves
-    nothing in `out`.
+    A precision of fewer bits that breaks a promise of parity gets more exact forms until it keeps all. If it cannot,
+    it is left out of the engine, with a warning; `parity.json` says why, and which forms were taken. Raises `UserError`
+    naming the promise if the first precision or float32 cannot keep it, and then leaves nothing in `out`.
     """
-    train = load_tokens(tokens / "train", tokenizer_sha256(checkpoint))
+    train, validation = (load_tokens(tokens / split, tokenizer_sha256(checkpoint)) for split in ("train", "validation"))
     lexicon = load_lexicon(base)
     with whole_folder(out) as partial, temporary_folder(out, None) as temporary:
         index = temporary / INDEX_FOLDER if params.verbatim_index else None
@@ -58,16 +55,18 @@ def export(checkpoint: Path, base: Path, tokens: Path, out: Path, params: Export
             write_index(index, train.tokens, train.bounds)
             lexicon |= collect_words(train.texts(load_tokenizer(checkpoint)))
         model = export_checkpoint(checkpoint, partial, params.precisions, params.cache_bits, index, lexicon)
-        parity = certify(model, partial / "engine", tokens, params)
-        write_json(partial / "parity.json", parity)
-        broken = {precision: found["left_out"] for precision, found in parity.items() if "left_out" in found}
-        for precision, promises in broken.items():
-            print(f"warning: {precision} is left out of the engine: {promises}", file=sys.stderr)
+        certificates = certify(model, partial / "engine", validation, train, params)
+        write_json(partial / "parity.json", {name: found.record() for name, found in certificates.items()})
+        broken = [name for name, found in certificates.items() if found.broken]
+        for warning in filter(None, (found.warning() for found in certificates.values())):
+            print(f"warning: {warning}", file=sys.stderr)
         if broken:
             # This reads every file of the engine again, for its digest.
-            leave_out(partial / "engine", list(broken))
-        # `evaluate` compares the base with the model, in the precision that it evaluates.
-        export_checkpoint(base, partial / "base", params.precisions[:1], params.cache_bits, index, lexicon)
+            leave_out(partial / "engine", broken)
+        # `evaluate` compares the base with the model, in the precision that it evaluates, and so in the same forms.
+        evaluated = params.precisions[0]
+        forms: dict[str, Forms] = {evaluated: certificates[evaluated].forms}
+        export_checkpoint(base, partial / "base", [evaluated], params.cache_bits, index, lexicon, forms)
 
 
 def export_checkpoint(
@@ -77,59 +76,19 @@ def export_checkpoint(
     cache_bits: int,
     index: Path | None = None,
     lexicon: Lexicon = EMPTY_LEXICON,
+    forms: Mapping[str, Forms] | None = None,
 ) -> GPT2LMHeadModel:
     """Write the standard ONNX graph, made by Optimum, to `portable/`, and the engine to `engine/`; return the model."""
     # Optimum reads the folder itself, and would fill weights that it does not find by their names with random numbers.
     with plain_checkpoint(checkpoint) as plain, warnings.catch_warnings():
         # Loading checks the weights: a graph of NaNs would export without an error.
         model = load_plain(plain, str(checkpoint))
-        build_engine(model, plain, out / "engine", precisions, cache_bits=cache_bits, index=index, lexicon=lexicon)
+        build_engine(
+            model, plain, out / "engine", precisions, cache_bits=cache_bits, forms=forms, index=index, lexicon=lexicon
+        )
         warnings.simplefilter("ignore")
         main_export(str(plain), out / "portable", task="text-generation-with-past", dtype="fp32", do_validation=False)
     return model
-
-
-def certify(model: GPT2LMHeadModel, engine: Path, tokens: Path, params: ExportParams) -> dict[str, dict[str, Any]]:
-    """Compare each precision with the model in PyTorch on real text, and return the contents of `parity.json`.
-
-    Those of a precision that must be left out hold, as `left_out`, the promises that it breaks. Raises `UserError` if
-    the first precision, which runs by default, or float32 breaks one.
-    """
-    engines: dict[str, Engine] = {
-        precision: Engine.load(engine, precision=precision, provider="cpu") for precision in params.precisions
-    }
-    context_length = engines[params.precisions[0]].context_length
-    validation, train = (
-        windows_of(load_tokens(tokens / split, tokenizer_sha256(engine)), context_length)
-        for split in ("validation", "train")
-    )
-    parity = measure_parity(
-        engines,
-        TorchReference(model),
-        list(validation),
-        train,
-        positions=params.parity.positions,
-        show_progress=sys.stderr.isatty(),
-    )
-    broken = {
-        precision: "; ".join(broken_promises(found, getattr(params.parity, precision)))
-        for precision, found in parity.items()
-    }
-    needed = [f"{name}: {broken[name]}" for name in params.precisions if broken[name] and name in _needed(params)]
-    if needed:
-        raise UserError(
-            f"parity: {'; '.join(needed)} (export.parity holds the tolerances; a precision that is too coarse for "
-            "this model can follow another in export.precisions, or be left out)"
-        )
-    return {
-        precision: asdict(found) | ({"left_out": broken[precision]} if broken[precision] else {})
-        for precision, found in parity.items()
-    }
-
-
-def _needed(params: ExportParams) -> tuple[str, ...]:
-    """Return the precisions without which there is no engine: the first, and float32, which any model keeps."""
-    return (params.precisions[0], "float32")
 
 
 if __name__ == "__main__":

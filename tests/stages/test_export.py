@@ -17,11 +17,12 @@ from transformers import GPT2LMHeadModel
 from pipeline.checkpoint import load_checkpoint
 from pipeline.engine import Engine, SamplingParams
 from pipeline.errors import UserError
+from pipeline.export.certificate import certify
 from pipeline.export.parity import Parity
 from pipeline.files import read_json, sha256_file
 from pipeline.params.export import ExportParams
 from pipeline.quality.memorization import longest_copies
-from pipeline.stages.export import certify, export, export_checkpoint
+from pipeline.stages.export import export, export_checkpoint
 from pipeline.tokens import load_tokens, tokenizer_sha256
 
 NEW_TOKENS = 24
@@ -220,12 +221,43 @@ def test_a_further_precision_that_is_too_coarse_is_left_out_with_a_warning(
     assert not list(tmp_path.glob("first*"))
 
 
+def test_the_base_is_stored_as_exactly_as_the_model_needs(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = project.params.export
+    usual = read_json(project.out / "export" / "parity.json")["int8"]
+    strict = params.parity.int8.model_copy(update={"max_kl_divergence": usual["kl_divergence"] / 2})
+    parity = params.parity.model_copy(update={"int8": strict})
+    params = params.model_copy(update={"precisions": ["int8"], "parity": parity})
+    export(
+        project.out / "finetune" / "checkpoint",
+        project.out / "base",
+        project.out / "tokenize",
+        tmp_path / "out",
+        params,
+    )
+    assert capsys.readouterr().err.startswith("warning: int8 takes ")
+    found = read_json(tmp_path / "out" / "parity.json")["int8"]
+    assert found["more_exact"]
+    assert found["kl_divergence"] <= strict.max_kl_divergence
+    sizes = [(tmp_path / "out" / engine / "int8" / "model.data").stat().st_size for engine in ("engine", "base/engine")]
+    assert sizes[0] == sizes[1]
+    bits = [Engine.load(tmp_path / "out" / engine).manifest.cache_bits["int8"] for engine in ("engine", "base/engine")]
+    assert bits == [found["cache_bits"]] * 2
+    assert found["forms"] != usual["forms"]
+
+
 def test_the_engine_of_another_checkpoint_breaks_every_promise(project: Project) -> None:
+    engine = project.out / "export" / "base" / "engine"
+    validation, train = (
+        load_tokens(project.out / "tokenize" / split, tokenizer_sha256(engine)) for split in ("validation", "train")
+    )
     with pytest.raises(UserError) as caught:
         certify(
             load_checkpoint(project.out / "finetune" / "checkpoint"),
-            project.out / "export" / "base" / "engine",
-            project.out / "tokenize",
+            engine,
+            validation,
+            train,
             tolerance(project).model_copy(update={"precisions": ["float32"]}),
         )
     message = str(caught.value)
