@@ -1,5 +1,6 @@
 """The benchmark runs from end to end on a tiny model; what it measures there means nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -86,6 +87,18 @@ def test_a_beginning_that_is_shared_is_read_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "first / second: " in done.stdout
     assert done.stdout == (tmp_path / "result").read_text()
+
+
+@pytest.mark.slow
+def test_what_outliers_cost_is_shown(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/outliers.py", "--shape", "tiny", "--precisions", "float32,int8"]
+    done = run([*command, "--out", str(tmp_path / "result.txt")])
+    assert done.returncode == 0, done.stderr
+    table, records = (tmp_path / "result.txt").read_text().split("parity.json\n")
+    rows = [line.split("  ")[0] for line in table.splitlines() if line.endswith(("kept", "broken"))]
+    parity = json.loads(records)
+    assert rows == ["float32", *["int8"] * (len(parity["int8"]["too_coarse"]) + 1)]
+    assert parity["int8"]["more_exact"]
 
 
 @pytest.mark.slow
