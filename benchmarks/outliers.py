@@ -8,7 +8,6 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from pipeline import machine
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import report_errors
 from pipeline.export.build import build_engine
+from pipeline.export.calibration import write_texts
 from pipeline.export.certificate import certify
 from pipeline.params.export import ExportParams
 from pipeline.params.file import load_section
@@ -46,7 +46,8 @@ def main() -> None:
 
 def report(checkpoint: Path, engine: Path, params: ExportParams) -> str:
     model = load_checkpoint(checkpoint)
-    texts = write_texts(model, end_of_text_id(load_tokenizer(checkpoint)))
+    # Others than those on which the engine is calibrated.
+    texts = write_texts(model, end_of_text_id(load_tokenizer(checkpoint)), count=TEXTS, tokens=TOKENS, seed=1).numpy()
     build_engine(model, checkpoint, engine, params.precisions, cache_bits=params.cache_bits)
     arrays = as_split(texts, checkpoint, model)
     certificates = certify(model, engine, arrays, arrays, params)
@@ -78,19 +79,6 @@ def report(checkpoint: Path, engine: Path, params: ExportParams) -> str:
     lines.append(table(header, rows))
     records = {precision: found.record() for precision, found in certificates.items()}
     return "\n".join([*lines, "", "parity.json", json.dumps(records, indent=2)]) + "\n"
-
-
-@torch.inference_mode()
-def write_texts(model: GPT2LMHeadModel, end_of_text: int) -> NDArray[np.int64]:
-    """Return texts that the model draws, `[texts, tokens]`, each beginning with end-of-text."""
-    torch.manual_seed(1)
-    start, tokens = torch.full((TEXTS, 1), end_of_text), min(TOKENS, model.config.n_positions)
-    length: dict[str, Any] = {"min_new_tokens": tokens - 1, "max_new_tokens": tokens - 1}
-    mask = torch.ones_like(start)
-    texts = model.generate(
-        start, attention_mask=mask, do_sample=True, top_k=0, pad_token_id=0, use_cache=True, **length
-    )
-    return np.asarray(texts.numpy())
 
 
 def as_split(texts: NDArray[np.int64], checkpoint: Path, model: GPT2LMHeadModel) -> TokenArrays:

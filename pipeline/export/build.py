@@ -12,7 +12,7 @@ from pipeline.checkpoint import attention_scale
 from pipeline.engine.manifest import GRAPH_FILE, INDEX_FOLDER, Manifest, read_manifest, write_manifest
 from pipeline.errors import UserError
 from pipeline.export.calibration import Calibration, calibrate, input_moments
-from pipeline.export.forms import CACHE, LADDERS, Forms, cache_bits_of, needs_calibration, usual_forms
+from pipeline.export.forms import CACHE, LADDERS, Forms, cache_bits_of, needs_calibration, needs_moments, usual_forms
 from pipeline.export.graph import Floats, Shape, write_graph
 from pipeline.files import whole_folder
 from pipeline.progress import progress
@@ -87,7 +87,7 @@ def _write_precision(
     scales, moments = None, None
     if calibration is not None and forms.get(CACHE) is not None:
         scales = calibration.cache_scales
-    if calibration is not None and any(form is not None and form.bits == 4 for form in forms.values()):
+    if calibration is not None and needs_moments(forms):
         moments = input_moments(model, calibration.texts)
     write_graph(folder, GRAPH_FILE, weights_of(model), shape_of(model.config), precision, forms, scales, moments)
 

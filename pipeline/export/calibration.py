@@ -36,15 +36,17 @@ def calibrate(model: GPT2LMHeadModel, end_of_text: int) -> Calibration:
     return Calibration(texts, scale_cache(model, texts))
 
 
-def write_texts(model: GPT2LMHeadModel, end_of_text: int) -> torch.Tensor:
-    """Return texts that a model draws, int64 `[texts, tokens]`, each beginning with end-of-text.
+def write_texts(
+    model: GPT2LMHeadModel, end_of_text: int, *, count: int = TEXTS, tokens: int = TEXT_TOKENS, seed: int = 0
+) -> torch.Tensor:
+    """Return texts that a model draws, int64 `[count, tokens]`, each beginning with end-of-text.
 
     These are close to what it will read, and always available.
     """
-    start = torch.full((TEXTS, 1), end_of_text)
-    new_tokens = min(TEXT_TOKENS, model.config.n_positions) - 1
+    start = torch.full((count, 1), end_of_text)
+    new_tokens = min(tokens, model.config.n_positions) - 1
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         texts: torch.Tensor = model.generate(
             start,
             attention_mask=torch.ones_like(start),

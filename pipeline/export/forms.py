@@ -23,6 +23,11 @@ class Form:
     bits: int
     block: int
 
+    @property
+    def is_compensated(self) -> bool:
+        """Whether what an input's weights lose by rounding is made up for by others; that needs the inputs' moments."""
+        return self.bits == 4
+
     def __str__(self) -> str:
         return f"{self.bits} bits in blocks of up to {self.block}"
 
@@ -69,6 +74,7 @@ def usual_forms(precision: str, layers: int, cache_bits: int) -> Forms:
 
 
 def cache_bits_of(precision: str, forms: Forms) -> int:
+    """Return the bits per number in the cache of a precision in these forms."""
     if precision in CUDA_PRECISIONS:
         return 16
     return 32 if forms.get(CACHE) is None else CHANNELS.bits
@@ -91,8 +97,14 @@ def finer_forms(precision: str, by_harm: Sequence[str]) -> Iterator[Forms]:
                 before = forms
 
 
+def needs_moments(forms: Forms) -> bool:
+    """Return whether a form needs the moments of its product's inputs."""
+    return any(form is not None and form.is_compensated for form in forms.values())
+
+
 def needs_calibration(forms: Forms) -> bool:
-    return any(form is not None and (name == CACHE or form.bits == 4) for name, form in forms.items())
+    """Return whether a form needs what is measured on texts of the model."""
+    return needs_moments(forms) or forms.get(CACHE) is not None
 
 
 def count_forms(forms: Forms) -> dict[str, int]:

@@ -238,7 +238,7 @@ class GraphWriter:
 
     def store_quantized(self, name: str, weight: Floats, form: Form) -> Quantized:
         """Quantize a weight `[inputs, outputs]`, and store its values and scales."""
-        kept = quantize(weight, form.bits, form.block, self.moments.get(name) if form.bits == 4 else None)
+        kept = quantize(weight, form.bits, form.block, self.moments.get(name) if form.is_compensated else None)
         self.store(f"{name}.values", kept.values)
         self.store(f"{name}.scales", kept.scales.astype(self.float_type))
         return kept
