@@ -5,9 +5,11 @@ the host does not wait for it.
 """
 
 import ctypes
+import mmap
+import sys
 import weakref
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any, Protocol
@@ -77,13 +79,20 @@ class Memory(Protocol):
 
 
 class HostMemory:
-    """The memory of the processor. Zeros take up memory only once they are written to."""
+    """The memory of the processor. Zeros take up memory only once they are written to, page by page."""
 
     def held(self) -> AbstractContextManager[object]:
         return nullcontext()
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
-        array = np.zeros(shape, dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        # NumPy would ask for pages of 2 MB. The first tokens of a slot are spread over all of its memory, so that they
+        # would take up the whole of it.
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if sys.platform == "linux":
+            with suppress(OSError):  # a kernel without huge pages does not know the advice
+                pages.madvise(mmap.MADV_NOHUGEPAGE)
+        array: NDArray[Any] = np.frombuffer(pages, dtype).reshape(shape)
         return Buffer("cpu", dtype, shape, array.ctypes.data, array)
 
     def write(self, buffer: Buffer, row: int, values: NDArray[Any]) -> None:

@@ -1,7 +1,9 @@
 """Loading an engine, its files and providers, and what a session computes in each precision."""
 
 import logging
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import GPT2LMHeadModel
 from pipeline.engine import Engine, SamplingParams
 from pipeline.engine.cuda import driver
 from pipeline.engine.manifest import FORMAT_VERSION, GRAPH_FILE, MANIFEST_FILE
+from pipeline.engine.memory import HostMemory
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.tokens import TOKENIZER_FILE
@@ -175,6 +178,21 @@ def test_nothing_is_allocated_for_a_slot_that_is_not_used(tiny_engine_folder: Pa
     session = Engine.load(tiny_engine_folder, provider="cpu", slots=200_000, threads=1).session
     session.decode([5], [0])
     assert np.isfinite(session.logits[0]).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc what memory a process holds")
+def test_a_slot_takes_up_memory_as_its_text_grows() -> None:
+    def resident_mb() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    before = resident_mb()
+    # 134 MB, of which the first ten tokens are a hundredth, in pages of 4 kB.
+    cache = HostMemory().zeros((2, 256, 4096, 64), np.int8)
+    assert cache.array is not None
+    assert not cache.array[1, :, -1].any()
+    cache.array[0, :, :10] = 1
+    assert resident_mb() - before < 20
+    assert cache.array[0].sum() == 256 * 10 * 64
 
 
 def test_a_folder_without_an_engine_is_refused(tmp_path: Path) -> None:
