@@ -37,9 +37,8 @@ from pipeline.engine.verbatim import VerbatimText, open_index
 from pipeline.errors import UserError
 
 PROVIDERS = ("cpu", "cuda")
-CPU_PASS_TOKENS = 128
-"""The number of prompt tokens that the processor reads per pass. More gain nothing, and an 8-bit cache makes them
-slower."""
+CPU_PASS_TOKENS = 256
+"""The number of prompt tokens that the processor reads per pass. More gain nothing and take more memory."""
 CACHE_TYPES: dict[int, type[np.generic]] = {8: np.int8, 16: np.float16, 32: np.float32}
 
 Draw = Callable[[Rows, int], None]

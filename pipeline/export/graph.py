@@ -103,12 +103,18 @@ def embed(graph: "GraphWriter", weights: Mapping[str, Floats]) -> tuple[str, str
 def block(
     graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, layer: int, hidden: str, residual: str
 ) -> tuple[str, str]:
-    """Add a transformer block, and return its output and the residual, which the next normalization sums."""
+    """Add a transformer block, and return its output and the residual, which the next normalization sums.
+
+    Both are `[rows, tokens, width]`, and `[wanted, width]` after the last block.
+    """
     name = f"h.{layer}"
     bias = f"h.{layer - 1}.mlp.c_proj.bias" if layer else None
     normed, residual = graph.normalize(f"{name}.ln_1", weights, shape, hidden, residual, bias)
     qkv = graph.linear(f"{name}.attn.c_attn", weights, normed, with_bias=True)
     attention = graph.attention(name, shape, layer, qkv)
+    if layer == shape.layers - 1:
+        # What follows changes neither keys nor values, so it is computed only where logits are wanted.
+        attention, residual = graph.pick(attention, shape), graph.pick(residual, shape)
     projected = graph.linear(f"{name}.attn.c_proj", weights, attention)
     normed, residual = graph.normalize(f"{name}.ln_2", weights, shape, projected, residual, f"{name}.attn.c_proj.bias")
     expanded = graph.linear(f"{name}.mlp.c_fc", weights, normed)
@@ -117,10 +123,9 @@ def block(
 
 
 def head(graph: "GraphWriter", weights: Mapping[str, Floats], shape: Shape, hidden: str, residual: str) -> None:
-    """Add the last normalization, and the logits of the wanted tokens."""
-    normed, _ = graph.normalize("ln_f", weights, shape, hidden, residual, f"h.{shape.layers - 1}.mlp.c_proj.bias")
-    flat = graph.add("Reshape", [normed, graph.constant("flat", np.array([-1, shape.width]))], "ln_f.flat")
-    states = graph.add("Gather", [flat, "logit_rows"], STATES)
+    """Add the last normalization and the logits."""
+    bias = f"h.{shape.layers - 1}.mlp.c_proj.bias"
+    states, _ = graph.normalize("ln_f", weights, shape, hidden, residual, bias, output=STATES)
     graph.unembed(states, weights.get("lm_head.weight", weights["wte.weight"]), tied="lm_head.weight" not in weights)
     if graph.precision not in CUDA_PRECISIONS:
         listed = graph.constant("listed", np.array([listed_tokens(shape.vocabulary_size)]))
@@ -260,31 +265,44 @@ class GraphWriter:
             accuracy_level=INT8_ACTIVATIONS,
         )
 
+    def pick(self, hidden: str, shape: Shape) -> str:
+        """Add the choice of the wanted tokens, `[wanted, width]`, from `hidden` `[rows, tokens, width]`."""
+        flat = self.add("Reshape", [hidden, self.constant("flat", np.array([-1, shape.width]))], f"{hidden}.flat")
+        return self.add("Gather", [flat, "logit_rows"], f"{hidden}.wanted")
+
     def normalize(
-        self, name: str, weights: Mapping[str, Floats], shape: Shape, hidden: str, residual: str, bias: str | None
+        self,
+        name: str,
+        weights: Mapping[str, Floats],
+        shape: Shape,
+        hidden: str,
+        residual: str,
+        bias: str | None,
+        *,
+        output: str | None = None,
     ) -> tuple[str, str]:
-        """Sum `hidden`, its `bias` and the residual, and return the normalized sum and the sum.
+        """Sum `hidden`, its `bias` and the residual, and return the normalized sum, named `output`, and the sum.
 
         `SkipLayerNormalization` does all of it, but on the processor it takes four times as long as the two operators
         that it fuses.
         """
         scale, shift = (self.weight(f"{name}.{part}", weights[f"{name}.{part}"]) for part in ("weight", "bias"))
-        total = f"{name}.sum"
+        total, output = f"{name}.sum", output or name
         if bias is None or not self.is_for_cuda:
             self.add("Add", [residual, hidden], total)
-            return self.add("LayerNormalization", [total, scale, shift], name, epsilon=shape.epsilon), total
+            return self.add("LayerNormalization", [total, scale, shift], output, epsilon=shape.epsilon), total
         operands = [residual, hidden, scale, shift, self.weight(bias, weights[bias])]
         self.nodes.append(
             helper.make_node(
                 "SkipLayerNormalization",
                 operands,
-                [name, "", "", total],
+                [output, "", "", total],
                 name=name,
                 domain=CONTRIB,
                 epsilon=shape.epsilon,
             )
         )
-        return name, total
+        return output, total
 
     def activate(self, name: str, weights: Mapping[str, Floats], hidden: str, bias: str) -> str:
         operands = [hidden, self.weight(bias, weights[bias])] if self.is_for_cuda else [hidden]

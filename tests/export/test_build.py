@@ -116,10 +116,20 @@ def test_tied_weights_are_once_in_the_file(tiny_engine_folder: Path, tmp_path: P
 @pytest.mark.parametrize(("precision", "kernels"), [("float32", 14), ("float16", 10), ("int8", 10), ("int4", 10)])
 def test_each_layer_is_few_kernels(precision: str, kernels: int, tiny_engine_folder: Path) -> None:
     graph = onnx.load(tiny_engine_folder / precision / "model.onnx", load_external_data=False).graph
-    layer = [node.op_type for node in graph.node if node.name.startswith("h.1.")]
+    layer = [node.op_type for node in graph.node if node.name.startswith("h.0.")]
     assert len(layer) <= kernels
     # On a cache of 8 bits, a branch reads one token per row with it, and another reads prompts.
     assert layer.count("GroupQueryAttention" if precision.startswith("float") else "If") == 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "int4"])
+def test_after_the_last_attention_only_the_wanted_tokens_are_computed(precision: str, tiny_engine_folder: Path) -> None:
+    graph = onnx.load(tiny_engine_folder / precision / "model.onnx", load_external_data=False).graph
+    nodes = {node.name: node for node in graph.node}
+    picked = [node.name for node in graph.node if "logit_rows" in node.input]
+    assert picked == ["h.1.attention.wanted", "h.1.ln_1.sum.wanted"]
+    assert nodes["h.1.attn.c_proj" if precision != "float32" else "h.1.attn.c_proj.product"].input[0] == picked[0]
+    assert picked[1] in next(node for node in graph.node if "h.1.ln_2.sum" in node.output).input
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8_float16"])
