@@ -12,7 +12,7 @@ PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 HEAD = "lm_head"
 CACHE = "cache"
 """The name of the keys and values among those of the products: they are rounded, too."""
-SHARES = (1 / 8, 1 / 2, 1)
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
 """The shares of the products, those that do most harm first, that get the next form of their ladder."""
 
 
